@@ -1,0 +1,46 @@
+"""What all tests share: the one tolerance table, the comparison that reads it, and repeatable property tests."""
+
+from typing import Any
+
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+# Largest allowed error, relative to the largest expected value of a tensor.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+# Tensors smaller than this throughout are compared as if they reached it.
+SMALLEST_SCALE = 0.1
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=20)
+settings.load_profile("repeatable")
+torch.set_num_threads(1)
+
+
+def assert_close(actual: Any, expected: Any, name: str = "value") -> None:
+    """Assert that two tensors, or two equal trees of tuples of them, agree within the tolerance of their dtype.
+
+    Where the dtypes differ, the coarser one decides. Values that are not finite never agree.
+    """
+    if isinstance(expected, tuple | list):
+        assert len(actual) == len(expected), f"{name} has {len(actual)} parts, expected {len(expected)}"
+        names = getattr(expected, "_fields", range(len(expected)))
+        for part, a, e in zip(names, actual, expected, strict=True):
+            assert_close(a, e, f"{name}.{part}")
+        return
+    _assert_tensors_close(actual, expected, name)
+
+
+def _assert_tensors_close(actual: Tensor, expected: Tensor, name: str) -> None:
+    assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return
+    if not expected.is_floating_point():
+        assert torch.equal(actual, expected), f"{name} differs"
+        return
+    actual_64, expected_64 = actual.detach().double(), expected.detach().double()
+    assert bool(actual_64.isfinite().all()), f"{name} is not finite"
+    assert bool(expected_64.isfinite().all()), f"the expected {name} is not finite"
+    error = float((actual_64 - expected_64).abs().max())
+    scale = max(float(expected_64.abs().max()), SMALLEST_SCALE)
+    allowed = max(TOLERANCE[actual.dtype], TOLERANCE[expected.dtype])
+    assert error <= allowed * scale, f"{name} is off by {error / scale:.1e} of its scale {scale:.1e}, allowed {allowed}"

@@ -1,0 +1,179 @@
+"""Every memory core obeys the laws, and a core that breaks one is caught."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from xlstm_rl.memory import MemoryCore, make_memory, zeros_where
+from xlstm_rl.memory.laws import check_memory_laws
+
+SMALL = {"hidden_size": 16, "num_heads": 2, "recurrent_std": 1.0}
+CORES: dict[str, tuple[str, dict[str, Any]]] = {
+    "m": ("xlstm", SMALL | {"blocks": "m"}),
+    "s": ("xlstm", SMALL | {"blocks": "s"}),
+    "ms": ("xlstm", SMALL | {"blocks": "ms"}),
+    "mms without conv": ("xlstm", SMALL | {"blocks": "mms", "conv_kernel": 0}),
+    "sm with long conv and biases": ("xlstm", SMALL | {"blocks": "sm", "conv_kernel": 6, "bias": True}),
+    "ms with dropout": ("xlstm", SMALL | {"blocks": "ms", "dropout": 0.5}),
+    "m with sigmoid input gate and soft cap": (
+        "xlstm",
+        SMALL | {"blocks": "m", "input_activation": "sigmoid", "gate_soft_cap": 15.0},
+    ),
+    "s without FFN": ("xlstm", SMALL | {"blocks": "s", "ffn_factor": 0.0, "post_norm": False}),
+    "lstm": ("lstm", {"hidden_size": 8}),
+    "two-layer lstm": ("lstm", {"hidden_size": 8, "num_layers": 2}),
+    "gru": ("gru", {"hidden_size": 8}),
+    "none": ("none", {"hidden_size": 8}),
+}
+EXPONENTIAL = ("xlstm", SMALL | {"blocks": "ms", "forget_activation": "exp"})
+
+
+def perturbed(name: str, config: dict[str, Any], dtype: torch.dtype, scale: float = 0.1, seed: int = 0) -> MemoryCore:
+    """A core with every parameter moved, so that no zero init hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    core = make_memory(name, 5, **config).to(dtype)
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return core
+
+
+@pytest.mark.parametrize("label", CORES)
+@settings(max_examples=6)
+@given(
+    batch_size=st.integers(2, 4),
+    steps=st.integers(2, 20),
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from([torch.float64, torch.float64, torch.float32]),
+)
+def test_core_obeys_the_laws(label: str, batch_size: int, steps: int, seed: int, dtype: torch.dtype) -> None:
+    check_memory_laws(perturbed(*CORES[label], dtype, seed=seed), batch_size=batch_size, steps=steps, seed=seed)
+
+
+def test_exponential_forget_gates_obey_the_laws_in_double_precision() -> None:
+    check_memory_laws(perturbed(*EXPONENTIAL, torch.float64), steps=12)
+
+
+@pytest.mark.parametrize("label", CORES)
+@pytest.mark.parametrize(
+    "starts",
+    [[], [0], [69], [31, 32, 33], [0, 1, 2], [32], [64], [10, 11, 50]],
+    ids=lambda starts: "-".join(map(str, starts)) or "none",
+)
+def test_core_obeys_the_laws_with_episode_starts_at_chunk_edges(label: str, starts: list[int]) -> None:
+    reset = torch.zeros(2, 70, dtype=torch.bool)
+    reset[0, starts] = True
+    reset[1, [t // 2 for t in starts]] = True
+    check_memory_laws(perturbed(*CORES[label], torch.float64), batch_size=2, steps=70, reset=reset)
+
+
+@pytest.mark.parametrize("blocks", ["m", "s", "ms"])
+def test_strongly_driven_gates_obey_the_laws(blocks: str) -> None:
+    core = perturbed("xlstm", SMALL | {"blocks": blocks}, torch.float64)
+    with torch.no_grad():
+        for name, parameter in core.named_parameters():
+            if name.endswith(("gates.bias", "gate_bias")):
+                parameter.copy_(torch.linspace(-15, 15, parameter.numel(), dtype=torch.float64).view_as(parameter))
+    check_memory_laws(core, steps=40)
+
+
+@pytest.mark.parametrize("blocks", ["m", "s", "ms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gates_at_one_hundred_give_finite_values_and_gradients(blocks: str, dtype: torch.dtype) -> None:
+    core = perturbed("xlstm", SMALL | {"blocks": blocks}, dtype)
+    with torch.no_grad():
+        for name, parameter in core.named_parameters():
+            if name.endswith(("gates.bias", "gate_bias")):
+                parameter.copy_(torch.linspace(-100, 100, parameter.numel()).view_as(parameter))
+    x = torch.randn(2, 40, 5, dtype=dtype, generator=torch.Generator().manual_seed(0), requires_grad=False)
+    y, _ = core(x, core.initial_state(2))
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in core.parameters())
+
+
+class Accumulator(MemoryCore):
+    """Sums its inputs: a correct core that the mutations below break one law at a time."""
+
+    def __init__(self, input_size: int = 3) -> None:
+        super().__init__()
+        self.input_size = self.output_size = input_size
+        self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def initial_state(self, batch_size: int) -> Any:
+        return (self._zeros(batch_size, self.input_size),)
+
+    def empty(self, reset: Tensor, state: Any) -> Any:
+        return zeros_where(reset, state)
+
+    def update(self, total: Tensor, x: Tensor) -> Tensor:
+        return total + x
+
+    def forward(self, x: Tensor, state: Any, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+        outputs = []
+        for t in range(x.shape[1]):
+            if reset is not None:
+                state = self.empty(reset[:, t], state)
+            state = (self.update(state[0], x[:, t]),)
+            outputs.append(state[0] * self.scale)
+        return torch.stack(outputs, 1), state
+
+
+class IgnoresResets(Accumulator):
+    def empty(self, reset: Tensor, state: Any) -> Any:
+        return state
+
+
+class ScalesInsteadOfEmptying(Accumulator):
+    def empty(self, reset: Tensor, state: Any) -> Any:
+        return (state[0] * torch.where(reset, 1e-6, 1.0).double()[:, None],)
+
+
+class MixesRows(Accumulator):
+    def update(self, total: Tensor, x: Tensor) -> Tensor:
+        return total + x + 1e-3 * x.mean(0)
+
+
+class DetachesState(Accumulator):
+    def forward(self, x: Tensor, state: Any, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+        return super().forward(x, (state[0].detach(),), reset)
+
+
+class ForgetsBetweenCalls(Accumulator):
+    def forward(self, x: Tensor, state: Any, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+        return super().forward(x, self.initial_state(len(x)), reset)
+
+
+class StartsAtOne(Accumulator):
+    def initial_state(self, batch_size: int) -> Any:
+        return (self._zeros(batch_size, self.input_size) + 1,)
+
+
+class WritesIntoTheState(Accumulator):
+    def update(self, total: Tensor, x: Tensor) -> Tensor:
+        return total.data.add_(x)
+
+
+def test_correct_third_party_core_passes() -> None:
+    check_memory_laws(Accumulator())
+
+
+@pytest.mark.parametrize(
+    ("broken", "law"),
+    [
+        (IgnoresResets, "reset"),
+        (ScalesInsteadOfEmptying, "reset"),
+        (MixesRows, "rows"),
+        (DetachesState, "carry|split"),
+        (ForgetsBetweenCalls, "carry"),
+        (StartsAtOne, "zeros"),
+        (WritesIntoTheState, "must not be changed"),
+    ],
+)
+def test_core_that_breaks_a_law_is_caught(broken: type[Accumulator], law: str) -> None:
+    with pytest.raises(AssertionError, match=law):
+        check_memory_laws(broken())

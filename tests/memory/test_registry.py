@@ -1,0 +1,94 @@
+"""Making memories by name, and refusing what cannot be made."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from xlstm_rl.memory import Memoryless, XLSTMConfig, make_memory, memory_names, register_memory
+
+
+def test_built_in_memories_are_known() -> None:
+    assert {"xlstm", "lstm", "gru", "none"} <= set(memory_names())
+
+
+def test_registered_core_is_made_by_name() -> None:
+    register_memory("my-core", Memoryless)
+    register_memory("my-core", Memoryless)
+    assert isinstance(make_memory("my-core", 3, hidden_size=4), Memoryless)
+
+
+def test_taken_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="'xlstm' is already registered"):
+        register_memory("xlstm", Memoryless)
+
+
+def test_odd_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be made of letters"):
+        register_memory("my core", Memoryless)
+
+
+def test_unknown_memory_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown memory 'mamba'.*'gru', 'lstm'"):
+        make_memory("mamba", 3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"blocks": "mx"},
+        {"blocks": ""},
+        {"hidden_size": 30, "num_heads": 4},
+        {"num_heads": 0},
+        {"proj_factor": 0.0},
+        {"conv_kernel": -1},
+        {"gate_soft_cap": 0.0},
+        {"dropout": 1.0},
+        {"forget_activation": "tanh"},
+        {"input_activation": "relu"},
+    ],
+    ids=str,
+)
+def test_impossible_setting_is_named(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        XLSTMConfig(**fields)
+
+
+def test_input_of_another_width_needs_the_input_projection() -> None:
+    with pytest.raises(ValueError, match="input_size=3 must equal hidden_size=64"):
+        make_memory("xlstm", 3, input_projection=False)
+
+
+def test_inner_widths_are_rounded_up_to_what_fits() -> None:
+    assert XLSTMConfig(hidden_size=64).ffn_size == 88
+    assert XLSTMConfig(hidden_size=64, round_to=64).ffn_size == 128
+    assert XLSTMConfig(hidden_size=60, num_heads=3).inner_size == 120
+
+
+def test_recurrent_weights_start_at_zero_or_not() -> None:
+    def recurrent(std: float) -> float:
+        core = make_memory("xlstm", 3, hidden_size=256, num_heads=4, blocks="s", recurrent_std=std)
+        return float(core.get_parameter("blocks.0.recurrent").std())
+
+    assert recurrent(0.0) == 0.0
+    assert recurrent(1.0) == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_forget_biases_start_as_configured() -> None:
+    core = make_memory("xlstm", 3, blocks="ms", slstm_forget_bias=[1.0, 2.0])
+    mlstm = core.get_parameter("blocks.0.gates.bias")[4:]
+    assert mlstm.tolist() == pytest.approx([3.0, 4.0, 5.0, 6.0])
+    slstm = core.get_parameter("blocks.1.gate_bias")[1, 0]
+    assert (slstm[0].item(), slstm[-1].item()) == pytest.approx((1.0, 2.0))
+    power_law = make_memory("xlstm", 3, blocks="s").get_parameter("blocks.0.gate_bias")[1, 0]
+    assert (power_law[0].item(), power_law[-1].item()) == pytest.approx((5.0, -7.0))
+
+
+def test_dropout_acts_in_training_mode_only() -> None:
+    core = make_memory("xlstm", 3, blocks="ms", dropout=0.5)
+    x = torch.ones(1, 4, 3)
+    state = core.initial_state(1)
+    core.train()
+    assert not torch.equal(core(x, state)[0], core(x, state)[0])
+    core.eval()
+    assert torch.equal(core(x, state)[0], core(x, state)[0])

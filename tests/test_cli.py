@@ -1,0 +1,87 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xlstm_rl import cli
+from xlstm_rl.configs import preset_names
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "xlstm_rl.cli", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def test_list_shows_presets_environments_and_memories(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in preset_names())
+    assert re.search(r"xlstm_rl/TMaze-v0\W+44\W+1\W+0\.5\b", text)
+    assert "gru, lstm, none, xlstm" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "tmze"], "did you mean 'tmaze'?"),
+        (["train", "tmaze", "ppo.gama=1"], "did you mean 'gamma'?"),
+        (["train", "tmaze", "env.kwargs.corridor_length=0"], "corridor_length"),
+        (["evaluate", "nowhere"], "nowhere is no run folder"),
+    ],
+)
+def test_mistake_exits_with_code_2_and_a_message(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_mistake_shows_no_traceback() -> None:
+    process = start("train", "tmaze", "ppo.gamma=2")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error.startswith("xlstm-rl: ")
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [[], ["evaluate", "run", "--episodes", "0"], ["train"], ["fly"]])
+def test_wrong_usage_exits_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: xlstm-rl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals for processes")
+def test_interruption_saves_and_says_where(kind: signal.Signals, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start("train", "cue-recall", "total_steps=100_000_000", "--run-dir", str(run_dir))
+    assert process.stdout is not None
+    while "steps/s" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(kind)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + kind, error
+    assert "interrupted after" in output
+    assert f"model saved in {run_dir / 'model.zip'}" in output
+    assert cli.main(["evaluate", str(run_dir), "--episodes", "2"]) == 0

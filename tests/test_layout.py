@@ -1,0 +1,100 @@
+"""The layout of the tree and the directions of imports."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "xlstm_rl"
+LINKS = ("kernels", "agents", "envs", "configs")
+# Each may import those before it.
+ORDER = ("_version", "kernels", "memory", "agents", "configs", "report", "run_folder", "callbacks", "training", "cli")
+# Meet environments only to register them or to read their facts; agents meet them through gymnasium.
+READ_ENVS = {"__init__", "training", "cli"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            module = node.module or ""
+            yield from ([f"xlstm_rl.{alias.name}" for alias in node.names] if module == "xlstm_rl" else [module])
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_root_link_is_relative_and_points_into_the_package(name: str) -> None:
+    link = ROOT / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("xlstm_rl") / name
+    assert link.is_dir()
+
+
+def test_every_part_of_the_package_has_a_place_in_the_order() -> None:
+    assert {part_of(file) for file in FILES} <= {"__init__", "envs", *ORDER}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_go_downwards(file: Path) -> None:
+    here = part_of(file)
+    if here == "__init__":
+        return
+    modules = list(imported_modules(ast.parse(file.read_text(encoding="utf-8"))))
+    parts = {module.split(".")[1] for module in modules if module.startswith("xlstm_rl.")}
+    if here == "envs":
+        assert parts <= {"envs"}
+        return
+    allowed = set(ORDER[: ORDER.index(here) + 1]) | ({"envs"} if here in READ_ENVS else set())
+    assert parts <= allowed, f"{here} must not import {sorted(parts - allowed)}"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if part_of(f) == "envs"], ids=lambda f: f.name)
+def test_envs_need_gymnasium_and_numpy_only(file: Path) -> None:
+    roots = {module.split(".")[0] for module in imported_modules(ast.parse(file.read_text(encoding="utf-8")))}
+    assert roots <= {"gymnasium", "numpy", "xlstm_rl", "__future__", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("file", [*FILES, *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda f: f.name)
+def test_no_import_goes_through_a_root_link(file: Path) -> None:
+    roots = {module.split(".")[0] for module in imported_modules(ast.parse(file.read_text(encoding="utf-8")))}
+    assert not roots & set(LINKS)
+
+
+def test_importing_the_package_is_light() -> None:
+    heavy = ("matplotlib", "triton", "onnx", "tensorboard", "stable_baselines3", "sb3_contrib", "yaml", "rich")
+    program = f"import sys, xlstm_rl; print(*[name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_package_says_that_it_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_wheel_holds_exactly_the_package(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGE, source / "xlstm_rl", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in LINKS:
+        (source / name).symlink_to(Path("xlstm_rl") / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist")]
+    subprocess.run(command, cwd=source, capture_output=True, check=True)
+    with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
+        held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    package = {path.relative_to(source).as_posix() for path in (source / "xlstm_rl").rglob("*") if path.is_file()}
+    assert held == package

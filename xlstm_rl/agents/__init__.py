@@ -1,0 +1,28 @@
+"""The Stable-Baselines3 side: policies, rollouts, recurrent PPO, evaluation."""
+
+from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
+from xlstm_rl.agents.losses import AdvantageScale, gae, ppo_loss
+from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
+from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, PolicyState, XLSTMPolicy
+from xlstm_rl.agents.ppo import RecurrentPPO
+from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, minibatches
+
+__all__ = [
+    "AdvantageScale",
+    "ChunkedRolloutBuffer",
+    "CnnLSTMPolicy",
+    "CnnXLSTMPolicy",
+    "EvaluationResult",
+    "LSTMPolicy",
+    "MultiInputLSTMPolicy",
+    "MultiInputXLSTMPolicy",
+    "PolicyState",
+    "RecurrentPPO",
+    "RolloutChunks",
+    "XLSTMPolicy",
+    "evaluate",
+    "evaluate_random",
+    "gae",
+    "minibatches",
+    "ppo_loss",
+]

@@ -1,0 +1,100 @@
+"""Playing whole episodes with a trained agent, the same agent without its memory, or at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+
+class EvaluationResult(NamedTuple):
+    """Outcome of finished episodes, in the order in which they ended."""
+
+    returns: np.ndarray
+    """[n_episodes], undiscounted sums of reward, before any reward normalisation by a Monitor."""
+    lengths: np.ndarray
+    """[n_episodes], steps."""
+    successes: np.ndarray | None
+    """bool [n_episodes], `info["is_success"]` of the last step; None where the task does not say."""
+
+
+Actor = Callable[[Any, Any, np.ndarray], tuple[np.ndarray, Any]]
+
+
+def evaluate(
+    model: Any,
+    env: VecEnv,
+    n_episodes: int,
+    *,
+    deterministic: bool = True,
+    empty_state_every_step: bool = False,
+    seed: int | None = None,
+) -> EvaluationResult:
+    """Play episodes with a model that has Stable-Baselines3's `predict`.
+
+    Args:
+        model: the agent.
+        env: vector environment; a `VecNormalize` should not be training.
+        n_episodes: episodes to finish; every environment contributes an equal share (rounded up, then cut), so that
+            short episodes are not over-represented.
+        deterministic: the mode of the policy instead of a sample.
+        empty_state_every_step: take the memory away: every observation is presented as the first of an episode.
+        seed: of the environments; None leaves their random state.
+
+    Raises:
+        ValueError: `n_episodes` is below 1.
+    """
+
+    def actor(obs: Any, state: Any, episode_start: np.ndarray) -> tuple[np.ndarray, Any]:
+        if empty_state_every_step:
+            episode_start = np.ones_like(episode_start)
+        actions, state = model.predict(obs, state=state, episode_start=episode_start, deterministic=deterministic)
+        return actions, state
+
+    return _play(actor, env, n_episodes, seed)
+
+
+def evaluate_random(env: VecEnv, n_episodes: int, *, seed: int | None = None) -> EvaluationResult:
+    """Play episodes with uniformly random actions; arguments as for `evaluate`."""
+    space = env.action_space
+    space.seed(seed)
+    return _play(lambda obs, state, start: (np.stack([space.sample() for _ in start]), state), env, n_episodes, seed)
+
+
+def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> EvaluationResult:
+    if n_episodes < 1:
+        raise ValueError(f"n_episodes={n_episodes} must be at least 1")
+    if seed is not None:
+        env.seed(seed)
+    share = -(-n_episodes // env.num_envs)
+    counts = np.zeros(env.num_envs, int)
+    totals, lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, int)
+    finished: list[tuple[float, int, bool | None]] = []
+    obs, state = env.reset(), None
+    episode_start = np.ones(env.num_envs, bool)
+    while counts.min() < share:
+        actions, state = actor(obs, state, episode_start)
+        obs, rewards, episode_start, infos = env.step(actions)
+        totals += rewards
+        lengths += 1
+        for row in np.flatnonzero(episode_start):
+            if counts[row] < share:
+                finished.append(_outcome(infos[row], totals[row], lengths[row]))
+                counts[row] += 1
+            totals[row], lengths[row] = 0.0, 0
+    return _result(finished[:n_episodes])
+
+
+def _outcome(info: dict[str, Any], total: float, length: int) -> tuple[float, int, bool | None]:
+    # a Monitor saw the rewards before VecNormalize scaled them
+    episode = info.get("episode", {"r": total, "l": length})
+    success = info.get("is_success")
+    return float(episode["r"]), int(episode["l"]), None if success is None else bool(success)
+
+
+def _result(finished: list[tuple[float, int, bool | None]]) -> EvaluationResult:
+    returns, lengths, successes = zip(*finished, strict=True)
+    told = all(success is not None for success in successes)
+    return EvaluationResult(np.array(returns), np.array(lengths), np.array(successes, bool) if told else None)

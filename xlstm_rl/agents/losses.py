@@ -1,0 +1,120 @@
+"""Advantages and losses of PPO as pure functions on tensors [B, T]."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def gae(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, ended: Tensor, *, gamma: float, lam: float
+) -> Tensor:
+    """Generalised advantage of every step (Schulman et al. 2016, eq. 16).
+
+    Args:
+        reward: [B, T].
+        value: [B, T], value of the observation acted on.
+        next_value: [B, T], value of the observation that step t led to, seen by the memory that saw step t; where an
+            episode was cut by a time limit, that is its final observation.
+        terminated: bool [B, T], the task ended: nothing follows.
+        ended: bool [B, T], terminated or cut by a time limit.
+        gamma: discount factor per step.
+        lam: trade-off between bias (0) and variance (1).
+
+    Returns:
+        Advantage [B, T], in units of reward.
+    """
+    delta = reward + gamma * next_value.masked_fill(terminated, 0.0) - value
+    keep = gamma * lam * (~ended).to(delta.dtype)
+    advantage = torch.empty_like(delta)
+    following = torch.zeros_like(delta[:, 0])
+    for t in range(delta.shape[1] - 1, -1, -1):
+        following = delta[:, t] + keep[:, t] * following
+        advantage[:, t] = following
+    return advantage
+
+
+class AdvantageScale:
+    """Divisor that normalises advantages without blowing noise up to signal.
+
+    Dividing by the standard deviation of one batch makes every batch equally loud. Once a sparse task is solved,
+    nearly all returns are equal, what is left of the advantage is the error of the critic, and stock normalisation
+    turns that noise into full-size policy updates: the policy walks away from the solution. The divisor is
+    therefore kept above `floor` times the root mean square of the standard deviations met so far in training, so it
+    holds for rewards of any unit.
+
+    Args:
+        floor: smallest divisor relative to the scale met so far; 0 is the stock behaviour.
+    """
+
+    def __init__(self, floor: float) -> None:
+        if not 0 <= floor < 1:
+            raise ValueError(f"advantage_floor={floor} must be in [0, 1); 0 is stock PPO, 0.1 the default")
+        self.floor = floor
+        self.mean_square = 0.0
+        self.count = 0
+
+    def normalize(self, advantage: Tensor) -> Tensor:
+        """Count one rollout's advantages [...] in and return them centred and scaled."""
+        std = advantage.std(correction=0).item()
+        self.count += 1
+        self.mean_square += (std**2 - self.mean_square) / self.count
+        divisor: float = max(std, self.floor * self.mean_square**0.5, 1e-8)
+        return (advantage - advantage.mean()) / divisor
+
+
+class PPOLoss(NamedTuple):
+    """The loss to minimise and its parts, all scalars."""
+
+    total: Tensor
+    policy: Tensor
+    value: Tensor
+    entropy: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+
+
+def ppo_loss(
+    *,
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    value: Tensor,
+    old_value: Tensor,
+    target: Tensor,
+    entropy: Tensor | None,
+    weight: Tensor,
+    clip_range: float,
+    clip_range_vf: float | None,
+    ent_coef: float,
+    vf_coef: float,
+) -> PPOLoss:
+    """Clipped surrogate loss of PPO (Schulman et al. 2017, eq. 9) as weighted means over steps.
+
+    Args:
+        log_prob, old_log_prob: [B, T], of the action taken, now and in the rollout.
+        advantage: [B, T], normalised.
+        value, old_value, target: [B, T], in units of return.
+        entropy: [B, T], or None where the distribution has no closed form: estimated by -log_prob.
+        weight: [B, T], 1 for steps that count, 0 for steps that another chunk counts.
+        clip_range: clip of the probability ratio around 1.
+        clip_range_vf: clip of the value around `old_value`, in units of return; None for no clip.
+        ent_coef, vf_coef: weights of the entropy bonus and of the value loss.
+    """
+    weight = weight / weight.sum()
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    policy = -(weight * torch.minimum(advantage * ratio, advantage * clipped)).sum()
+    if clip_range_vf is not None:
+        value = old_value + (value - old_value).clamp(-clip_range_vf, clip_range_vf)
+    value_loss = (weight * (target - value) ** 2).sum()
+    mean_entropy = (weight * (-log_prob if entropy is None else entropy)).sum()
+    total = policy + vf_coef * value_loss - ent_coef * mean_entropy
+    with torch.no_grad():
+        # low-variance estimate of KL(old, new), http://joschu.net/blog/kl-approx.html
+        approx_kl = (weight * (ratio - 1 - log_ratio)).sum()
+        clip_fraction = (weight * ((ratio - 1).abs() > clip_range)).sum()
+    return PPOLoss(total, policy, value_loss, mean_entropy, approx_kl, clip_fraction)

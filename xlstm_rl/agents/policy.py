@@ -1,0 +1,353 @@
+"""The actor-critic policy with a memory core, for `RecurrentPPO` here and for the one of sb3-contrib."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    MlpExtractor,
+    NatureCNN,
+)
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+
+from xlstm_rl.memory import MemoryCore, make_memory, pack, unpack
+
+StatePair = tuple[Tensor, Tensor]
+CriticMemory = Literal["shared", "separate", "none"]
+
+
+class PolicyState(NamedTuple):
+    """Memory state of actor and critic; leaves [n_envs, ...]."""
+
+    actor: Any
+    critic: Any
+    """Empty unless the critic has a memory of its own."""
+
+
+class PackedShape(NamedTuple):
+    """How a packed state presents itself to sb3-contrib: as the (h, c) pair of an LSTM of this size."""
+
+    num_layers: int
+    hidden_size: int
+
+
+class StepResult(NamedTuple):
+    """What the policy does in one step of every environment."""
+
+    actions: Tensor
+    """[n_envs, ...]"""
+    values: Tensor
+    """[n_envs]"""
+    log_prob: Tensor
+    """[n_envs]"""
+    state: PolicyState
+
+
+class Evaluation(NamedTuple):
+    """What the current policy thinks of a sequence of past actions."""
+
+    values: Tensor
+    """[B, T]"""
+    log_prob: Tensor
+    """[B, T]"""
+    entropy: Tensor | None
+    """[B, T], or None where the distribution has no closed form."""
+
+
+class XLSTMPolicy(RecurrentActorCriticPolicy):
+    """Features extractor, memory core, then actor and critic networks.
+
+    Runs under `xlstm_rl.RecurrentPPO` and, unmodified, under `sb3_contrib.RecurrentPPO`, which sees the memory state
+    packed into the (h, c) pair of an LSTM.
+
+    Args:
+        observation_space: any space Stable-Baselines3 supports, Dict included.
+        action_space: Discrete, Box, MultiDiscrete or MultiBinary.
+        lr_schedule: learning rate by remaining progress.
+        net_arch: layers after the memory, as in Stable-Baselines3; by default two of 64 for actor and critic each.
+        activation_fn: of these layers.
+        ortho_init: orthogonal init of extractor and networks; the memory keeps its own.
+        use_sde: state dependent exploration (Box actions).
+        log_std_init: initial log standard deviation (Box actions).
+        full_std: of gSDE, see Stable-Baselines3.
+        use_expln: of gSDE, see Stable-Baselines3.
+        squash_output: of gSDE, see Stable-Baselines3.
+        features_extractor_class: what turns an observation into features.
+        features_extractor_kwargs: for its constructor.
+        share_features_extractor: one for actor and critic, or one each.
+        normalize_images: divide image observations by 255.
+        optimizer_class: of all parameters.
+        optimizer_kwargs: for its constructor; by default Adam's fused form with eps 1e-5.
+        memory: name of the memory core, see `make_memory`.
+        memory_kwargs: its settings, for "xlstm" the fields of `XLSTMConfig`.
+        critic_memory: "shared" (the actor's memory, trained by both losses), "separate" (one of the same settings) or
+            "none" (the critic sees the current features only).
+
+    Raises:
+        ValueError: a setting does not fit; the message names it and the remedy.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Tanh,
+        ortho_init: bool = True,
+        use_sde: bool = False,
+        log_std_init: float = 0.0,
+        full_std: bool = True,
+        use_expln: bool = False,
+        squash_output: bool = False,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        share_features_extractor: bool = True,
+        normalize_images: bool = True,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        memory: str = "xlstm",
+        memory_kwargs: dict[str, Any] | None = None,
+        critic_memory: CriticMemory = "shared",
+    ) -> None:
+        if critic_memory not in ("shared", "separate", "none"):
+            raise ValueError(f"critic_memory={critic_memory!r} must be 'shared', 'separate' or 'none'")
+        if critic_memory == "shared" and not share_features_extractor:
+            raise ValueError("a shared memory needs shared features: set critic_memory='separate' or 'none'")
+        self.memory, self.memory_kwargs, self.critic_memory = memory, dict(memory_kwargs or {}), critic_memory
+        if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
+            optimizer_kwargs = {"eps": 1e-5, "fused": True}
+        # the parent class would build LSTMs
+        ActorCriticPolicy.__init__(
+            self,
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch,
+            activation_fn,
+            ortho_init,
+            use_sde,
+            log_std_init,
+            full_std,
+            use_expln,
+            squash_output,
+            features_extractor_class,
+            features_extractor_kwargs,
+            share_features_extractor,
+            normalize_images,
+            optimizer_class,
+            optimizer_kwargs,
+        )
+        # what sb3-contrib sees of the memory
+        size = max(self.memory_actor.state_size, 0 if self.memory_critic is None else self.memory_critic.state_size)
+        self.lstm_actor = PackedShape(num_layers=1, hidden_size=max(1, math.ceil(size / 2)))  # type: ignore[assignment]
+        self.lstm_hidden_state_shape = (1, 1, self.lstm_actor.hidden_size)
+
+    def _build_mlp_extractor(self) -> None:
+        """Build the memories, whose width the actor and critic networks start from."""
+        self.memory_actor = make_memory(self.memory, self.features_dim, **self.memory_kwargs)
+        self.memory_critic: MemoryCore | None = None
+        self.critic: nn.Module | None = None  # type: ignore[assignment]
+        if self.critic_memory == "separate":
+            self.memory_critic = make_memory(self.memory, self.features_dim, **self.memory_kwargs)
+        elif self.critic_memory == "none":
+            self.critic = nn.Linear(self.features_dim, self.memory_actor.output_size)
+        self.mlp_extractor = MlpExtractor(
+            self.memory_actor.output_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
+        )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        parameters = ActorCriticPolicy._get_constructor_parameters(self)
+        return parameters | {
+            "memory": self.memory,
+            "memory_kwargs": self.memory_kwargs,
+            "critic_memory": self.critic_memory,
+        }
+
+    # The contract of RecurrentPPO here: trees of states, [B, T] sequences.
+
+    def initial_state(self, n_envs: int) -> PolicyState:
+        """The empty memory of `n_envs` environments."""
+        critic = () if self.memory_critic is None else self.memory_critic.initial_state(n_envs)
+        return PolicyState(self.memory_actor.initial_state(n_envs), critic)
+
+    def act(self, obs: Any, state: PolicyState, reset: Tensor, *, deterministic: bool = False) -> StepResult:
+        """Choose actions for one step of every environment.
+
+        Args:
+            obs: [n_envs, ...] or a dict of those.
+            state: memory state before the step.
+            reset: bool [n_envs], true where `obs` is the first of an episode.
+            deterministic: the mode instead of a sample.
+        """
+        latent_pi, latent_vf, state = self._latents(obs, state, reset)
+        values = self.value_net(latent_vf).squeeze(-1)
+        if isinstance(self.action_dist, CategoricalDistribution):
+            actions, log_prob = _sample_categorical(self.action_net(latent_pi), deterministic)
+            return StepResult(actions, values, log_prob, state)
+        distribution = self._get_action_dist_from_latent(latent_pi)
+        actions = distribution.get_actions(deterministic=deterministic)
+        return StepResult(actions, values, distribution.log_prob(actions), state)
+
+    def value(self, obs: Any, state: PolicyState, reset: Tensor) -> Tensor:
+        """Value [n_envs] of observations [n_envs, ...], without acting."""
+        features = BasePolicy.extract_features(self, obs, self.vf_features_extractor)
+        if self.memory_critic is not None:
+            latent, _ = self.memory_critic.step(features, state.critic, reset)
+        elif self.critic is not None:
+            latent = self.critic(features)
+        else:
+            latent, _ = self.memory_actor.step(features, state.actor, reset)
+        return self.value_net(self.mlp_extractor.forward_critic(latent)).squeeze(-1)  # type: ignore[no-any-return]
+
+    def evaluate_sequence(self, obs: Any, actions: Tensor, state: PolicyState, reset: Tensor) -> Evaluation:
+        """Values, log-probabilities and entropies of past actions, whole sequences at once.
+
+        Args:
+            obs: [B, T, ...] or a dict of those.
+            actions: [B, T, ...].
+            state: memory state before the first step, leaves [B, ...].
+            reset: bool [B, T].
+        """
+        latent_pi, latent_vf, _ = self._latents(obs, state, reset)
+        values = self.value_net(latent_vf).view(reset.shape)
+        actions = actions.flatten(0, 1)
+        if isinstance(self.action_dist, CategoricalDistribution):
+            log_probs = F.log_softmax(self.action_net(latent_pi), dim=-1)
+            log_prob = log_probs.gather(-1, actions.view(-1, 1)).view(reset.shape)
+            return Evaluation(values, log_prob, -(log_probs.exp() * log_probs).sum(-1).view(reset.shape))
+        distribution = self._get_action_dist_from_latent(latent_pi)
+        log_prob = distribution.log_prob(_as_float_bits(actions, self.action_space)).view(reset.shape)
+        entropy = distribution.entropy()
+        return Evaluation(values, log_prob, None if entropy is None else entropy.view(reset.shape))
+
+    def advance(self, obs: Any, state: PolicyState, reset: Tensor) -> PolicyState:
+        """Memory state after a sequence: obs [B, T, ...], reset bool [B, T]."""
+        return self._latents(obs, state, reset, heads=False)[2]
+
+    def _latents(
+        self, obs: Any, state: PolicyState, reset: Tensor, *, heads: bool = True
+    ) -> tuple[Tensor, Tensor, PolicyState]:
+        """Inputs of the action and value heads, flat over [B, T], for a step (reset [B]) or a sequence ([B, T])."""
+        sequence = reset.ndim == 2
+        if sequence:
+            obs = {key: part.flatten(0, 1) for key, part in obs.items()} if isinstance(obs, dict) else obs.flatten(0, 1)
+        features = self.extract_features(obs)
+        pi_features, vf_features = (features, features) if self.share_features_extractor else features
+        latent_pi, actor_state = _run(self.memory_actor, pi_features, state.actor, reset)
+        critic_state = state.critic
+        if self.memory_critic is not None:
+            latent_vf, critic_state = _run(self.memory_critic, vf_features, state.critic, reset)
+        else:
+            latent_vf = latent_pi if self.critic is None else self.critic(vf_features)
+        state = PolicyState(actor_state, critic_state)
+        if not heads:
+            return latent_pi, latent_vf, state
+        return self.mlp_extractor.forward_actor(latent_pi), self.mlp_extractor.forward_critic(latent_vf), state
+
+    # The contract of sb3_contrib.RecurrentPPO: (h, c) pairs, flat sequences.
+
+    def _pack(self, state: Any) -> StatePair:
+        """State with leaves [N, ...] -> two tensors [1, N, hidden_size]."""
+        flat = pack(state)
+        flat = F.pad(flat, (0, 2 * self.lstm_actor.hidden_size - flat.shape[1])).unsqueeze(0)
+        return flat[..., : self.lstm_actor.hidden_size], flat[..., self.lstm_actor.hidden_size :]
+
+    def _unpack(self, pair: StatePair, core: MemoryCore) -> Any:
+        flat = torch.cat(pair, dim=-1).squeeze(0)[:, : core.state_size]
+        return unpack(flat, like=core.initial_state(1))
+
+    def _from_pairs(self, pairs: RNNStates) -> PolicyState:
+        critic = () if self.memory_critic is None else self._unpack(pairs.vf, self.memory_critic)
+        return PolicyState(self._unpack(pairs.pi, self.memory_actor), critic)
+
+    def _to_pairs(self, state: PolicyState) -> RNNStates:
+        actor = self._pack(state.actor)
+        # a shared memory must reach predict_values, which is handed the critic's pair
+        return RNNStates(actor, actor if self.memory_critic is None else self._pack(state.critic))
+
+    def forward(  # type: ignore[override]
+        self, obs: Any, lstm_states: RNNStates, episode_starts: Tensor, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, RNNStates]:
+        """One step for sb3-contrib: actions, values [N, 1], log_prob [N], states."""
+        step = self.act(obs, self._from_pairs(lstm_states), episode_starts > 0.5, deterministic=deterministic)
+        actions = step.actions.reshape((-1, *(self.action_space.shape or ())))
+        return actions, step.values.unsqueeze(-1), step.log_prob, self._to_pairs(step.state)
+
+    def get_distribution(  # type: ignore[override]
+        self, obs: Any, lstm_states: StatePair, episode_starts: Tensor
+    ) -> tuple[Distribution, StatePair]:
+        """Action distribution of one step and the actor's next state, as pairs."""
+        features = BasePolicy.extract_features(self, obs, self.pi_features_extractor)
+        state = self._unpack(lstm_states, self.memory_actor)
+        latent, state = self.memory_actor.step(features, state, episode_starts > 0.5)
+        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), self._pack(state)
+
+    def predict_values(self, obs: Any, lstm_states: StatePair, episode_starts: Tensor) -> Tensor:  # type: ignore[override]
+        """Value [N, 1] of observations for sb3-contrib."""
+        state = self._from_pairs(RNNStates(lstm_states, lstm_states))
+        return self.value(obs, state, episode_starts > 0.5).unsqueeze(-1)
+
+    def evaluate_actions(  # type: ignore[override]
+        self, obs: Any, actions: Tensor, lstm_states: RNNStates, episode_starts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values [N, 1], log_prob [N] and entropy [N] of flat, env-major sequences of equal (padded) length."""
+        rows = lstm_states.pi[0].shape[1]
+
+        def sequences(part: Tensor) -> Tensor:
+            return part.reshape(rows, -1, *part.shape[1:])
+
+        obs = {key: sequences(part) for key, part in obs.items()} if isinstance(obs, dict) else sequences(obs)
+        reset = sequences(episode_starts) > 0.5
+        result = self.evaluate_sequence(obs, sequences(actions), self._from_pairs(lstm_states), reset)
+        entropy = None if result.entropy is None else result.entropy.flatten()
+        return result.values.view(-1, 1), result.log_prob.flatten(), entropy
+
+
+class CnnXLSTMPolicy(XLSTMPolicy):
+    """`XLSTMPolicy` for image observations: the features extractor is `NatureCNN` unless given."""
+
+    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any):
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+class MultiInputXLSTMPolicy(XLSTMPolicy):
+    """`XLSTMPolicy` for Dict observations: the features extractor is `CombinedExtractor` unless given."""
+
+    def __init__(
+        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
+    ):
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+def _run(core: MemoryCore, features: Tensor, state: Any, reset: Tensor) -> tuple[Tensor, Any]:
+    """Run a memory on flat features [B * T, F]: one step if reset is [B], a sequence if it is [B, T]."""
+    if reset.ndim == 1:
+        return core.step(features, state, reset)
+    y, state = core(features.unflatten(0, reset.shape), state, reset)
+    return y.flatten(0, 1), state
+
+
+def _sample_categorical(logits: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
+    """Action [N] and its log-probability [N] by the Gumbel-max trick, many times faster than multinomial on CPU."""
+    log_probs = F.log_softmax(logits, dim=-1)
+    noisy = log_probs if deterministic else log_probs - torch.empty_like(log_probs).exponential_().log_()
+    actions = noisy.argmax(dim=-1)
+    return actions, log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def _as_float_bits(actions: Tensor, space: spaces.Space[Any]) -> Tensor:
+    """The Bernoulli distribution wants its bits as floats."""
+    return actions.float() if isinstance(space, spaces.MultiBinary) else actions

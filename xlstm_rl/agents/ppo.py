@@ -1,0 +1,392 @@
+"""Recurrent PPO: the constructor, learn, predict, save and load of sb3-contrib's, trained on dense chunks."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+
+from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, ppo_loss
+from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
+from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, PolicyState, XLSTMPolicy
+from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, minibatches, stack_states
+from xlstm_rl.memory import take
+
+
+class Truncation(NamedTuple):
+    """Episodes cut by a time limit in one step."""
+
+    mask: np.ndarray
+    """bool [n_envs]"""
+    values: np.ndarray
+    """[n_envs], value of the final observation where cut."""
+
+
+class RecurrentPPO(OnPolicyAlgorithm):
+    """Proximal policy optimisation for policies with memory (Schulman et al. 2017, arXiv 1707.06347).
+
+    A drop-in replacement for `sb3_contrib.RecurrentPPO`. The rollout is cut into chunks of `seq_len` steps; a
+    minibatch is a random set of whole chunks, dense, with episode starts inside that the memory honours itself.
+
+    Args:
+        policy: "MlpXLSTMPolicy", "CnnXLSTMPolicy", "MultiInputXLSTMPolicy" (or "MlpLstmPolicy" and so on, for an
+            LSTM), or an `XLSTMPolicy` class.
+        env: environment, vector environment or id.
+        learning_rate: a number, or a function of the remaining progress from 1 to 0.
+        n_steps: steps per environment and rollout.
+        batch_size: environment steps per minibatch, made of whole chunks.
+        n_epochs: passes over a rollout.
+        gamma: discount factor per step.
+        gae_lambda: trade-off between bias and variance of the advantage.
+        clip_range: of the probability ratio; a number or a function of the remaining progress.
+        clip_range_vf: of the value, in units of return; None for no clip.
+        normalize_advantage: centre and scale the advantages of each rollout.
+        ent_coef: weight of the entropy bonus; a number or a function of the remaining progress.
+        vf_coef: weight of the value loss.
+        max_grad_norm: gradients are scaled down to this norm.
+        use_sde: state dependent exploration instead of independent noise (Box actions).
+        sde_sample_freq: steps between new gSDE noise; -1: once a rollout.
+        target_kl: stop the update once the policy moved by 1.5 times this; None for no limit.
+        stats_window_size: episodes over which logged returns are averaged.
+        tensorboard_log: folder of TensorBoard events; None for none.
+        policy_kwargs: for the policy, for example `dict(memory="xlstm", memory_kwargs=dict(blocks="ms"))`.
+        verbose: 0 silent, 1 info, 2 debug.
+        seed: of Python, NumPy, torch and the environment.
+        device: "auto", "cpu", "cuda", ...
+        _init_setup_model: build the networks now.
+        seq_len: steps of a training sequence (how far gradients reach back); None: the whole rollout, but no more
+            than `batch_size`.
+        refresh_state: run the memory anew with the current weights before every epoch but the first, so that chunks
+            start from fresh states and not from those of the rollout.
+        advantage_floor: see `AdvantageScale`; 0 is stock PPO.
+        rollout_buffer_class: a `ChunkedRolloutBuffer` class.
+        rollout_buffer_kwargs: further arguments of its constructor.
+
+    Raises:
+        ValueError: a setting does not fit; the message names it and the remedy.
+    """
+
+    policy: XLSTMPolicy  # type: ignore[assignment]
+    rollout_buffer: ChunkedRolloutBuffer  # type: ignore[assignment]
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpXLSTMPolicy": XLSTMPolicy,
+        "CnnXLSTMPolicy": CnnXLSTMPolicy,
+        "MultiInputXLSTMPolicy": MultiInputXLSTMPolicy,
+        "MlpLstmPolicy": LSTMPolicy,
+        "CnnLstmPolicy": CnnLSTMPolicy,
+        "MultiInputLstmPolicy": MultiInputLSTMPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[XLSTMPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 128,
+        batch_size: int = 128,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.2,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float | Schedule = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        seq_len: int | None = None,
+        refresh_state: bool = False,
+        advantage_floor: float = 0.1,
+        rollout_buffer_class: type[ChunkedRolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,  # type: ignore[arg-type]
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,  # type: ignore[arg-type]
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
+        )
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.seq_len = seq_len
+        self.refresh_state = refresh_state
+        self.advantage_floor = advantage_floor
+        self._advantage_scale = AdvantageScale(advantage_floor)
+        self._last_state: PolicyState | None = None
+        self._check_sizes()
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_sizes(self) -> None:
+        for name in ("n_steps", "batch_size", "n_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seq_len is None:
+            return
+        if not 1 <= self.seq_len <= self.n_steps:
+            raise ValueError(f"seq_len={self.seq_len} must be between 1 and n_steps={self.n_steps}, or None")
+        if self.seq_len > self.batch_size:
+            raise ValueError(
+                f"seq_len={self.seq_len} is more than batch_size={self.batch_size}, and a minibatch is made of whole "
+                "chunks: raise batch_size or lower seq_len"
+            )
+
+    @property
+    def chunk_length(self) -> int:
+        """Steps of a training sequence: `seq_len`, or what stands for None."""
+        return self.seq_len or min(self.n_steps, self.batch_size)
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self._setup_rollout_buffer()
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
+        )
+        if not isinstance(self.policy, XLSTMPolicy):
+            raise ValueError(
+                f"policy {type(self.policy).__name__} has no memory core: use one of {sorted(self.policy_aliases)} "
+                "or a subclass of xlstm_rl.XLSTMPolicy"
+            )
+        self.policy = self.policy.to(self.device)
+        self._last_state = self.policy.initial_state(self.n_envs)
+        for name in ("clip_range", "clip_range_vf"):
+            if getattr(self, name) is not None:
+                setattr(self, name, FloatSchedule(getattr(self, name)))
+
+    def _setup_rollout_buffer(self) -> None:
+        buffer_class: Any = self.rollout_buffer_class or ChunkedRolloutBuffer
+        if not issubclass(buffer_class, ChunkedRolloutBuffer):
+            raise ValueError(f"rollout_buffer_class {buffer_class.__name__} must subclass ChunkedRolloutBuffer")
+        self.rollout_buffer = buffer_class(
+            self.n_steps,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+            seq_len=self.chunk_length,
+            **self.rollout_buffer_kwargs,
+        )
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """Use another environment from the next `learn` on, with as many or other numbers of copies."""
+        super().set_env(env, force_reset)
+        if self.policy is not None and self.rollout_buffer.n_envs != self.n_envs:
+            self._setup_rollout_buffer()
+            self._last_state = self.policy.initial_state(self.n_envs)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        fresh = self._last_obs is None
+        result = super()._setup_learn(*args, **kwargs)
+        if fresh or self._last_state is None:
+            self._last_state = self.policy.initial_state(self.n_envs)
+        return result
+
+    def collect_rollouts(  # type: ignore[override]
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: ChunkedRolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Act for `n_rollout_steps` steps in every environment and fill the buffer.
+
+        Returns:
+            False if the callback stopped training.
+        """
+        assert self._last_obs is not None and self._last_state is not None, "learn() sets the first observation"
+        self.policy.set_training_mode(False)
+        rollout_buffer.reset()
+        if self.use_sde:
+            self.policy.reset_noise(env.num_envs)
+        callback.on_rollout_start()
+        state = self._last_state
+        for n_steps in range(n_rollout_steps):
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                self.policy.reset_noise(env.num_envs)
+            rollout_buffer.add_state(state)
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            with torch.inference_mode():
+                reset = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
+                step = self.policy.act(obs_tensor, state, reset)
+            state, values, log_probs = step.state, step.values.cpu().numpy(), step.log_prob.cpu().numpy()
+            actions = step.actions.cpu().numpy()
+            clipped_actions = self._to_env_actions(actions)
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            self.num_timesteps += env.num_envs
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            self._update_info_buffer(infos, dones)
+            rollout_buffer.add(self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)  # type: ignore[arg-type]
+            truncation = self._truncation(dones, infos, state)
+            rollout_buffer.add_outcome(dones, truncation.mask, truncation.values)
+            self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state  # type: ignore[assignment]
+        with torch.inference_mode():
+            reset = torch.as_tensor(dones, dtype=torch.bool, device=self.device)
+            last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, reset)  # type: ignore[arg-type]
+        rollout_buffer.compute_returns_and_advantage(last_values.cpu().numpy())
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _to_env_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Actions as the environment wants them: in bounds and in its dtype."""
+        space = self.action_space
+        if isinstance(space, spaces.Box):
+            if self.policy.squash_output:
+                return self.policy.unscale_action(actions)
+            return np.clip(actions, space.low, space.high)
+        return actions.astype(space.dtype, copy=False)
+
+    def _truncation(self, dones: np.ndarray, infos: list[dict[str, Any]], state: PolicyState) -> Truncation:
+        """Which episodes a time limit cut in this step, and the value of where they were cut."""
+        cut = np.array([bool(d) and info.get("TimeLimit.truncated", False) for d, info in zip(dones, infos, strict=True)])
+        values = np.zeros(len(dones), np.float32)
+        if cut.any():
+            rows = np.flatnonzero(cut)
+            final = [infos[row]["terminal_observation"] for row in rows]
+            stacked: Any = (
+                {key: np.stack([obs[key] for obs in final]) for key in final[0]}
+                if isinstance(final[0], dict)
+                else np.stack(final)
+            )
+            with torch.inference_mode():
+                # the state that saw the episode, and no reset: the final observation belongs to it
+                seen = take(state, torch.as_tensor(rows, device=self.device))
+                no_reset = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+                values[rows] = self.policy.value(obs_as_tensor(stacked, self.device), seen, no_reset).cpu().numpy()
+        return Truncation(cut, values)
+
+    def train(self) -> None:
+        """Update the policy on the rollout."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        advantages = torch.from_numpy(np.ascontiguousarray(self.rollout_buffer.advantages))
+        if self.normalize_advantage:
+            advantages = self._advantage_scale.normalize(advantages)
+        chunks = self.rollout_buffer.chunks(advantages)
+        parts: list[PPOLoss] = []
+        keep_going = True
+        for epoch in range(self.n_epochs):
+            if self.refresh_state and epoch > 0:
+                chunks = self._refresh(chunks)
+            for batch in minibatches(chunks, self.batch_size):
+                loss = self._loss(batch)
+                parts.append(PPOLoss(*(part.detach() for part in loss)))
+                if self.target_kl is not None and loss.approx_kl > 1.5 * self.target_kl:
+                    keep_going = False
+                    if self.verbose >= 1:
+                        print(f"Early stopping at epoch {epoch}: KL {loss.approx_kl:.3f} over target_kl={self.target_kl}")
+                    break
+                self.policy.optimizer.zero_grad()
+                loss.total.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+                self.policy.optimizer.step()
+            self._n_updates += 1
+            if not keep_going:
+                break
+        self._log(parts)
+
+    def _loss(self, batch: RolloutChunks) -> PPOLoss:
+        progress = self._current_progress_remaining
+        result = self.policy.evaluate_sequence(batch.observations, batch.actions, batch.state, batch.episode_starts)
+        return ppo_loss(
+            log_prob=result.log_prob,
+            old_log_prob=batch.old_log_prob,
+            advantage=batch.advantages,
+            value=result.values,
+            old_value=batch.old_values,
+            target=batch.returns,
+            entropy=result.entropy,
+            weight=batch.weights,
+            clip_range=self.clip_range(progress),  # type: ignore[operator]
+            clip_range_vf=self.clip_range_vf(progress) if self.clip_range_vf is not None else None,  # type: ignore[operator]
+            ent_coef=self.ent_coef(progress) if callable(self.ent_coef) else self.ent_coef,
+            vf_coef=self.vf_coef,
+        )
+
+    @torch.no_grad()
+    def _refresh(self, chunks: RolloutChunks) -> RolloutChunks:
+        """Recompute the states at chunk starts with the current weights, from the rollout's first states on."""
+        buffer = self.rollout_buffer
+        states = [buffer.chunk_states[0]]
+        for index, (start, end) in enumerate(zip(buffer.chunk_starts, buffer.chunk_starts[1:], strict=False)):
+            rows = slice(index * self.n_envs, (index + 1) * self.n_envs)
+            until = end - start
+            chunk = take(chunks, rows)
+            obs = chunk.observations
+            obs = {key: part[:, :until] for key, part in obs.items()} if isinstance(obs, dict) else obs[:, :until]
+            states.append(self.policy.advance(obs, states[-1], chunk.episode_starts[:, :until]))
+        return chunks._replace(state=stack_states(states))
+
+    def _log(self, parts: list[PPOLoss]) -> None:
+        mean = PPOLoss(*(float(torch.stack(part).mean()) for part in zip(*parts, strict=True)))  # type: ignore[arg-type]
+        buffer, record = self.rollout_buffer, self.logger.record
+        record("train/entropy_loss", -mean.entropy)
+        record("train/policy_gradient_loss", mean.policy)
+        record("train/value_loss", mean.value)
+        record("train/approx_kl", mean.approx_kl)
+        record("train/clip_fraction", mean.clip_fraction)
+        record("train/loss", float(parts[-1].total))
+        record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        record("train/advantage_std", float(buffer.advantages.std()))
+        if hasattr(self.policy, "log_std"):
+            record("train/std", torch.exp(self.policy.log_std).mean().item())
+        record("train/n_updates", self._n_updates, exclude="tensorboard")
+        record("train/clip_range", self.clip_range(self._current_progress_remaining))  # type: ignore[operator]
+        if self.clip_range_vf is not None:
+            record("train/clip_range_vf", self.clip_range_vf(self._current_progress_remaining))  # type: ignore[operator]
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "RecurrentPPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> RecurrentPPO:
+        """Train for `total_timesteps` environment steps, rounded up to whole rollouts."""
+        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        return self
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_last_state"]

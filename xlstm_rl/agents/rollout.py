@@ -1,0 +1,212 @@
+"""The rollout buffer: steps of parallel environments, cut into chunks for training sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer
+from torch import Tensor
+
+from xlstm_rl.agents.losses import gae
+from xlstm_rl.memory import map_leaves, take
+
+
+class RolloutChunks(NamedTuple):
+    """Chunks of a rollout: B chunks of L steps each, dense, episode starts inside.
+
+    `take` slices it, memory state and all.
+    """
+
+    observations: Any
+    """[B, L, ...], or a dict of those."""
+    actions: Tensor
+    """[B, L, ...]"""
+    episode_starts: Tensor
+    """bool [B, L]"""
+    old_values: Tensor
+    """[B, L]"""
+    old_log_prob: Tensor
+    """[B, L]"""
+    advantages: Tensor
+    """[B, L]"""
+    returns: Tensor
+    """[B, L]"""
+    weights: Tensor
+    """[B, L], 0 where another chunk counts the step, else 1."""
+    state: Any
+    """Memory state before the first step of every chunk, leaves [B, ...]."""
+
+
+class ChunkedRolloutBuffer(BaseBuffer):
+    """Rollout of [n_steps, n_envs] that keeps the memory state at chunk starts only.
+
+    Chunks start every `seq_len` steps. If `n_steps` is no multiple, the last chunk starts earlier so that it has
+    `seq_len` steps as well; the steps it shares with its neighbour have weight 0 there and serve as run-in.
+
+    Args:
+        buffer_size: steps per environment, n_steps.
+        observation_space: any space Stable-Baselines3 supports.
+        action_space: Discrete, Box, MultiDiscrete or MultiBinary.
+        device: where chunks are put.
+        gae_lambda: of the generalised advantage estimate.
+        gamma: discount factor per step.
+        n_envs: number of environments.
+        seq_len: steps per chunk, at most `buffer_size`.
+    """
+
+    observations: Any
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: torch.device | str = "auto",
+        gae_lambda: float = 1.0,
+        gamma: float = 0.99,
+        n_envs: int = 1,
+        seq_len: int = 128,
+    ) -> None:
+        super().__init__(buffer_size, observation_space, action_space, device, n_envs)
+        self.gae_lambda, self.gamma, self.seq_len = gae_lambda, gamma, seq_len
+        starts = list(range(0, buffer_size - seq_len + 1, seq_len))
+        if starts[-1] + seq_len < buffer_size:
+            starts.append(buffer_size - seq_len)
+        self.chunk_starts = starts
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the rollout."""
+        steps = (self.buffer_size, self.n_envs)
+        space = self.observation_space
+        if isinstance(space, spaces.Dict):
+            self.observations = {
+                key: np.zeros((*steps, *self.obs_shape[key]), part.dtype)  # type: ignore[call-overload,index]
+                for key, part in space.spaces.items()
+            }
+        else:
+            self.observations = np.zeros((*steps, *self.obs_shape), space.dtype)  # type: ignore[misc]
+        action_shape = self.action_space.shape or ()
+        action_dtype = np.float32 if isinstance(self.action_space, spaces.Box) else np.int64
+        self.actions = np.zeros((*steps, *action_shape), action_dtype)
+        self.rewards, self.values, self.next_values, self.log_probs, self.returns, self.advantages = (
+            np.zeros(steps, np.float32) for _ in range(6)
+        )
+        self.episode_starts, self.terminated, self.ended = (np.zeros(steps, bool) for _ in range(3))
+        self.chunk_states: list[Any] = []
+        super().reset()
+
+    def add_state(self, state: Any) -> None:
+        """Note the memory state (leaves [n_envs, ...]) before the next step; kept if a chunk starts there."""
+        if self.pos in self.chunk_starts:
+            self.chunk_states.append(state)
+
+    def add(  # type: ignore[override]
+        self,
+        obs: Any,
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: np.ndarray,
+        log_prob: np.ndarray,
+    ) -> None:
+        """Append one step of every environment: arrays [n_envs, ...]."""
+        t = self.pos
+        if isinstance(self.observations, dict):
+            for key, store in self.observations.items():
+                store[t] = np.asarray(obs[key]).reshape(store[t].shape)
+        else:
+            self.observations[t] = np.asarray(obs).reshape(self.observations[t].shape)
+        self.actions[t] = action.reshape(self.actions[t].shape)
+        self.rewards[t], self.episode_starts[t] = reward, episode_start
+        self.values[t], self.log_probs[t] = value, log_prob
+        if t > 0:
+            running = ~self.ended[t - 1]
+            self.next_values[t - 1][running] = value[running]
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def add_outcome(self, dones: np.ndarray, truncated: np.ndarray, final_values: np.ndarray) -> None:
+        """Say how the step just added ended.
+
+        Args:
+            dones: bool [n_envs], the episode ended.
+            truncated: bool [n_envs], it ended by a time limit.
+            final_values: [n_envs], value of the final observation where truncated, else anything.
+        """
+        t = self.pos - 1
+        self.ended[t] = dones
+        self.terminated[t] = dones & ~truncated
+        self.next_values[t][truncated] = final_values[truncated]
+
+    def compute_returns_and_advantage(self, last_values: np.ndarray) -> None:
+        """Fill `advantages` and `returns` (TD(lambda) targets).
+
+        Args:
+            last_values: [n_envs], value of the observation after the last step, used where no episode ended there.
+        """
+        running = ~self.ended[-1]
+        self.next_values[-1][running] = last_values[running]
+        arrays = (self.rewards, self.values, self.next_values, self.terminated, self.ended)
+        advantage = gae(*(torch.from_numpy(array.T) for array in arrays), gamma=self.gamma, lam=self.gae_lambda)
+        self.advantages = advantage.numpy().T
+        self.returns = self.advantages + self.values
+
+    def chunks(self, advantages: Tensor) -> RolloutChunks:
+        """The whole rollout as chunks, B = n_envs * number of chunk starts, ordered by start, then environment.
+
+        Args:
+            advantages: [n_steps, n_envs], as the policy loss should see them.
+        """
+        weight = np.ones((self.buffer_size, self.n_envs), np.float32)
+        weights = self._cut(weight)
+        overlap = self.chunk_starts[-1] % self.seq_len
+        if overlap:
+            weights[-self.n_envs :, : self.seq_len - overlap] = 0.0
+        observations = self.observations
+        return RolloutChunks(
+            observations=map_leaves_numpy(self._cut, observations),
+            actions=self._cut(self.actions),
+            episode_starts=self._cut(self.episode_starts),
+            old_values=self._cut(self.values),
+            old_log_prob=self._cut(self.log_probs),
+            advantages=self._cut(advantages.numpy()),
+            returns=self._cut(self.returns),
+            weights=weights,
+            state=stack_states(self.chunk_states),
+        )
+
+    def _cut(self, array: np.ndarray) -> Tensor:
+        """[n_steps, n_envs, ...] -> [B, seq_len, ...] on the device."""
+        pieces = [array[start : start + self.seq_len].swapaxes(0, 1) for start in self.chunk_starts]
+        return torch.as_tensor(np.concatenate(pieces), device=self.device)
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        raise TypeError("a chunked rollout has no single samples; use chunks() and minibatches()")
+
+
+def map_leaves_numpy(function: Callable[[np.ndarray], Tensor], tree: Any) -> Any:
+    """Apply `function` to an array or to every array of a dict."""
+    return {key: function(value) for key, value in tree.items()} if isinstance(tree, dict) else function(tree)
+
+
+def stack_states(states: list[Any]) -> Any:
+    """Concatenate states along their rows."""
+    return map_leaves(lambda *parts: torch.cat(parts), *states)
+
+
+def minibatches(chunks: RolloutChunks, batch_size: int) -> Iterator[RolloutChunks]:
+    """Yield the chunks in random order, in minibatches of about `batch_size` steps and of nearly equal size.
+
+    Args:
+        chunks: all chunks of a rollout.
+        batch_size: steps per minibatch; at least one chunk is taken, and no minibatch is a small remainder.
+    """
+    total, length = chunks.weights.shape
+    number = max(1, round(total * length / batch_size))
+    for rows in torch.randperm(total).tensor_split(min(number, total)):
+        yield take(chunks, rows.to(chunks.weights.device))

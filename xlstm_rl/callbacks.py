@@ -1,0 +1,163 @@
+"""Callbacks of a training run: recording, evaluation, checkpoints and the wish to stop."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from xlstm_rl.report import LiveView, Returns, Row
+
+# Episodes that the live view averages over, as SB3's own log does.
+RECENT = 100
+REDRAW_SECONDS = 0.25
+
+
+class _Episode(NamedTuple):
+    total: float
+    success: float | None
+
+
+class StopOnRequest(BaseCallback):
+    """Ends training at the next step once `requested` says so."""
+
+    def __init__(self, requested: Callable[[], bool]) -> None:
+        super().__init__()
+        self._requested = requested
+
+    def _on_step(self) -> bool:
+        return not self._requested()
+
+
+class EpisodeRecorder(BaseCallback):
+    """Writes a row per rollout with its episodes and keeps the live view up to date.
+
+    Args:
+        returns: takes the rows.
+        view: shows the last episodes.
+        success_return: an episode succeeds from this return on where the task does not say; None: unknown.
+    """
+
+    def __init__(self, returns: Returns, view: LiveView, success_return: float | None) -> None:
+        super().__init__()
+        self._returns, self._view, self._success_return = returns, view, success_return
+        self._fresh: list[_Episode] = []
+        self._recent: deque[_Episode] = deque(maxlen=RECENT)
+        self._started = self._drawn = time.monotonic()
+
+    def _on_step(self) -> bool:
+        ended = [self._read(info) for info in self.locals["infos"] if "episode" in info]
+        self._fresh += ended
+        self._recent += ended
+        if time.monotonic() - self._drawn > REDRAW_SECONDS:
+            self._draw()
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self._fresh:
+            mean_return, success = _means(self._fresh)
+            seconds = round(time.monotonic() - self._started, 2)
+            self._returns.add(Row("train", self.num_timesteps, seconds, len(self._fresh), mean_return, success))
+            self._fresh = []
+
+    def _on_training_end(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        self._drawn = time.monotonic()
+        mean_return, success = _means(self._recent) if self._recent else (None, None)
+        self._view.update(self.num_timesteps, mean_return, success)
+
+    def _read(self, info: dict[str, Any]) -> _Episode:
+        total = float(info["episode"]["r"])
+        if "is_success" in info:
+            return _Episode(total, float(info["is_success"]))
+        return _Episode(total, None if self._success_return is None else float(total >= self._success_return))
+
+
+class Periodic(BaseCallback):
+    """Calls `_act` once per `every_steps` environment steps, between an update and the next rollout.
+
+    Args:
+        every_steps: None for never.
+    """
+
+    def __init__(self, every_steps: int | None) -> None:
+        super().__init__()
+        self._every_steps = every_steps
+        self._next = every_steps or 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self._act_if_due()
+
+    def _on_training_end(self) -> None:
+        self._act_if_due()
+
+    def _act_if_due(self) -> None:
+        if self._every_steps is not None and self.num_timesteps >= self._next:
+            self._next = (self.num_timesteps // self._every_steps + 1) * self._every_steps
+            self._act()
+
+    def _act(self) -> None:
+        raise NotImplementedError
+
+
+class PeriodicCheckpoint(Periodic):
+    """Saves the model now and then.
+
+    Args:
+        every_steps: environment steps between checkpoints, None for none.
+        save: called with the model.
+    """
+
+    def __init__(self, every_steps: int | None, save: Callable[[Any], object]) -> None:
+        super().__init__(every_steps)
+        self._save = save
+
+    def _act(self) -> None:
+        self._save(self.model)
+
+
+class PeriodicEvaluation(Periodic):
+    """Evaluates now and then; results go to the returns, the live view and the logger as `eval/...`.
+
+    Args:
+        every_steps: environment steps between evaluations, None for none.
+        evaluate: called with the model; gives mean return, success and number of episodes.
+        returns: takes a row each.
+        view: gets a line each.
+    """
+
+    def __init__(
+        self,
+        every_steps: int | None,
+        evaluate: Callable[[Any], tuple[float, float | None, int]],
+        returns: Returns,
+        view: LiveView,
+    ) -> None:
+        super().__init__(every_steps)
+        self._evaluate, self._returns, self._view = evaluate, returns, view
+        self._started = time.monotonic()
+
+    def _act(self) -> None:
+        mean_return, success, episodes = self._evaluate(self.model)
+        seconds = round(time.monotonic() - self._started, 2)
+        self._returns.add(Row("eval", self.num_timesteps, seconds, episodes, mean_return, success))
+        self.logger.record("eval/mean_reward", mean_return)
+        if success is not None:
+            self.logger.record("eval/success_rate", success)
+        self.logger.dump(self.num_timesteps)
+        shown = "" if success is None else f", success {success:.2f}"
+        self._view.say(f"{self.num_timesteps:>9,} steps  evaluation: return {mean_return:.2f}{shown}")
+
+
+def _means(episodes: Sequence[_Episode] | deque[_Episode]) -> tuple[float, float | None]:
+    known = [episode.success for episode in episodes if episode.success is not None]
+    mean_return = sum(episode.total for episode in episodes) / len(episodes)
+    return mean_return, sum(known) / len(known) if known else None

@@ -1,0 +1,130 @@
+"""The command `xlstm-rl`: train, evaluate, list."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from xlstm_rl._version import __version__
+from xlstm_rl.configs import ConfigError, load, preset_names
+from xlstm_rl.run_folder import new_run_path
+
+# What a shell reports for a program that a signal ended, less the signal's number.
+SIGNAL_EXIT = 128
+INTERRUPTED = SIGNAL_EXIT + 2
+USAGE_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: None takes those of the process.
+
+    Returns:
+        The exit code: 0, 2 for a wrong configuration, 128 plus the signal after an interruption.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except ConfigError as error:
+        print(f"xlstm-rl: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("xlstm-rl: interrupted; what was saved until now is kept", file=sys.stderr)
+        return INTERRUPTED
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="xlstm-rl", description="Reinforcement-learning agents with an xLSTM memory.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train an agent and evaluate it", description="Train an agent.")
+    train.add_argument("name", metavar="PRESET_OR_ENV_ID", help="a preset, a .yaml file or any gymnasium id")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as memory.hidden_size=128 seed=3")
+    train.add_argument("--run-dir", type=Path, help="a folder that does not exist yet; default runs/NAME-TIME")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="evaluate a run", description="Evaluate the last model of a run.")
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    evaluate.add_argument("--episodes", type=_positive, help="default: as configured")
+    evaluate.add_argument("--seed", type=_natural, help="of the episodes")
+    evaluate.set_defaults(run=_evaluate)
+
+    listing = commands.add_parser("list", help="presets, environments, memories", description="What there is.")
+    listing.set_defaults(run=_list)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load(options.name, options.overrides)
+    # Loaded only now, so that mistakes in the arguments are told at once.
+    from xlstm_rl.training import train
+
+    run_dir = options.run_dir or new_run_path(Path(options.name).name.removesuffix(".yaml"))
+    result = train(config, run_dir, console=Console())
+    return 0 if result.interrupted_by is None else SIGNAL_EXIT + result.interrupted_by
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from xlstm_rl.report import score_table
+    from xlstm_rl.training import evaluate_run
+
+    scores = evaluate_run(options.run_dir, n_episodes=options.episodes, seed=options.seed)
+    Console().print(score_table(scores, str(options.run_dir)))
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    import gymnasium
+
+    from xlstm_rl.envs import task_facts
+    from xlstm_rl.memory import memory_names
+
+    console = Console()
+    presets = _table("presets", "name", "memory", "steps", "task")
+    for name in preset_names():
+        config = load(name)
+        memory = " ".join(str(word) for word in (config.memory.name, config.memory.settings.get("blocks", "")))
+        presets.add_row(name, memory.strip(), f"{config.total_steps:,}", config.description)
+    envs = _table("environments", "id", "horizon", "optimum", "best without memory")
+    for env_id in sorted(key for key in gymnasium.registry if key.startswith("xlstm_rl/")):
+        env = gymnasium.make(env_id)
+        facts = task_facts(env)
+        env.close()
+        envs.add_row(env_id, *(("-",) * 3 if facts is None else (f"{value:.4g}" for value in facts)))
+    console.print(presets, envs, sep="\n")
+    console.print(f"memories: {', '.join(memory_names())}", highlight=False)
+    return 0
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} must not be negative")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

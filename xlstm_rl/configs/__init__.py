@@ -1,0 +1,28 @@
+"""Typed configuration of a training run, its presets and the one loader."""
+
+from xlstm_rl.configs.errors import ConfigError
+from xlstm_rl.configs.loading import dump, load, load_file, preset_names
+from xlstm_rl.configs.schema import (
+    CheckpointConfig,
+    EnvConfig,
+    EvalConfig,
+    MemoryConfig,
+    PolicyConfig,
+    PPOConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "EnvConfig",
+    "EvalConfig",
+    "MemoryConfig",
+    "PPOConfig",
+    "PolicyConfig",
+    "TrainConfig",
+    "dump",
+    "load",
+    "load_file",
+    "preset_names",
+]

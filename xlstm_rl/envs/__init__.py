@@ -1,0 +1,28 @@
+"""Partially observable tasks that need memory, registered with gymnasium as `xlstm_rl/<Name>-v0`."""
+
+from xlstm_rl.envs.hide_velocity import HideVelocity
+from xlstm_rl.envs.key_value_recall import KeyValueRecall
+from xlstm_rl.envs.parity import Parity
+from xlstm_rl.envs.registration import register_envs
+from xlstm_rl.envs.repeat_first import RepeatFirst, cue_recall
+from xlstm_rl.envs.repeat_previous import RepeatPrevious
+from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.t_maze import TMaze
+from xlstm_rl.envs.task_facts import TaskFacts, task_facts
+
+__all__ = [
+    "HideVelocity",
+    "KeyValueRecall",
+    "Parity",
+    "RepeatFirst",
+    "RepeatPrevious",
+    "Stream",
+    "SymbolStreamEnv",
+    "TMaze",
+    "TaskFacts",
+    "cue_recall",
+    "register_envs",
+    "task_facts",
+]
+
+register_envs()

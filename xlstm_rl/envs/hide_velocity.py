@@ -1,0 +1,95 @@
+"""Classic control with the velocities taken out of the observation."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.task_facts import TaskFacts
+
+
+class Velocities(NamedTuple):
+    """Where an environment keeps its velocities and, if measured, what is known about the task without them."""
+
+    indices: tuple[int, ...]
+    facts: TaskFacts | None = None
+
+
+# Keyed by the class name of the environment, so that LunarLander needs no Box2D here.
+KNOWN_VELOCITIES = {
+    "CartPoleEnv": Velocities((1, 3), TaskFacts(500, 500.0, 50.0)),
+    "PendulumEnv": Velocities((2,), TaskFacts(200, -150.0, -1035.0)),
+    "AcrobotEnv": Velocities((4, 5), TaskFacts(500, -70.0, -120.0)),
+    "MountainCarEnv": Velocities((1,)),
+    "Continuous_MountainCarEnv": Velocities((1,)),
+    "LunarLander": Velocities((2, 3, 5)),
+}
+
+
+class HideVelocity(
+    gym.ObservationWrapper[NDArray[np.floating[Any]], Any, NDArray[np.floating[Any]]], gym.utils.RecordConstructorArgs
+):
+    """Drops the velocities from a flat Box observation; what is left keeps its order, bounds and dtype.
+
+    Knows CartPole, Pendulum, Acrobot, MountainCar (both) and LunarLander. For any other environment give `indices`.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], indices: Sequence[int] | None = None) -> None:
+        """Wrap `env`.
+
+        Args:
+            env: Environment whose observation space is a Box of one dimension.
+            indices: Positions of the observation to hide; None for the velocities of a known environment.
+
+        Raises:
+            TypeError: The observation space is not a Box of one dimension.
+            ValueError: The environment is unknown and no `indices` are given, or they do not fit the observation.
+        """
+        gym.utils.RecordConstructorArgs.__init__(self, indices=indices)
+        super().__init__(env)
+        space = env.observation_space
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise TypeError(f"HideVelocity needs a Box observation of one dimension, got {space}")
+        size = space.shape[0]
+        known = _known_velocities(env) if indices is None else None
+        hidden = {
+            whole_number("each of indices", index, at_least=0, at_most=size - 1)
+            for index in (known.indices if known is not None else indices or ())
+        }
+        if not 0 < len(hidden) < size:
+            raise ValueError(f"indices must hide some but not all of {size} entries, got {indices}")
+        self._kept = np.array([index for index in range(size) if index not in hidden])
+        self._known_facts = known.facts if known is not None else None
+        self.observation_space = gym.spaces.Box(space.low[self._kept], space.high[self._kept], dtype=space.dtype.type)
+
+    @property
+    def facts(self) -> TaskFacts | None:
+        """What is known about the task; None where it was never measured, e.g. under another step limit.
+
+        Estimates all, but for CartPole's optimum of 500, the step limit. The optima of Pendulum (-150) and Acrobot (-70)
+        are what the best agents of RL Baselines3 Zoo reach with velocities in sight. The memoryless returns (CartPole 50,
+        Pendulum -1035, Acrobot MEMORYLESS) are the best of several restarts of the cross-entropy method over stochastic policies
+        with 16 tanh units, each verified on 2000 episodes; a search bounds the true ceiling from below only.
+        """
+        spec = self.env.spec
+        if self._known_facts is None or spec is None or spec.max_episode_steps != self._known_facts.horizon:
+            return None
+        return self._known_facts
+
+    def observation(self, observation: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        """The entries that are not hidden, as a new array."""
+        shown: NDArray[np.floating[Any]] = observation[self._kept]
+        return shown
+
+
+def _known_velocities(env: gym.Env[Any, Any]) -> Velocities:
+    for cls in type(env.unwrapped).__mro__:
+        if cls.__name__ in KNOWN_VELOCITIES:
+            return KNOWN_VELOCITIES[cls.__name__]
+    raise ValueError(
+        f"HideVelocity does not know where {type(env.unwrapped).__name__} keeps its velocities; "
+        f"it knows {', '.join(KNOWN_VELOCITIES)}; for others say which entries to hide, e.g. indices=(1, 3)"
+    )

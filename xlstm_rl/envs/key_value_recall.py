@@ -1,0 +1,54 @@
+"""Associative recall: say the value that was shown with a key."""
+
+import numpy as np
+
+from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+
+
+class KeyValueRecall(SymbolStreamEnv):
+    """Pairs of key and value come one per step; then every key is shown alone, in random order, and its value is asked.
+
+    Ability: capacity and recall by content (multi-query associative recall, Arora et al. 2023).
+
+    Observation: Box [num_keys + num_values + 1], the one-hot key, the one-hot value (zeros in questions), then a flag
+    that is 1 in questions. The keys of an episode differ; values are independent and uniform, so keys may share one and
+    no answer tells about another.
+    Actions: Discrete(num_values), the value to say; ignored while pairs are shown.
+    Reward: 1 / num_pairs for a right answer, so the return is the hit rate.
+    Horizon: 2 * num_pairs steps, then terminated. `info["is_success"]`: every answer was right.
+    Optimal return: 1. Memoryless return: 1 / num_values, because a key is independent of its value.
+    """
+
+    def __init__(
+        self, num_pairs: int = 8, num_values: int = 4, num_keys: int | None = None, *, render_mode: str | None = None
+    ) -> None:
+        """Set the size of the task.
+
+        Args:
+            num_pairs: Pairs to keep, at least 1.
+            num_values: Different values, at least 2.
+            num_keys: Different keys that pairs are made of, at least `num_pairs`; None for just as many.
+            render_mode: None, "ansi" or "rgb_array".
+        """
+        self._num_pairs = whole_number("num_pairs", num_pairs, at_least=1)
+        self._num_values = whole_number("num_values", num_values, at_least=2)
+        self._num_keys = (
+            self._num_pairs if num_keys is None else whole_number("num_keys", num_keys, at_least=self._num_pairs)
+        )
+        super().__init__(
+            {"key": self._num_keys, "value": self._num_values},
+            length=2 * self._num_pairs,
+            num_asked=self._num_pairs,
+            num_answers=self._num_values,
+            render_mode=render_mode,
+        )
+        self._no_values = np.full(self._num_pairs, self._num_values)
+
+    def _draw(self) -> Stream:
+        keys = self.np_random.permutation(self._num_keys)[: self._num_pairs]
+        values = self.np_random.integers(self._num_values, size=self._num_pairs)
+        order = self.np_random.permutation(self._num_pairs)
+        shown_keys = np.concatenate([keys, keys[order]])
+        shown_values = np.concatenate([values, self._no_values])
+        return Stream((shown_keys, shown_values), values[order])

@@ -1,0 +1,33 @@
+"""State tracking: say at every step the parity of the bits seen so far."""
+
+from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+
+
+class Parity(SymbolStreamEnv):
+    """Bits come one per step; from the second step on the agent says whether the number of ones so far is odd.
+
+    Ability: track a state with a nonlinear recurrence; linear memories cannot.
+
+    Observation: Box [3], the one-hot bit (zero, one), independent and uniform, then a flag that is 0 at the first step,
+    whose answer would be on the screen.
+    Actions: Discrete(2), 1 for odd; ignored at the first step.
+    Reward: 1 / (length - 1) for a right answer, so the return is the hit rate.
+    Horizon: `length` steps, then terminated. `info["is_success"]`: every answer was right.
+    Optimal return: 1. Memoryless return: 0.5, because the parity of the earlier bits is uniform and independent of the
+    current bit.
+    """
+
+    def __init__(self, length: int = 8, *, render_mode: str | None = None) -> None:
+        """Set the size of the task.
+
+        Args:
+            length: Bits of an episode, at least 2.
+            render_mode: None, "ansi" or "rgb_array".
+        """
+        length = whole_number("length", length, at_least=2)
+        super().__init__({"bit": 2}, length=length, num_asked=length - 1, num_answers=2, render_mode=render_mode)
+
+    def _draw(self) -> Stream:
+        bits = self.np_random.integers(2, size=self._length)
+        return Stream((bits,), (bits.cumsum() % 2)[1:])

@@ -1,0 +1,79 @@
+"""Checks of the arguments of the kernels, cheap enough to make on every call."""
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState
+
+_FLOATS = (torch.float32, torch.float64)
+_FORGET_ACTIVATIONS = get_args(ForgetActivation)
+
+
+def check_mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    state: MLSTMState | None,
+    reset: Tensor | None,
+    forget_activation: str,
+) -> None:
+    """Raise ValueError or TypeError unless the arguments of `mlstm_sequence` fit together."""
+    if q.ndim != 4 or 0 in q.shape[2:]:
+        raise ValueError(f"q has shape {tuple(q.shape)}; allowed is [B, T, H, K] with H and K at least 1")
+    if v.ndim != 4:
+        raise ValueError(f"v has shape {tuple(v.shape)}; allowed is [B, T, H, V]")
+    B, T, H, K = q.shape
+    V = v.shape[3]
+    _check_tensor("k", k, (B, T, H, K), q)
+    _check_tensor("v", v, (B, T, H, V), q)
+    _check_tensor("input_gate", input_gate, (B, T, H), q)
+    _check_tensor("forget_gate", forget_gate, (B, T, H), q)
+    if state is not None:
+        _check_tensor("state.cell", state.cell, (B, H, K, V), q)
+        _check_tensor("state.normalizer", state.normalizer, (B, H, K), q)
+        _check_tensor("state.stabilizer", state.stabilizer, (B, H), q)
+    _check_common("q", q, reset, B, T, forget_activation)
+
+
+def check_slstm(
+    gates: Tensor, recurrent: Tensor, state: SLSTMState | None, reset: Tensor | None, forget_activation: str
+) -> None:
+    """Raise ValueError or TypeError unless the arguments of `slstm_sequence` fit together."""
+    if gates.ndim != 5 or gates.shape[2] != 4 or 0 in gates.shape[3:]:
+        raise ValueError(f"gates has shape {tuple(gates.shape)}; allowed is [B, T, 4, H, D] with H and D at least 1")
+    B, T, _, H, D = gates.shape
+    _check_tensor("recurrent", recurrent, (4, H, D, D), gates)
+    if state is not None:
+        _check_tensor("state.cell", state.cell, (B, H, D), gates)
+        _check_tensor("state.normalizer", state.normalizer, (B, H, D), gates)
+        _check_tensor("state.hidden", state.hidden, (B, H, D), gates)
+        _check_tensor("state.stabilizer", state.stabilizer, (B, H, D), gates)
+    _check_common("gates", gates, reset, B, T, forget_activation)
+
+
+def check_reset(reset: Tensor, B: int, T: int) -> None:
+    """Raise unless reset is bool [B, T]."""
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset has dtype {reset.dtype}; allowed is torch.bool")
+    if reset.shape != (B, T):
+        raise ValueError(f"reset has shape {tuple(reset.shape)}; allowed is {(B, T)}")
+
+
+def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; allowed is {shape}")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {x.dtype}; allowed is the dtype of the other arguments, {like.dtype}")
+
+
+def _check_common(name: str, x: Tensor, reset: Tensor | None, B: int, T: int, forget_activation: str) -> None:
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} has dtype {x.dtype}; allowed are torch.float32 and torch.float64")
+    if reset is not None:
+        check_reset(reset, B, T)
+    if forget_activation not in _FORGET_ACTIVATIONS:
+        raise ValueError(f"forget_activation is {forget_activation!r}; allowed is one of {_FORGET_ACTIVATIONS}")

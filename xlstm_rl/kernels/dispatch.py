@@ -1,0 +1,201 @@
+"""The one door to the kernels: a name per operation, and behind it the backends that can compute it."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from xlstm_rl.kernels.checks import check_mlstm, check_slstm
+from xlstm_rl.kernels.mlstm_chunkwise import mlstm_chunkwise
+from xlstm_rl.kernels.mlstm_reference import mlstm_recurrence
+from xlstm_rl.kernels.slstm_reference import slstm_recurrence
+from xlstm_rl.kernels.slstm_scan import slstm_scan
+from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState
+
+
+def mlstm_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    state: MLSTMState | None = None,
+    reset: Tensor | None = None,
+    *,
+    forget_activation: ForgetActivation = "sigmoid",
+    backend: str = "auto",
+) -> tuple[Tensor, MLSTMState]:
+    """Run a matrix-memory LSTM over a sequence (Beck et al. 2024, eq. 19-27).
+
+    Keys are scaled by 1 / sqrt(K) here. The output is `C q / max(|n . q|, exp(-min(m, 60)))` with
+    `m = max(log f + m, i, 0)`, without output gate or norm.
+
+    Args:
+        q: [B, T, H, K], float32 or float64 like all the others; T may be zero or one.
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        input_gate: [B, T, H], before its exponential activation.
+        forget_gate: [B, T, H], before activation.
+        state: memory before the first step; None or zeros is the empty memory.
+        reset: [B, T] bool or None, true where the memory of a row is emptied before the step.
+        forget_activation: what turns the forget gate into a factor.
+        backend: "auto", or one of `backends()`, which then never falls back.
+
+    Returns:
+        Hidden [B, T, H, V] and the state after the last step. All but the stabilizers and `reset` carry gradients.
+
+    Raises:
+        ValueError: if shapes do not fit together, or the backend is unknown or cannot run here.
+        TypeError: if a dtype is not allowed.
+    """
+    check_mlstm(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
+    run = _choose(backend, q).mlstm
+    return run(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
+
+
+def slstm_sequence(
+    gates: Tensor,
+    recurrent: Tensor,
+    state: SLSTMState | None = None,
+    reset: Tensor | None = None,
+    *,
+    forget_activation: ForgetActivation = "sigmoid",
+    backend: str = "auto",
+) -> tuple[Tensor, SLSTMState]:
+    """Run a scalar-memory LSTM with memory mixing over a sequence (Beck et al. 2024, eq. 8-18).
+
+    Gate `a` of step t sees `gates[:, t, a] + recurrent[a] @ hidden[:, t - 1]`, head by head.
+
+    Args:
+        gates: [B, T, 4, H, D], float32 or float64, pre-activations of i, f, z, o with bias; T may be zero or one.
+        recurrent: [4, H, D, D], recurrent weights as (out, in), the same dtype.
+        state: memory before the first step; None or zeros is the empty memory.
+        reset: [B, T] bool or None, true where the memory of a row is emptied before the step.
+        forget_activation: what turns the forget gate into a factor.
+        backend: "auto", or one of `backends()`, which then never falls back.
+
+    Returns:
+        Hidden [B, T, H, D] and the state after the last step. All but the stabilizers and `reset` carry gradients.
+
+    Raises:
+        ValueError: if shapes do not fit together, or the backend is unknown or cannot run here.
+        TypeError: if a dtype is not allowed.
+    """
+    check_slstm(gates, recurrent, state, reset, forget_activation)
+    run = _choose(backend, gates).slstm
+    return run(gates, recurrent, state, reset, forget_activation)
+
+
+class MLSTMKernel(Protocol):
+    """An mLSTM behind `mlstm_sequence`; the arguments arrive checked."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        input_gate: Tensor,
+        forget_gate: Tensor,
+        state: MLSTMState | None,
+        reset: Tensor | None,
+        forget_activation: ForgetActivation,
+        /,
+    ) -> tuple[Tensor, MLSTMState]:
+        """Arguments and results as `mlstm_sequence`."""
+
+
+class SLSTMKernel(Protocol):
+    """An sLSTM behind `slstm_sequence`; the arguments arrive checked."""
+
+    def __call__(
+        self,
+        gates: Tensor,
+        recurrent: Tensor,
+        state: SLSTMState | None,
+        reset: Tensor | None,
+        forget_activation: ForgetActivation,
+        /,
+    ) -> tuple[Tensor, SLSTMState]:
+        """Arguments and results as `slstm_sequence`."""
+
+
+class WhyNot(Protocol):
+    """Tells whether a backend can compute with a tensor."""
+
+    def __call__(self, tensor: Tensor, /) -> str | None:
+        """None, or the reason why it cannot."""
+
+
+class Backend(NamedTuple):
+    """One way to compute all the operations.
+
+    Attributes:
+        mlstm: behind `mlstm_sequence`.
+        slstm: behind `slstm_sequence`.
+        why_not: None or a reason, asked on every call with q or gates: it must be quick.
+    """
+
+    mlstm: MLSTMKernel
+    slstm: SLSTMKernel
+    why_not: WhyNot
+
+
+class BackendInfo(NamedTuple):
+    """Which backend computes on a device.
+
+    Attributes:
+        in_use: name of the one that "auto" takes for float32.
+        unusable: reason by name of those that cannot run there.
+    """
+
+    in_use: str
+    unusable: dict[str, str]
+
+
+def _runs_everywhere(tensor: Tensor, /) -> None:
+    return None
+
+
+# "auto" takes the first that can run; the reference comes last and is there to be compared with.
+_BACKENDS: dict[str, Backend] = {
+    "torch": Backend(mlstm_chunkwise, slstm_scan, _runs_everywhere),
+    "reference": Backend(mlstm_recurrence, slstm_recurrence, _runs_everywhere),
+}
+
+
+def backends() -> tuple[str, ...]:
+    """Names of all backends, in the order in which "auto" tries them."""
+    return tuple(_BACKENDS)
+
+
+def why_not(backend: str, tensor: Tensor) -> str | None:
+    """Why a backend cannot compute with tensors like this one (q or gates), or None if it can.
+
+    Raises:
+        ValueError: if there is no backend of that name.
+    """
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; allowed is 'auto' or one of {backends()}")
+    return _BACKENDS[backend].why_not(tensor)
+
+
+def backend_info() -> dict[str, BackendInfo]:
+    """Backend in use by device type, for the devices of this machine."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {device: _info(torch.empty(1, 1, 1, 16, device=device)) for device in devices}
+
+
+def _info(tensor: Tensor) -> BackendInfo:
+    reasons = {name: backend.why_not(tensor) for name, backend in _BACKENDS.items()}
+    in_use = next(name for name, reason in reasons.items() if reason is None)
+    return BackendInfo(in_use, {name: reason for name, reason in reasons.items() if reason is not None})
+
+
+def _choose(name: str, tensor: Tensor) -> Backend:
+    if name == "auto":
+        return next(backend for backend in _BACKENDS.values() if backend.why_not(tensor) is None)
+    reason = why_not(name, tensor)
+    if reason is not None:
+        usable = tuple(other for other, backend in _BACKENDS.items() if backend.why_not(tensor) is None)
+        raise ValueError(f"backend {name!r} cannot run here: {reason}; use backend='auto' or one of {usable}")
+    return _BACKENDS[name]

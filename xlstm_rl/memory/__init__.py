@@ -1,0 +1,33 @@
+"""Memory cores: xLSTM stacks and the baselines they are compared with."""
+
+from functools import partial
+
+from xlstm_rl.memory.baselines import Memoryless, RNNState, TorchRNN
+from xlstm_rl.memory.core import MemoryCore, make_memory, memory_names, register_memory
+from xlstm_rl.memory.nxai_weights import load_nxai_weights
+from xlstm_rl.memory.state import leaves, map_leaves, pack, take, unpack, zeros_where
+from xlstm_rl.memory.xlstm import XLSTM, XLSTMConfig
+
+__all__ = [
+    "XLSTM",
+    "MemoryCore",
+    "Memoryless",
+    "RNNState",
+    "TorchRNN",
+    "XLSTMConfig",
+    "leaves",
+    "load_nxai_weights",
+    "make_memory",
+    "map_leaves",
+    "memory_names",
+    "pack",
+    "register_memory",
+    "take",
+    "unpack",
+    "zeros_where",
+]
+
+register_memory("xlstm", XLSTM)
+register_memory("lstm", partial(TorchRNN, "lstm"))
+register_memory("gru", partial(TorchRNN, "gru"))
+register_memory("none", Memoryless)

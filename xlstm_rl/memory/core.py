@@ -1,0 +1,106 @@
+"""The memory core: everything between a sequence of features and a sequence of features that remembers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xlstm_rl.memory.state import leaves
+
+
+class MemoryCore(nn.Module, ABC):
+    """Base class of memories; a subclass implements `initial_state` and `forward` and obeys the laws.
+
+    The laws, checked by `xlstm_rl.memory.laws.check_memory_laws`:
+    carry (a sequence equals its steps), split (two sequences with the carried state equal their concatenation),
+    reset (from an episode start on, everything equals a fresh state and no gradient crosses it),
+    rows (a row does not depend on the other rows), zeros (the all-zero state is the empty one).
+
+    A state is a tree of NamedTuples of tensors, every leaf batch first. It is passed in and returned; the module
+    itself remembers nothing between calls.
+
+    Attributes:
+        input_size: features per step taken.
+        output_size: features per step given.
+    """
+
+    input_size: int
+    output_size: int
+
+    @abstractmethod
+    def initial_state(self, batch_size: int) -> Any:
+        """Return the empty state of `batch_size` rows: zeros, in the dtype and on the device of the parameters."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, state: Any, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Run a sequence.
+
+        Args:
+            x: [B, T, input_size].
+            state: as returned by `initial_state(B)` or by an earlier call.
+            reset: bool [B, T] or None; true where the observation is the first of an episode. The row's state is
+                emptied before that step.
+
+        Returns:
+            Output [B, T, output_size] and the state after the last step.
+        """
+
+    def step(self, x: Tensor, state: Any, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Run one step: x [B, input_size], reset bool [B] or None -> output [B, output_size], state."""
+        y, state = self(x.unsqueeze(1), state, None if reset is None else reset.unsqueeze(1))
+        return y.squeeze(1), state
+
+    @property
+    def state_size(self) -> int:
+        """Numbers in the state of one row."""
+        return sum(leaf.numel() for leaf in leaves(self.initial_state(1)))
+
+    def _zeros(self, *shape: int) -> Tensor:
+        like = next(self.parameters(), None)
+        return torch.zeros(shape) if like is None else like.new_zeros(shape)
+
+
+MemoryFactory = Callable[..., MemoryCore]
+_REGISTRY: dict[str, MemoryFactory] = {}
+
+
+def register_memory(name: str, factory: MemoryFactory) -> None:
+    """Make a memory available to `make_memory` and to policies under `name`.
+
+    Args:
+        name: the new name; letters, digits, '-' and '_'.
+        factory: called as `factory(input_size, **config)`; a `MemoryCore` subclass will do.
+
+    Raises:
+        ValueError: the name is taken by another factory, or is no plain name.
+    """
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"memory name {name!r} must be made of letters, digits, '-' and '_'")
+    if _REGISTRY.get(name, factory) is not factory:
+        raise ValueError(f"memory {name!r} is already registered; choose another name")
+    _REGISTRY[name] = factory
+
+
+def memory_names() -> list[str]:
+    """Names that `make_memory` knows, sorted."""
+    return sorted(_REGISTRY)
+
+
+def make_memory(name: str, input_size: int, **config: Any) -> MemoryCore:
+    """Build a memory core by name.
+
+    Args:
+        name: "xlstm", "lstm", "gru", "none" or a registered name.
+        input_size: features per step.
+        **config: passed on, for example `hidden_size=64, blocks="ms"` for "xlstm" (see `XLSTMConfig`).
+
+    Raises:
+        ValueError: the name is unknown, or a setting does not fit.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown memory {name!r}; known are {memory_names()}; add yours with register_memory")
+    return _REGISTRY[name](input_size, **config)

@@ -1,0 +1,172 @@
+"""The laws every memory core obeys, as one check for our cores and for yours.
+
+    check_memory_laws(my_core)     # raises AssertionError with the law and the error met
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlstm_rl.memory.core import MemoryCore
+from xlstm_rl.memory.state import leaves, map_leaves, pack, take, unpack, zeros_where
+
+
+def check_memory_laws(
+    core: MemoryCore,
+    *,
+    batch_size: int = 3,
+    steps: int = 7,
+    reset: Tensor | None = None,
+    seed: int = 0,
+    tolerance: float | None = None,
+) -> None:
+    """Check carry, split, reset, rows, zeros and pack on random inputs, values and gradients.
+
+    Args:
+        core: the memory, in the dtype to check (float64 shows mistakes best); put into eval mode for the check.
+        batch_size: rows, at least 2.
+        steps: sequence length, at least 2.
+        reset: bool [batch_size, steps]; random if not given.
+        seed: of the random inputs.
+        tolerance: largest error relative to the magnitude of what is compared; 1e-10 in float64, 1e-5 in float32
+            unless given.
+
+    Raises:
+        AssertionError: a law is broken.
+    """
+    was_training = core.training
+    core.eval()
+    try:
+        _Check(core, batch_size, steps, reset, seed, tolerance).run()
+    finally:
+        core.train(was_training)
+
+
+class _Check:
+    """One random case: inputs, a state that an earlier sequence left, episode starts and a loss over all outputs."""
+
+    def __init__(
+        self, core: MemoryCore, batch_size: int, steps: int, reset: Tensor | None, seed: int, tolerance: float | None
+    ) -> None:
+        self.core, self.B, self.T = core, batch_size, steps
+        self.generator = torch.Generator().manual_seed(seed)
+        like = next(iter(core.parameters()), torch.zeros(()))
+        self.dtype = like.dtype
+        self.tolerance = tolerance or (1e-10 if self.dtype == torch.float64 else 1e-5)
+        self.x = self._random(batch_size, steps, core.input_size)
+        self.weight = self._random(batch_size, steps, core.output_size)
+        self.reset = torch.rand(batch_size, steps, generator=self.generator) < 0.3 if reset is None else reset
+        with torch.no_grad():
+            warm_up = self._random(batch_size, 3, core.input_size)
+            state = core(warm_up, core.initial_state(batch_size))[1]
+        self.state = map_leaves(lambda leaf: leaf.clone(), state)
+        self.state_weight = self._random(*pack(state).shape)
+
+    def run(self) -> None:
+        self._interface()
+        whole = self._gradients([slice(0, self.T)])
+        self._compare("carry", self._gradients([slice(t, t + 1) for t in range(self.T)]), whole)
+        self._compare("carry (step)", self._gradients(None), whole)
+        cut = self.T // 2
+        self._compare("split", self._gradients([slice(0, cut), slice(cut, self.T)]), whole)
+        self._reset_law()
+        self._row_law()
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def _interface(self) -> None:
+        core, empty = self.core, self.core.initial_state(self.B)
+        assert all(leaf.shape[0] == self.B for leaf in leaves(empty)), "every leaf of a state must start with B"
+        assert not any(leaf.count_nonzero() for leaf in leaves(empty)), "zeros: the empty state must be all zeros"
+        assert pack(self.state).shape == (self.B, core.state_size), "pack: state_size must count the state's numbers"
+        _assert_equal("pack/unpack", list(leaves(unpack(pack(self.state), self.state))), list(leaves(self.state)))
+        before = map_leaves(lambda leaf: leaf.clone(), self.state)
+        for reset in (self.reset, None):
+            y, _ = core(self.x, self.state, reset)
+        assert y.shape == (self.B, self.T, core.output_size), f"output must be [B, T, output_size], got {y.shape}"
+        _assert_equal("state passed in must not be changed", list(leaves(self.state)), list(leaves(before)))
+
+    def _gradients(self, slices: list[slice] | None) -> dict[str, Tensor]:
+        """Output, final state and gradients of a scalar of both, run slice by slice; None runs `step`."""
+        x = self.x.clone().requires_grad_()
+        start = map_leaves(lambda leaf: leaf.clone().requires_grad_(), self.state)
+        state, outputs = start, []
+        if slices is None:
+            for t in range(self.T):
+                y, state = self.core.step(x[:, t], state, self.reset[:, t])
+                outputs.append(y.unsqueeze(1))
+        else:
+            for part in slices:
+                y, state = self.core(x[:, part], state, self.reset[:, part])
+                outputs.append(y)
+        return self._collect(torch.cat(outputs, 1), state, x, start)
+
+    def _collect(self, y: Tensor, state: Any, x: Tensor, start: Any) -> dict[str, Tensor]:
+        final = pack(state)
+        inputs = {"x": x} | {f"initial state {i}": leaf for i, leaf in enumerate(leaves(start))}
+        inputs |= dict(self.core.named_parameters())
+        loss = (y * self.weight).sum() + (final * self.state_weight).sum()
+        wanted = {name: value for name, value in inputs.items() if value.requires_grad}
+        gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        result = {"output": y.detach(), "final state": final.detach()}
+        for (name, value), gradient in zip(wanted.items(), gradients, strict=True):
+            result[f"gradient of {name}"] = torch.zeros_like(value) if gradient is None else gradient
+        return result
+
+    def _compare(self, law: str, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+        for name, value in expected.items():
+            if value.numel() == 0:
+                continue
+            error = (actual[name] - value).abs().max().item()
+            allowed = self.tolerance * max(1.0, value.abs().max().item())
+            assert error <= allowed, f"{law}: {name} is off by {error:.1e}, allowed {allowed:.1e}"
+
+    def _reset_law(self) -> None:
+        """From an episode start on, all equals a fresh state; what came before has no influence, NaN included."""
+        for t in sorted({0, self.T // 2, self.T - 1}):
+            everywhere = torch.zeros(self.B, self.T, dtype=torch.bool)
+            everywhere[:, t] = True
+            poisoned = self.x.clone()
+            poisoned[:, :t] *= 3
+            x = poisoned.requires_grad_()
+            start = map_leaves(lambda leaf: (leaf + 1).requires_grad_(), self.state)
+            y, state = self.core(x, start, everywhere)
+            fresh_y, fresh_state = self.core(self.x[:, t:], self.core.initial_state(self.B))
+            self._compare(
+                f"reset at {t}",
+                {"output": y[:, t:].detach(), "final state": pack(state).detach()},
+                {"output": fresh_y.detach(), "final state": pack(fresh_state).detach()},
+            )
+            targets = [x, *leaves(start)]
+            after = (y[:, t:] * self.weight[:, t:]).sum() + (pack(state) * self.state_weight).sum()
+            if not after.requires_grad:
+                continue
+            gradients = torch.autograd.grad(after, targets, allow_unused=True)
+            before = [g for g in (gradients[0][:, :t], *gradients[1:]) if g is not None]
+            assert not any(g.count_nonzero() for g in before), f"reset at {t}: a gradient crosses the episode start"
+        emptied = zeros_where(torch.ones(self.B, dtype=torch.bool), self.state)
+        y, _ = self.core(self.x, emptied)
+        fresh_y, _ = self.core(self.x, self.core.initial_state(self.B))
+        _assert_equal("zeros", [y], [fresh_y])
+
+    def _row_law(self) -> None:
+        """A row's result does not depend on the rest of the batch."""
+        with torch.no_grad():
+            y, state = self.core(self.x, self.state, self.reset)
+            for row in range(self.B):
+                rows = slice(row, row + 1)
+                alone_y, alone_state = self.core(self.x[rows], take(self.state, rows), self.reset[rows])
+                self._compare(
+                    f"rows (row {row})",
+                    {"output": alone_y, "final state": pack(alone_state)},
+                    {"output": y[rows], "final state": pack(state)[rows]},
+                )
+
+
+def _assert_equal(law: str, actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e), f"{law}: tensors differ by up to {(a - e).abs().max().item():.1e}"

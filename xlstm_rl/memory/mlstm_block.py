@@ -1,0 +1,99 @@
+"""The mLSTM block: matrix memory inside an up-projection (Beck et al. 2024, figure 10, eq. 19-27)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlstm_rl.kernels import MLSTMState, mlstm_sequence
+from xlstm_rl.memory.layers import BlockLinear, CausalConv, HeadNorm, init_small, init_wang, soft_cap
+
+if TYPE_CHECKING:
+    from xlstm_rl.memory.xlstm import XLSTMConfig
+
+
+class MLSTMBlockState(NamedTuple):
+    """State of an mLSTM block."""
+
+    cell: MLSTMState
+    window: Tensor
+    """The last inputs of the convolution, [B, conv_kernel - 1, inner]."""
+
+
+class MLSTMBlock(nn.Module):
+    """Residual block around an mLSTM cell: norm, up-projection, conv, q, k, v, cell, norm, skip, gate, down-projection.
+
+    Args:
+        config: the stack's configuration.
+        index: position in the stack (unused: every mLSTM block starts alike).
+    """
+
+    def __init__(self, config: XLSTMConfig, index: int) -> None:
+        super().__init__()
+        width, inner, heads = config.hidden_size, config.inner_size, config.num_heads
+        num_blocks = len(config.blocks)
+        self.config = config
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=False)
+        self.up = nn.Linear(width, 2 * inner, bias=config.bias)
+        self.conv = CausalConv(inner, config.conv_kernel) if config.conv_kernel else None
+        self.query_key = BlockLinear(inner, 2 * inner, inner // config.qkv_block_size, bias=config.bias)
+        self.value = BlockLinear(inner, inner, inner // config.qkv_block_size, bias=config.bias)
+        self.gates = nn.Linear(3 * inner, 2 * heads)
+        self.head_norm = HeadNorm(heads, inner // heads, config.norm_eps)
+        self.skip = nn.Parameter(torch.ones(inner))
+        self.down = nn.Linear(inner, width, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        for weight in (self.up.weight, self.query_key.weight, self.value.weight):
+            init_small(weight, width)
+        init_wang(self.down.weight, width, num_blocks)
+        nn.init.zeros_(self.gates.weight)
+        with torch.no_grad():
+            self.gates.bias[:heads].normal_(0, 0.1)
+            self.gates.bias[heads:].copy_(torch.linspace(*config.mlstm_forget_bias, heads))
+            if config.bias:
+                self.up.bias.zero_()
+                self.down.bias.zero_()
+
+    def initial_state(self, batch_size: int) -> MLSTMBlockState:
+        """The empty state of `batch_size` rows."""
+        inner, heads = self.config.inner_size, self.config.num_heads
+        zeros = self.up.weight.new_zeros
+        head_width = inner // heads
+        cell = MLSTMState(
+            zeros(batch_size, heads, head_width, head_width),
+            zeros(batch_size, heads, head_width),
+            zeros(batch_size, heads),
+        )
+        return MLSTMBlockState(cell, zeros(batch_size, max(self.config.conv_kernel - 1, 0), inner))
+
+    def forward(self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None) -> tuple[Tensor, MLSTMBlockState]:
+        """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state."""
+        config = self.config
+        heads = (config.num_heads, config.inner_size // config.num_heads)
+        inner, output_gate = self.up(self.norm(x)).chunk(2, dim=-1)
+        window, mixed = state.window, inner
+        if self.conv is not None:
+            mixed, window = self.conv(inner, window, reset)
+            mixed = F.silu(mixed)
+        query, key = self.query_key(mixed).chunk(2, dim=-1)  # [B, T, inner / block, block]
+        query, key, value = query.flatten(-2), key.flatten(-2), self.value(inner).flatten(-2)
+        gates = soft_cap(self.gates(torch.cat((query, key, value), dim=-1)), config.gate_soft_cap)
+        input_gate, forget_gate = gates.chunk(2, dim=-1)
+        if config.input_activation == "sigmoid":
+            # the kernel takes the exponential of what it is given
+            input_gate = F.logsigmoid(input_gate)
+        hidden, cell = mlstm_sequence(
+            query.unflatten(-1, heads),
+            key.unflatten(-1, heads),
+            value.unflatten(-1, heads),
+            input_gate,
+            forget_gate,
+            state.cell,
+            reset,
+            forget_activation=config.forget_activation,
+        )
+        hidden = self.head_norm(hidden) + self.skip * mixed
+        return x + self.dropout(self.down(hidden * F.silu(output_gate))), MLSTMBlockState(cell, window)

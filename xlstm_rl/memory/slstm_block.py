@@ -1,0 +1,89 @@
+"""The sLSTM block: scalar memory with memory mixing, then a gated FFN (Beck et al. 2024, figure 9, eq. 8-18)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlstm_rl.kernels import SLSTMState, slstm_sequence
+from xlstm_rl.memory.layers import BlockLinear, CausalConv, GatedFeedForward, HeadNorm, init_small
+
+if TYPE_CHECKING:
+    from xlstm_rl.memory.xlstm import XLSTMConfig
+
+
+class SLSTMBlockState(NamedTuple):
+    """State of an sLSTM block."""
+
+    cell: SLSTMState
+    window: Tensor
+    """The last inputs of the convolution, [B, conv_kernel - 1, width]."""
+
+
+class SLSTMBlock(nn.Module):
+    """Residual block around an sLSTM cell: norm, conv, gates, cell, norm; then norm and feed-forward.
+
+    Args:
+        config: the stack's configuration.
+        index: position in the stack, which sets the forget biases' power law.
+    """
+
+    def __init__(self, config: XLSTMConfig, index: int) -> None:
+        super().__init__()
+        width, heads, num_blocks = config.hidden_size, config.num_heads, len(config.blocks)
+        head_width = width // heads
+        self.config = config
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=False)
+        self.conv = CausalConv(width, config.conv_kernel) if config.conv_kernel else None
+        self.input_forget = BlockLinear(width, 2 * width, heads)
+        self.cell_output = BlockLinear(width, 2 * width, heads)
+        self.gate_bias = nn.Parameter(torch.zeros(4, heads, head_width))
+        self.recurrent = nn.Parameter(torch.zeros(4, heads, head_width, head_width))
+        self.head_norm = HeadNorm(heads, head_width, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.ffn_norm = nn.LayerNorm(width, eps=config.norm_eps, bias=False) if config.ffn_size else None
+        self.ffn = (
+            GatedFeedForward(width, config.ffn_size, num_blocks, bias=config.bias) if config.ffn_size else None
+        )
+        init_small(self.input_forget.weight, width)
+        init_small(self.cell_output.weight, width)
+        nn.init.normal_(self.recurrent, std=config.recurrent_std / head_width**0.5)
+        with torch.no_grad():
+            self.gate_bias[1].copy_(_forget_bias(config, index, head_width))
+
+    def initial_state(self, batch_size: int) -> SLSTMBlockState:
+        """The empty state of `batch_size` rows."""
+        width, heads = self.config.hidden_size, self.config.num_heads
+        zeros = self.recurrent.new_zeros
+        cell = SLSTMState(*(zeros(batch_size, heads, width // heads) for _ in SLSTMState._fields))
+        return SLSTMBlockState(cell, zeros(batch_size, max(self.config.conv_kernel - 1, 0), width))
+
+    def forward(self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None) -> tuple[Tensor, SLSTMBlockState]:
+        """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state."""
+        normed = self.norm(x)
+        window, mixed = state.window, normed
+        if self.conv is not None:
+            mixed, window = self.conv(normed, window, reset)
+            mixed = F.silu(mixed)
+        input_forget = self.input_forget(mixed).unflatten(-1, (2, -1))  # [B, T, H, 2, D]
+        cell_output = self.cell_output(normed).unflatten(-1, (2, -1))
+        gates = torch.cat((input_forget, cell_output), dim=-2).transpose(-3, -2) + self.gate_bias
+        hidden, cell = slstm_sequence(
+            gates, self.recurrent, state.cell, reset, forget_activation=self.config.forget_activation
+        )
+        x = x + self.dropout(self.head_norm(hidden))
+        if self.ffn is not None and self.ffn_norm is not None:
+            x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return x, SLSTMBlockState(cell, window)
+
+
+def _forget_bias(config: XLSTMConfig, index: int, head_width: int) -> Tensor:
+    """Initial forget biases [head_width] of the units of a head."""
+    if config.slstm_forget_bias is not None:
+        return torch.linspace(*config.slstm_forget_bias, head_width)
+    ratio = index / (len(config.blocks) - 1) if len(config.blocks) > 1 else 0.0
+    position = torch.arange(head_width) / max(head_width - 1, 1)
+    return 5.0 - 12.0 * position ** (0.3 + 1.3 * ratio)

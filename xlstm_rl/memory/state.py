@@ -1,0 +1,82 @@
+"""Memory states: trees of NamedTuples whose leaves are tensors that start with the batch dimension.
+
+This is the only generic code that looks inside a state. Zeros are the empty state of every memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Tree = TypeVar("Tree", bound=Any)
+
+
+def map_leaves(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
+    """Apply `function` leaf by leaf to trees of one structure and return a tree of that structure.
+
+    Args:
+        function: receives one leaf of each tree.
+        tree: a tensor, or a (named) tuple or dict of trees.
+        *others: further trees with the structure of `tree`.
+    """
+    if isinstance(tree, Tensor):
+        return function(tree, *others)
+    if isinstance(tree, dict):
+        return {key: map_leaves(function, value, *(other[key] for other in others)) for key, value in tree.items()}  # type: ignore[return-value]
+    parts = [map_leaves(function, *branch) for branch in zip(tree, *others, strict=True)]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+
+
+def leaves(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a tree, depth first, in field order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    else:
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from leaves(branch)
+
+
+def zeros_where(mask: Tensor, state: Tree) -> Tree:
+    """Return the state with the rows emptied where `mask` [B] (bool) is true.
+
+    Rows are replaced, not multiplied: an infinite or NaN value does not survive.
+    """
+    return map_leaves(lambda leaf: leaf.masked_fill(mask.view(-1, *(1,) * (leaf.ndim - 1)), 0), state)
+
+
+def take(tree: Tree, rows: Any) -> Tree:
+    """Index every leaf along its first dimension.
+
+    Args:
+        tree: leaves [B, ...].
+        rows: anything that indexes one dimension: indices [N] (int64), a mask [B] (bool) or a slice.
+
+    Returns:
+        The tree with leaves [N, ...].
+    """
+    return map_leaves(lambda leaf: leaf[rows], tree)
+
+
+def pack(state: Any) -> Tensor:
+    """Flatten a state into one tensor [B, S], S = the memory core's `state_size`."""
+    return torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in leaves(state)], dim=1)
+
+
+def unpack(flat: Tensor, like: Tree) -> Tree:
+    """Rebuild a state from [B, S]; the inverse of `pack`.
+
+    Args:
+        flat: [B, S], any float dtype; the leaves keep it.
+        like: a state of any batch size that gives structure and leaf shapes.
+
+    Raises:
+        ValueError: S does not fit the structure of `like`.
+    """
+    sizes = [leaf[:1].numel() if leaf.shape[0] else leaf.new_empty(1, *leaf.shape[1:]).numel() for leaf in leaves(like)]
+    if flat.ndim != 2 or flat.shape[1] != sum(sizes):
+        raise ValueError(f"packed state must be [B, {sum(sizes)}], got {list(flat.shape)}; was it made by another memory?")
+    pieces = iter(flat.split(sizes, dim=1))
+    return map_leaves(lambda leaf: next(pieces).reshape(flat.shape[0], *leaf.shape[1:]), like)

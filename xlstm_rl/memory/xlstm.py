@@ -1,0 +1,149 @@
+"""The xLSTM memory: a residual stack of mLSTM and sLSTM blocks (Beck et al. 2024, arXiv 2405.04517)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from xlstm_rl.memory.core import MemoryCore
+from xlstm_rl.memory.mlstm_block import MLSTMBlock, MLSTMBlockState
+from xlstm_rl.memory.slstm_block import SLSTMBlock, SLSTMBlockState
+
+XLSTMState = tuple[MLSTMBlockState | SLSTMBlockState, ...]
+
+
+@dataclass(frozen=True)
+class XLSTMConfig:
+    """Shape and options of an xLSTM stack.
+
+    Attributes:
+        hidden_size: width of the residual stream and of the output; a multiple of `num_heads`.
+        blocks: the stack, spelled bottom to top: "m" an mLSTM block, "s" an sLSTM block ("mmms" is xLSTM[3:1]).
+        num_heads: heads of every block.
+        input_projection: embed the input linearly into the residual stream; without, `input_size` must be
+            `hidden_size`.
+        proj_factor: inner width of mLSTM blocks over `hidden_size`.
+        ffn_factor: inner width of the feed-forward network of sLSTM blocks over `hidden_size`; 0 leaves it out.
+        round_to: inner widths are rounded up to a multiple of this. The reference code rounds to 64, which
+            dominates small widths.
+        qkv_block_size: block size of the block-diagonal q, k, v projections.
+        conv_kernel: steps seen by the causal convolution before the gates, the current one included; 0 leaves it out.
+        forget_activation: "sigmoid" or "exp" forget gate.
+        input_activation: "exp" (the paper) or "sigmoid" input gate of mLSTM blocks.
+        gate_soft_cap: soft cap of the gate pre-activations of mLSTM blocks, for example 15 (Beck et al. 2025).
+        mlstm_forget_bias: first and last of the forget biases, spread linearly over the heads.
+        slstm_forget_bias: first and last of the forget biases, spread linearly over the units of a head; None takes
+            the reference's power law from 5 down to -7.
+        recurrent_std: standard deviation of the initial recurrent weights of sLSTM blocks, times 1/sqrt(head
+            width); 0 starts without memory mixing, as the reference does.
+        dropout: on the output of every block and feed-forward network, in training mode.
+        bias: biases in the up and down projections.
+        post_norm: layer norm after the last block.
+        norm_eps: added to the variance in every norm.
+    """
+
+    hidden_size: int = 64
+    blocks: str = "ms"
+    num_heads: int = 4
+    input_projection: bool = True
+    proj_factor: float = 2.0
+    ffn_factor: float = 4 / 3
+    round_to: int = 8
+    qkv_block_size: int = 4
+    conv_kernel: int = 4
+    forget_activation: Literal["sigmoid", "exp"] = "sigmoid"
+    input_activation: Literal["exp", "sigmoid"] = "exp"
+    gate_soft_cap: float | None = None
+    mlstm_forget_bias: tuple[float, float] = (3.0, 6.0)
+    slstm_forget_bias: tuple[float, float] | None = None
+    recurrent_std: float = 0.0
+    dropout: float = 0.0
+    bias: bool = False
+    post_norm: bool = True
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not self.blocks or set(self.blocks) - set("ms"):
+            raise ValueError(f"blocks={self.blocks!r} must be a word of 'm' (mLSTM) and 's' (sLSTM), such as 'ms'")
+        for name in ("hidden_size", "num_heads", "round_to", "qkv_block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
+        if self.proj_factor <= 0 or self.ffn_factor < 0 or self.conv_kernel < 0 or self.recurrent_std < 0:
+            raise ValueError(
+                f"proj_factor={self.proj_factor} must be positive; ffn_factor={self.ffn_factor}, "
+                f"conv_kernel={self.conv_kernel} and recurrent_std={self.recurrent_std} must not be negative"
+            )
+        if self.gate_soft_cap is not None and self.gate_soft_cap <= 0:
+            raise ValueError(f"gate_soft_cap={self.gate_soft_cap} must be positive, or None for no cap")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        for name, allowed in (("forget_activation", ("sigmoid", "exp")), ("input_activation", ("exp", "sigmoid"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
+
+    @property
+    def inner_size(self) -> int:
+        """Width inside mLSTM blocks: a multiple of `round_to`, `num_heads` and `qkv_block_size`."""
+        multiple = math.lcm(self.round_to, self.num_heads, self.qkv_block_size)
+        return math.ceil(self.proj_factor * self.hidden_size / multiple) * multiple
+
+    @property
+    def ffn_size(self) -> int:
+        """Width inside the feed-forward networks of sLSTM blocks; 0 when there are none."""
+        return math.ceil(self.ffn_factor * self.hidden_size / self.round_to) * self.round_to
+
+
+class XLSTM(MemoryCore):
+    """A stack of xLSTM blocks as a memory core.
+
+    Args:
+        input_size: features per step.
+        config: the stack; or give its fields as keyword arguments.
+        **fields: fields of `XLSTMConfig`, when `config` is not given.
+
+    Raises:
+        ValueError: a setting does not fit; the message names it.
+        TypeError: a field is unknown.
+    """
+
+    def __init__(self, input_size: int, config: XLSTMConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        if config is not None and fields:
+            raise TypeError(f"give either config or fields, not both; got fields {sorted(fields)}")
+        self.config = config = config or XLSTMConfig(**_as_tuples(fields))
+        if not config.input_projection and input_size != config.hidden_size:
+            raise ValueError(
+                f"without input_projection, input_size={input_size} must equal hidden_size={config.hidden_size}"
+            )
+        self.input_size = input_size
+        self.output_size = config.hidden_size
+        self.input_projection = nn.Linear(input_size, config.hidden_size) if config.input_projection else nn.Identity()
+        kinds = {"m": MLSTMBlock, "s": SLSTMBlock}
+        self.blocks = nn.ModuleList(kinds[kind](config, index) for index, kind in enumerate(config.blocks))
+        self.post_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False) if config.post_norm else nn.Identity()
+        )
+
+    def initial_state(self, batch_size: int) -> XLSTMState:
+        """The empty state: one state per block, all zeros."""
+        return tuple(block.initial_state(batch_size) for block in self.blocks)  # type: ignore[operator]
+
+    def forward(self, x: Tensor, state: XLSTMState, reset: Tensor | None = None) -> tuple[Tensor, XLSTMState]:
+        """See `MemoryCore.forward`."""
+        x = self.input_projection(x)
+        states = []
+        for block, block_state in zip(self.blocks, state, strict=True):
+            x, block_state = block(x, block_state, reset)
+            states.append(block_state)
+        return self.post_norm(x), tuple(states)
+
+
+def _as_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """YAML has lists only; frozen configurations want tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+

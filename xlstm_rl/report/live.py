@@ -1,0 +1,67 @@
+"""The live view of a training run: one updating line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+PLAIN_SECONDS = 5.0
+
+
+class LiveView:
+    """Shows return, success rate, steps per second and time left; a context manager.
+
+    Args:
+        total_steps: steps of the whole run.
+        console: where to print; on a terminal one line updates in place, elsewhere a line comes every few seconds.
+    """
+
+    def __init__(self, total_steps: int, console: Console) -> None:
+        self._total_steps = total_steps
+        self._console = console
+        self._started = time.monotonic()
+        self._last_plain = float("-inf")
+        self._progress = Progress(
+            BarColumn(bar_width=16),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, text="")
+
+    def __enter__(self) -> LiveView:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, mean_return: float | None, success: float | None) -> None:
+        """Show the state after `step` steps; None where nothing is known yet."""
+        text = self._describe(step, mean_return, success)
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=min(step, self._total_steps), text=text)
+        elif time.monotonic() - self._last_plain >= PLAIN_SECONDS or step >= self._total_steps:
+            self._last_plain = time.monotonic()
+            self.say(f"{step:>9,} / {self._total_steps:,} steps  {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _describe(self, step: int, mean_return: float | None, success: float | None) -> str:
+        speed = step / max(time.monotonic() - self._started, 1e-9)
+        left = max(self._total_steps - step, 0) / max(speed, 1e-9)
+        parts = [
+            "return -" if mean_return is None else f"return {mean_return:.2f}",
+            "" if success is None else f"success {success:.2f}",
+            f"{speed:,.0f} steps/s",
+            f"{int(left) // 60}:{int(left) % 60:02d} left",
+        ]
+        return "  ".join(part for part in parts if part)

@@ -1,0 +1,45 @@
+"""The closing table of a run: the trained agent between its reference points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.table import Table
+
+
+class Score(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        agent: whom it is about.
+        mean_return: over its episodes.
+        standard_error: of the mean return, None where it is known exactly.
+        success: share of successes, None where the task does not say.
+        episodes: how many were played, None where none had to be.
+    """
+
+    agent: str
+    mean_return: float
+    standard_error: float | None = None
+    success: float | None = None
+    episodes: int | None = None
+
+
+def score_table(scores: Sequence[Score], title: str) -> Table:
+    """The scores as a rich table; the success column only where any is known."""
+    show_success = any(score.success is not None for score in scores)
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("agent")
+    for column in ("return", *(("success",) if show_success else ()), "episodes"):
+        table.add_column(column, justify="right")
+    for score in scores:
+        mean = f"{score.mean_return:.3g}" if abs(score.mean_return) >= 100 else f"{score.mean_return:.2f}"
+        error = "" if score.standard_error is None else f" ± {score.standard_error:.2g}"
+        success = [_or_dash(score.success, ".2f")] if show_success else []
+        table.add_row(score.agent, mean + error, *success, _or_dash(score.episodes, "d"))
+    return table
+
+
+def _or_dash(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

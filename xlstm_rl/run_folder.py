@@ -1,0 +1,139 @@
+"""The folder of a run: what lies where, written so that an interruption leaves no half file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy
+import sb3_contrib
+import stable_baselines3
+import torch
+
+from xlstm_rl._version import __version__
+from xlstm_rl.configs import ConfigError, TrainConfig, dump, load_file
+
+
+class RunFolder:
+    """Paths of a run.
+
+    `config.yaml` the resolved configuration, `versions.json` what it ran with, `returns.csv`, `curve.png`,
+    `tensorboard/` events, `checkpoints/` models during training, `model.zip` the last model, each model with a
+    `.vecnormalize.pkl` beside it when observations or rewards are normalised.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.versions = path / "versions.json"
+        self.returns = path / "returns.csv"
+        self.curve = path / "curve.png"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model.zip"
+
+    @classmethod
+    def create(cls, path: Path, config: TrainConfig) -> RunFolder:
+        """Make a new folder with the configuration and the versions.
+
+        Raises:
+            ConfigError: the folder exists and is not empty; nothing is ever overwritten.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(f"run folder {path} exists already and is kept; choose another --run-dir")
+        folder = cls(path)
+        folder.checkpoints.mkdir(parents=True)
+        folder.config.write_text(dump(config), encoding="utf-8")
+        folder.versions.write_text(json.dumps(_versions(config), indent=2) + "\n", encoding="utf-8")
+        return folder
+
+    def load_config(self) -> TrainConfig:
+        """The configuration of the run.
+
+        Raises:
+            ConfigError: this is no run folder.
+        """
+        if not self.config.is_file():
+            raise ConfigError(f"{self.path} is no run folder: it holds no config.yaml; give a folder that train made")
+        return load_file(self.config)
+
+    def latest_model(self) -> Path:
+        """The last model, else the last checkpoint.
+
+        Raises:
+            ConfigError: there is none yet.
+        """
+        if self.model.is_file():
+            return self.model
+        checkpoints = self.list_checkpoints()
+        if not checkpoints:
+            raise ConfigError(f"{self.path} holds no model yet; let the run reach its first checkpoint")
+        return checkpoints[-1]
+
+    def list_checkpoints(self) -> list[Path]:
+        """Checkpoints, oldest first."""
+        return sorted(self.checkpoints.glob("step_*.zip"))
+
+    def save(self, model: Any, path: Path) -> None:
+        """Write the model and its normalisation statistics; each file appears whole or not at all."""
+        normalizer = model.get_vec_normalize_env()
+        if normalizer is not None:
+            _write_whole(normalizer_path(path), lambda partial: normalizer.save(str(partial)))
+        # With an open file SB3 adds no suffix of its own.
+        with _partial(path).open("wb") as file:
+            model.save(file)
+        os.replace(_partial(path), path)
+
+    def save_checkpoint(self, model: Any, keep: int) -> Path:
+        """Write a checkpoint of the model's step and remove all but the last `keep`."""
+        path = self.checkpoints / f"step_{model.num_timesteps:010d}.zip"
+        self.save(model, path)
+        for old in self.list_checkpoints()[:-keep]:
+            old.unlink()
+            normalizer_path(old).unlink(missing_ok=True)
+        return path
+
+
+def normalizer_path(model: Path) -> Path:
+    """Where the normalisation statistics of a saved model lie."""
+    return model.with_suffix(".vecnormalize.pkl")
+
+
+def new_run_path(name: str, parent: Path = Path("runs")) -> Path:
+    """A folder that does not exist yet, named after `name` and the time."""
+    stem = f"{name.replace('/', '-').replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = parent / stem, 2
+    while path.exists():
+        path, number = parent / f"{stem}-{number}", number + 1
+    return path
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    write(_partial(path))
+    os.replace(_partial(path), path)
+
+
+def _versions(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "xlstm_rl": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "stable_baselines3": stable_baselines3.__version__,
+        "sb3_contrib": sb3_contrib.__version__,
+        "gymnasium": gymnasium.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "seed": config.seed,
+    }

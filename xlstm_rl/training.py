@@ -1,0 +1,324 @@
+"""One training run from configuration to closing table, and the evaluation of a finished one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from contextlib import AbstractContextManager, closing
+from functools import partial
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import gymnasium
+import torch
+from rich.console import Console
+from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
+
+from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
+from xlstm_rl.callbacks import EpisodeRecorder, PeriodicCheckpoint, PeriodicEvaluation, StopOnRequest
+from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
+from xlstm_rl.envs import TaskFacts, task_facts
+from xlstm_rl.report import LiveView, Returns, Row, Score, score_table
+from xlstm_rl.report.curve import plot_curve
+from xlstm_rl.run_folder import RunFolder, normalizer_path
+
+# Distances from the training seed, so that evaluation meets other episodes than training did.
+INTERIM_SEED = 100_000
+FINAL_SEED = 200_000
+
+
+class RunResult(NamedTuple):
+    """What a run left.
+
+    Attributes:
+        folder: the run folder.
+        model: the saved model.
+        rows: training and evaluation returns over time.
+        scores: lines of the closing table; empty after an interruption.
+        interrupted_by: the signal that ended the run early, None if none did.
+    """
+
+    folder: Path
+    model: Path
+    rows: list[Row]
+    scores: list[Score]
+    interrupted_by: signal.Signals | None
+
+
+def train(config: TrainConfig, run_dir: Path, *, console: Console | None = None) -> RunResult:
+    """Train, save and evaluate an agent.
+
+    SIGINT (Ctrl-C) and SIGTERM end training at the next step; the model is saved and the result says so.
+
+    Args:
+        config: the run.
+        run_dir: where it is written; must not exist or be empty.
+        console: shows progress and the closing table; None shows nothing.
+
+    Raises:
+        ConfigError: the environment or the agent cannot be built as configured, or `run_dir` is in use.
+    """
+    console = console or Console(quiet=True)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    facts = read_facts(config.env)
+    with closing(make_env(config, config.env.n_envs, config.seed)) as env:
+        model = make_model(config, _normalized(env, config))
+        folder = RunFolder.create(run_dir, config)
+        console.print(f"run folder {run_dir}", highlight=False, soft_wrap=True)
+        returns = Returns(folder.returns)
+        interruption = _learn(model, config, folder, returns, console)
+        folder.save(model, folder.model)
+        scores: list[Score] = []
+        if interruption.signal is None:
+            scores = final_scores(model, config, facts, config.eval.n_episodes, config.seed + FINAL_SEED)
+            scores[1:1] = _worst_of_last(returns.of("eval"), 5)
+        _draw(folder, config, returns.rows, facts, scores)
+        _close(console, folder, config, model, scores)
+    return RunResult(run_dir, folder.model, returns.rows, scores, interruption.signal)
+
+
+def evaluate_run(run_dir: Path, *, n_episodes: int | None = None, seed: int | None = None) -> list[Score]:
+    """Evaluate the last model of a run folder deterministically.
+
+    Args:
+        run_dir: as `train` made it.
+        n_episodes: None takes the configured number.
+        seed: of the episodes; None takes the one of the closing evaluation of `train`.
+
+    Raises:
+        ConfigError: this is no run folder, or holds no model.
+    """
+    folder = RunFolder(run_dir)
+    config = folder.load_config()
+    path = folder.latest_model()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with closing(make_env(config, 1, config.seed)) as env:
+        saved = normalizer_path(path)
+        model = RecurrentPPO.load(
+            path, env=VecNormalize.load(str(saved), env) if saved.is_file() else env, device=config.device
+        )
+        seed = config.seed + FINAL_SEED if seed is None else seed
+        return final_scores(model, config, read_facts(config.env), n_episodes or config.eval.n_episodes, seed)
+
+
+def make_env(config: TrainConfig, n_envs: int, seed: int, *, here: bool = False) -> VecEnv:
+    """Copies of the configured environment with consecutive seeds.
+
+    Args:
+        config: the run.
+        n_envs: copies.
+        seed: of the first.
+        here: in this process even if the configuration says "subproc".
+
+    Raises:
+        ConfigError: the environment refuses its keyword arguments.
+    """
+    read_facts(config.env)
+    subproc = config.env.vec == "subproc" and not here
+    make = partial(_make_one, config.env.id, dict(config.env.kwargs), subproc)
+    return make_vec_env(make, n_envs=n_envs, seed=seed, vec_env_cls=SubprocVecEnv if subproc else DummyVecEnv)
+
+
+def read_facts(config: EnvConfig) -> TaskFacts | None:
+    """What is known about the task, None if nothing.
+
+    Raises:
+        ConfigError: the environment cannot be built with its keyword arguments.
+    """
+    try:
+        with closing(gymnasium.make(config.id, **config.kwargs)) as env:
+            return task_facts(env)
+    except (TypeError, ValueError, gymnasium.error.Error) as error:
+        raise ConfigError(f"environment {config.id!r} refuses env.kwargs={dict(config.kwargs)}: {error}") from error
+
+
+def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
+    """The untrained agent.
+
+    Raises:
+        ConfigError: the agent refuses the configuration or the spaces.
+    """
+    policy_kwargs: dict[str, Any] = {
+        "memory": config.memory.name,
+        "memory_kwargs": dict(config.memory.settings),
+        "critic_memory": config.policy.critic_memory,
+        **config.policy.kwargs,
+    }
+    if config.policy.net_arch is not None:
+        policy_kwargs["net_arch"] = list(config.policy.net_arch)
+    try:
+        return RecurrentPPO(
+            _policy_name(env.observation_space),
+            env,
+            policy_kwargs=policy_kwargs,
+            seed=config.seed,
+            device=config.device,
+            **config.ppo.model_arguments(),
+        )
+    except ValueError as error:
+        raise ConfigError(f"the agent cannot be built for {config.env.id!r}: {error}") from error
+
+
+def final_scores(
+    model: RecurrentPPO, config: TrainConfig, facts: TaskFacts | None, n_episodes: int, seed: int
+) -> list[Score]:
+    """The agent, the same agent without memory, random actions and the known ends of the task."""
+    run = partial(_play, model, config, n_episodes=n_episodes, seed=seed)
+    with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
+        random_actions = evaluate_random(env, n_episodes, seed=seed)
+    scores = [
+        _score("trained agent", run(), config),
+        _score("same agent, memory emptied every step", run(empty_state_every_step=True), config),
+        _score("random actions", random_actions, config),
+    ]
+    if facts is not None:
+        scores += [Score("best without memory", facts.memoryless_return), Score("optimum", facts.optimal_return)]
+    return scores
+
+
+class Interruption(AbstractContextManager["Interruption"]):
+    """Turns the first SIGINT or SIGTERM into a request to stop; a second one acts as usual.
+
+    Attributes:
+        signal: the signal that came, None if none did.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        # Python lets only the main thread set handlers; elsewhere the caller of train keeps its own.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+
+def _learn(
+    model: RecurrentPPO, config: TrainConfig, folder: RunFolder, returns: Returns, console: Console
+) -> Interruption:
+    model.set_logger(configure(str(folder.tensorboard), ["tensorboard"]))
+    with Interruption() as interruption, LiveView(config.total_steps, console) as view:
+        save = partial(folder.save_checkpoint, keep=config.checkpoint.keep)
+        callbacks = [
+            StopOnRequest(lambda: interruption.signal is not None),
+            EpisodeRecorder(returns, view, config.eval.success_return),
+            PeriodicCheckpoint(config.checkpoint.every_steps, save),
+            PeriodicEvaluation(config.eval.every_steps, partial(_interim, config=config), returns, view),
+        ]
+        model.learn(config.total_steps, callback=CallbackList(callbacks))
+    model.logger.close()
+    return interruption
+
+
+def _interim(model: RecurrentPPO, config: TrainConfig) -> tuple[float, float | None, int]:
+    n_episodes = config.eval.interim_episodes
+    score = _score("", _play(model, config, n_episodes=n_episodes, seed=config.seed + INTERIM_SEED), config)
+    return score.mean_return, score.success, n_episodes
+
+
+def _play(
+    model: RecurrentPPO, config: TrainConfig, *, n_episodes: int, seed: int, empty_state_every_step: bool = False
+) -> EvaluationResult:
+    with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
+        return evaluate(
+            model,
+            _normalized_like(env, model.get_vec_normalize_env()),
+            n_episodes,
+            empty_state_every_step=empty_state_every_step,
+            seed=seed,
+        )
+
+
+def _score(agent: str, result: EvaluationResult, config: TrainConfig) -> Score:
+    successes = result.successes
+    if successes is None and config.eval.success_return is not None:
+        successes = result.returns >= config.eval.success_return
+    n = len(result.returns)
+    return Score(
+        agent=agent,
+        mean_return=float(result.returns.mean()),
+        standard_error=float(result.returns.std() / max(n - 1, 1) ** 0.5),
+        success=None if successes is None else float(successes.mean()),
+        episodes=n,
+    )
+
+
+def _worst_of_last(rows: list[Row], count: int) -> list[Score]:
+    if len(rows) < count:
+        return []
+    worst = min(rows[-count:], key=lambda row: row.mean_return)
+    name = f"worst of the last {count} evaluations"
+    return [Score(name, worst.mean_return, success=worst.success, episodes=worst.episodes)]
+
+
+def _draw(
+    folder: RunFolder, config: TrainConfig, rows: list[Row], facts: TaskFacts | None, scores: list[Score]
+) -> None:
+    references = {score.agent: score.mean_return for score in scores if score.agent == "random actions"}
+    if facts is not None:
+        references |= {"best without memory": facts.memoryless_return, "optimum": facts.optimal_return}
+    if rows:
+        plot_curve(rows, folder.curve, f"{config.env.id}, memory {config.memory.name}, seed {config.seed}", references)
+
+
+def _close(console: Console, folder: RunFolder, config: TrainConfig, model: RecurrentPPO, scores: list[Score]) -> None:
+    if scores:
+        console.print(score_table(scores, f"{config.env.id} after {model.num_timesteps:,} steps"))
+        said = f"model saved in {folder.model}"
+    else:
+        said = f"interrupted after {model.num_timesteps:,} steps; model saved in {folder.model}"
+    console.print(f"{said}; play it again with: xlstm-rl evaluate {folder.path}", highlight=False, soft_wrap=True)
+
+
+def _make_one(env_id: str, kwargs: dict[str, Any], ignore_interrupts: bool) -> gymnasium.Env[Any, Any]:
+    if ignore_interrupts:
+        # Ctrl-C reaches the worker processes too; only the main process may act on it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return gymnasium.make(env_id, **kwargs)
+
+
+def _normalized(env: VecEnv, config: TrainConfig) -> VecEnv:
+    if not (config.env.normalize_observation or config.env.normalize_reward):
+        return env
+    return VecNormalize(
+        env,
+        norm_obs=config.env.normalize_observation,
+        norm_reward=config.env.normalize_reward,
+        gamma=config.ppo.gamma,
+    )
+
+
+def _normalized_like(env: VecEnv, training: VecNormalize | None) -> VecEnv:
+    if training is None or not training.norm_obs:
+        return env
+    wrapped = VecNormalize(env, training=False, norm_reward=False, clip_obs=training.clip_obs)
+    wrapped.obs_rms = training.obs_rms
+    return wrapped
+
+
+def _policy_name(observation_space: gymnasium.Space[Any]) -> str:
+    if isinstance(observation_space, gymnasium.spaces.Dict):
+        return "MultiInputXLSTMPolicy"
+    return "CnnXLSTMPolicy" if is_image_space(observation_space) else "MlpXLSTMPolicy"
