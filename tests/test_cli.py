@@ -13,6 +13,7 @@ import pytest
 
 from xlstm_rl import cli
 from xlstm_rl.configs import preset_names
+from xlstm_rl.memory import memory_names
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +37,7 @@ def test_list_shows_presets_environments_and_memories(
     text = capsys.readouterr().out
     assert all(name in text for name in preset_names())
     assert re.search(r"xlstm_rl/TMaze-v0\W+44\W+1\W+0\.5\b", text)
-    assert "gru, lstm, none, xlstm" in text
+    assert ", ".join(memory_names()) in text
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "xlstm_rl"
 LINKS = ("kernels", "agents", "envs", "configs")
 # Each may import those before it.
-ORDER = ("_version", "kernels", "memory", "agents", "configs", "report", "run_folder", "callbacks", "training", "cli")
+ORDER = (
+    *("_version", "kernels", "memory", "agents", "configs", "report"),
+    *("run_folder", "callbacks", "interruption", "training", "cli"),
+)
 # Meet environments only to register them or to read their facts; agents meet them through gymnasium.
 READ_ENVS = {"__init__", "training", "cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))

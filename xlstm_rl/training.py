@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import signal
-import threading
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -24,6 +22,7 @@ from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_rand
 from xlstm_rl.callbacks import EpisodeRecorder, PeriodicCheckpoint, PeriodicEvaluation, StopOnRequest
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
 from xlstm_rl.envs import TaskFacts, task_facts
+from xlstm_rl.interruption import Interruption
 from xlstm_rl.report import LiveView, Returns, Row, Score, score_table
 from xlstm_rl.report.curve import plot_curve
 from xlstm_rl.run_folder import RunFolder, normalizer_path
@@ -182,37 +181,6 @@ def final_scores(
     if facts is not None:
         scores += [Score("best without memory", facts.memoryless_return), Score("optimum", facts.optimal_return)]
     return scores
-
-
-class Interruption(AbstractContextManager["Interruption"]):
-    """Turns the first SIGINT or SIGTERM into a request to stop; a second one acts as usual.
-
-    Attributes:
-        signal: the signal that came, None if none did.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        # Python lets only the main thread set handlers; elsewhere the caller of train keeps its own.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for kind, handler in self._before.items():
-            signal.signal(kind, handler)
 
 
 def _learn(

@@ -31,7 +31,7 @@ class StopAfterRollouts(BaseCallback):
 def collected(observation: str = "vector", action: str = "discrete", rollouts: int = 2, **kwargs: Any) -> RecurrentPPO:
     """A model that collected rollouts (states carried from one to the next) and never updated."""
     policy_kwargs = {"memory_kwargs": {**SMALL, "blocks": "ms"}} | kwargs.pop("policy_kwargs", {})
-    settings = {"n_steps": 40, "batch_size": 48, "seq_len": 16, "seed": 0, "device": "cpu"} | kwargs
+    settings: dict[str, Any] = {"n_steps": 40, "batch_size": 48, "seq_len": 16, "seed": 0, "device": "cpu"} | kwargs
     env = vec_env(observation=observation, action=action)
     model = RecurrentPPO(policy_name(observation), env, policy_kwargs=policy_kwargs, **settings)
     model.train = lambda: None  # type: ignore[method-assign]

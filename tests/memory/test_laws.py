@@ -11,7 +11,7 @@ from torch import Tensor
 from xlstm_rl.memory import MemoryCore, make_memory, zeros_where
 from xlstm_rl.memory.laws import check_memory_laws
 
-SMALL = {"hidden_size": 16, "num_heads": 2, "recurrent_std": 1.0}
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "recurrent_std": 1.0}
 CORES: dict[str, tuple[str, dict[str, Any]]] = {
     "m": ("xlstm", SMALL | {"blocks": "m"}),
     "s": ("xlstm", SMALL | {"blocks": "s"}),
@@ -38,7 +38,7 @@ def perturbed(name: str, config: dict[str, Any], dtype: torch.dtype, scale: floa
     core = make_memory(name, 5, **config).to(dtype)
     with torch.no_grad():
         for parameter in core.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype))
     return core
 
 

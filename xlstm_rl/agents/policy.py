@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from xlstm_rl.memory import MemoryCore, make_memory, pack, unpack
 
-StatePair = tuple[Tensor, Tensor]
+StatePair = tuple[Tensor, ...]
 CriticMemory = Literal["shared", "separate", "none"]
 
 
@@ -245,7 +245,7 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
         if sequence:
             obs = {key: part.flatten(0, 1) for key, part in obs.items()} if isinstance(obs, dict) else obs.flatten(0, 1)
         features = self.extract_features(obs)
-        pi_features, vf_features = (features, features) if self.share_features_extractor else features
+        pi_features, vf_features = (features, features) if isinstance(features, Tensor) else features
         latent_pi, actor_state = _run(self.memory_actor, pi_features, state.actor, reset)
         critic_state = state.critic
         if self.memory_critic is not None:
@@ -319,24 +319,24 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
 class CnnXLSTMPolicy(XLSTMPolicy):
     """`XLSTMPolicy` for image observations: the features extractor is `NatureCNN` unless given."""
 
-    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any):
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", NatureCNN)
+        super().__init__(*args, **kwargs)
 
 
 class MultiInputXLSTMPolicy(XLSTMPolicy):
     """`XLSTMPolicy` for Dict observations: the features extractor is `CombinedExtractor` unless given."""
 
-    def __init__(
-        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
-    ):
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", CombinedExtractor)
+        super().__init__(*args, **kwargs)
 
 
 def _run(core: MemoryCore, features: Tensor, state: Any, reset: Tensor) -> tuple[Tensor, Any]:
     """Run a memory on flat features [B * T, F]: one step if reset is [B], a sequence if it is [B, T]."""
     if reset.ndim == 1:
         return core.step(features, state, reset)
-    y, state = core(features.unflatten(0, reset.shape), state, reset)
+    y, state = core(features.view(*reset.shape, -1), state, reset)
     return y.flatten(0, 1), state
 
 

@@ -74,7 +74,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         ValueError: a setting does not fit; the message names it and the remedy.
     """
 
-    policy: XLSTMPolicy  # type: ignore[assignment]
+    policy: XLSTMPolicy
     rollout_buffer: ChunkedRolloutBuffer  # type: ignore[assignment]
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpXLSTMPolicy": XLSTMPolicy,
@@ -272,13 +272,15 @@ class RecurrentPPO(OnPolicyAlgorithm):
         space = self.action_space
         if isinstance(space, spaces.Box):
             if self.policy.squash_output:
-                return self.policy.unscale_action(actions)
-            return np.clip(actions, space.low, space.high)
-        return actions.astype(space.dtype, copy=False)
+                return np.asarray(self.policy.unscale_action(actions))
+            return np.asarray(np.clip(actions, space.low, space.high))
+        return np.asarray(actions, dtype=space.dtype)
 
     def _truncation(self, dones: np.ndarray, infos: list[dict[str, Any]], state: PolicyState) -> Truncation:
         """Which episodes a time limit cut in this step, and the value of where they were cut."""
-        cut = np.array([bool(d) and info.get("TimeLimit.truncated", False) for d, info in zip(dones, infos, strict=True)])
+        cut = np.array(
+            [bool(d) and info.get("TimeLimit.truncated", False) for d, info in zip(dones, infos, strict=True)]
+        )
         values = np.zeros(len(dones), np.float32)
         if cut.any():
             rows = np.flatnonzero(cut)
@@ -314,7 +316,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 if self.target_kl is not None and loss.approx_kl > 1.5 * self.target_kl:
                     keep_going = False
                     if self.verbose >= 1:
-                        print(f"Early stopping at epoch {epoch}: KL {loss.approx_kl:.3f} over target_kl={self.target_kl}")
+                        print(
+                            f"Early stopping at epoch {epoch}: KL {loss.approx_kl:.3f} over target_kl={self.target_kl}"
+                        )
                     break
                 self.policy.optimizer.zero_grad()
                 loss.total.backward()  # type: ignore[no-untyped-call]

@@ -85,11 +85,11 @@ class ChunkedRolloutBuffer(BaseBuffer):
         space = self.observation_space
         if isinstance(space, spaces.Dict):
             self.observations = {
-                key: np.zeros((*steps, *self.obs_shape[key]), part.dtype)  # type: ignore[call-overload,index]
+                key: np.zeros((*steps, *self.obs_shape[key]), part.dtype)  # type: ignore[call-overload]
                 for key, part in space.spaces.items()
             }
         else:
-            self.observations = np.zeros((*steps, *self.obs_shape), space.dtype)  # type: ignore[misc]
+            self.observations = np.zeros((*steps, *self.obs_shape), space.dtype)
         action_shape = self.action_space.shape or ()
         action_dtype = np.float32 if isinstance(self.action_space, spaces.Box) else np.int64
         self.actions = np.zeros((*steps, *action_shape), action_dtype)
@@ -105,7 +105,7 @@ class ChunkedRolloutBuffer(BaseBuffer):
         if self.pos in self.chunk_starts:
             self.chunk_states.append(state)
 
-    def add(  # type: ignore[override]
+    def add(
         self,
         obs: Any,
         action: np.ndarray,

@@ -40,8 +40,11 @@ class TorchRNN(MemoryCore):
                 raise ValueError(f"{name}={value} must be at least 1")
         self.input_size, self.output_size, self.num_layers = input_size, hidden_size, num_layers
         self.has_cell = kind == "lstm"
-        rnn: type[nn.RNNBase] = nn.LSTM if self.has_cell else nn.GRU
-        self.rnn = rnn(input_size, hidden_size, num_layers, batch_first=True)
+        self.rnn: nn.LSTM | nn.GRU = (
+            nn.LSTM(input_size, hidden_size, num_layers, batch_first=True)
+            if self.has_cell
+            else nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
+        )
 
     def initial_state(self, batch_size: int) -> RNNState:
         """The empty state: zeros."""

@@ -1,6 +1,6 @@
 """The laws every memory core obeys, as one check for our cores and for yours.
 
-    check_memory_laws(my_core)     # raises AssertionError with the law and the error met
+check_memory_laws(my_core)     # raises AssertionError with the law and the error met
 """
 
 from __future__ import annotations

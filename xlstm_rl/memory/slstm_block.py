@@ -45,9 +45,7 @@ class SLSTMBlock(nn.Module):
         self.head_norm = HeadNorm(heads, head_width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.ffn_norm = nn.LayerNorm(width, eps=config.norm_eps, bias=False) if config.ffn_size else None
-        self.ffn = (
-            GatedFeedForward(width, config.ffn_size, num_blocks, bias=config.bias) if config.ffn_size else None
-        )
+        self.ffn = GatedFeedForward(width, config.ffn_size, num_blocks, bias=config.bias) if config.ffn_size else None
         init_small(self.input_forget.weight, width)
         init_small(self.cell_output.weight, width)
         nn.init.normal_(self.recurrent, std=config.recurrent_std / head_width**0.5)

@@ -6,12 +6,12 @@ This is the only generic code that looks inside a state. Zeros are the empty sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-Tree = TypeVar("Tree", bound=Any)
+Tree = TypeVar("Tree")
 
 
 def map_leaves(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
@@ -22,11 +22,15 @@ def map_leaves(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tr
         tree: a tensor, or a (named) tuple or dict of trees.
         *others: further trees with the structure of `tree`.
     """
+    return cast(Tree, _map(function, tree, *others))
+
+
+def _map(function: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
     if isinstance(tree, Tensor):
         return function(tree, *others)
     if isinstance(tree, dict):
-        return {key: map_leaves(function, value, *(other[key] for other in others)) for key, value in tree.items()}  # type: ignore[return-value]
-    parts = [map_leaves(function, *branch) for branch in zip(tree, *others, strict=True)]
+        return {key: _map(function, value, *(other[key] for other in others)) for key, value in tree.items()}
+    parts = [_map(function, *branch) for branch in zip(tree, *others, strict=True)]
     return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
 
 
@@ -77,6 +81,8 @@ def unpack(flat: Tensor, like: Tree) -> Tree:
     """
     sizes = [leaf[:1].numel() if leaf.shape[0] else leaf.new_empty(1, *leaf.shape[1:]).numel() for leaf in leaves(like)]
     if flat.ndim != 2 or flat.shape[1] != sum(sizes):
-        raise ValueError(f"packed state must be [B, {sum(sizes)}], got {list(flat.shape)}; was it made by another memory?")
-    pieces = iter(flat.split(sizes, dim=1))
+        raise ValueError(
+            f"packed state must be [B, {sum(sizes)}], got {list(flat.shape)}; was it made by another memory?"
+        )
+    pieces = iter(torch.split(flat, sizes, dim=1))
     return map_leaves(lambda leaf: next(pieces).reshape(flat.shape[0], *leaf.shape[1:]), like)

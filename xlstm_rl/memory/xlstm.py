@@ -146,4 +146,3 @@ class XLSTM(MemoryCore):
 def _as_tuples(fields: dict[str, Any]) -> dict[str, Any]:
     """YAML has lists only; frozen configurations want tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
