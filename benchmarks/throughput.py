@@ -42,11 +42,13 @@ class LongEpisodes(gym.Env[np.ndarray, int]):
         self.mean_steps = mean_steps
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Draw the length of an episode."""
         super().reset(seed=seed)
         self.left = int(self.np_random.integers(1, 2 * self.mean_steps))
         return self.np_random.random(8, dtype=np.float32), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Pay for action 0."""
         self.left -= 1
         return self.np_random.random(8, dtype=np.float32), float(action == 0), self.left <= 0, False, {}
 

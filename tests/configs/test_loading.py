@@ -79,7 +79,6 @@ def test_another_memory_drops_the_settings_of_the_first_but_its_width() -> None:
         ("tmaze", "ppo.learning_rate=fast", ["ppo.learning_rate='fast'", "a number"]),
         ("tmaze", "ppo.lr_schedule=linaer", ["ppo.lr_schedule='linaer'", "did you mean 'linear'?"]),
         ("tmaze", "ppo.batch_size=4096", ["ppo.batch_size=4096", "2048 steps of a rollout"]),
-        ("tmaze", "ppo.batch_size=100", ["ppo.batch_size=100", "chunk of 128"]),
         ("tmaze", "ppo.seq_len=256", ["ppo.seq_len=256", "ppo.n_steps=128"]),
         ("tmaze", "policy.net_arch=[0]", ["policy.net_arch=[0]"]),
         ("tmaze", "env.n_envs=0", ["env.n_envs=0", "at least 1"]),
@@ -96,6 +95,11 @@ def test_mistake_is_refused_by_name(name: str, override: str, expected: list[str
     with pytest.raises(ConfigError) as caught:
         load(name, [override])
     assert all(part in str(caught.value) for part in expected), str(caught.value)
+
+
+def test_minibatch_without_room_for_a_chunk_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ppo.batch_size=100 .* one chunk of 128 steps"):
+        load("tmaze", ["ppo.batch_size=100", "ppo.seq_len=128"])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from stable_baselines3.common.utils import LinearSchedule
 
 from xlstm_rl.configs.errors import ConfigError, nearest
 from xlstm_rl.memory import make_memory, memory_names
@@ -96,7 +97,7 @@ class PPOConfig:
 
     Attributes:
         n_steps: steps of each environment per rollout.
-        seq_len: steps of a training chunk; None takes the whole rollout.
+        seq_len: steps of a training chunk; None takes the whole rollout, but no more than `batch_size`.
         batch_size: environment steps per minibatch.
         n_epochs: passes over a rollout.
         learning_rate: at the start of training.
@@ -151,19 +152,8 @@ class PPOConfig:
         arguments = dataclasses.asdict(self)
         for schedule, name in (("lr_schedule", "learning_rate"), ("ent_schedule", "ent_coef")):
             if arguments.pop(schedule) == "linear":
-                arguments[name] = LinearSchedule(arguments[name])
+                arguments[name] = LinearSchedule(arguments[name], 0.0, 1.0)
         return arguments
-
-
-@dataclass(frozen=True)
-class LinearSchedule:
-    """Falls from `start` to 0 over the run."""
-
-    start: float
-
-    def __call__(self, progress_remaining: float) -> float:
-        """The value when this part of the run, from 1 to 0, is left."""
-        return self.start * progress_remaining
 
 
 @dataclass(frozen=True)
@@ -248,7 +238,7 @@ class TrainConfig:
             )
 
     def _check_batch(self) -> None:
-        rollout, chunk = self.ppo.n_steps * self.env.n_envs, self.ppo.seq_len or self.ppo.n_steps
+        rollout, chunk = self.ppo.n_steps * self.env.n_envs, self.ppo.seq_len or 1
         if self.ppo.batch_size > rollout:
             raise ConfigError(
                 f"ppo.batch_size={self.ppo.batch_size} must not exceed the {rollout} steps of a rollout (ppo.n_steps="

@@ -27,29 +27,33 @@ def init_wang(weight: Tensor, width: int, num_blocks: int) -> None:
 
 
 class BlockLinear(nn.Module):
-    """Block-diagonal linear map: each of `num_blocks` groups of features is projected on its own.
+    """Block-diagonal linear maps of one input: each of `num_blocks` groups of features is projected on its own.
 
     Args:
-        in_features: input width, a multiple of `num_blocks`.
-        out_features: output width, a multiple of `num_blocks`.
+        features: width of the input and of every map's output, a multiple of `num_blocks`.
         num_blocks: number of groups.
+        num_maps: how many maps of the same input.
         bias: whether to add one.
     """
 
-    def __init__(self, in_features: int, out_features: int, num_blocks: int, *, bias: bool = False) -> None:
+    def __init__(self, features: int, num_blocks: int, num_maps: int = 1, *, bias: bool = False) -> None:
         super().__init__()
-        shape = (num_blocks, out_features // num_blocks, in_features // num_blocks)
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.zeros(shape[:2])) if bias else None
-        nn.init.normal_(self.weight, std=shape[2] ** -0.5)
+        width = features // num_blocks
+        self.num_maps = num_maps
+        self.weight = nn.Parameter(torch.empty(num_blocks, num_maps * width, width))
+        self.bias = nn.Parameter(torch.zeros(num_blocks, num_maps * width)) if bias else None
+        nn.init.normal_(self.weight, std=width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in_features] to [..., num_blocks, out_features / num_blocks]."""
+        """Map [..., features] to [num_maps, ..., features]."""
         blocks, _, width = self.weight.shape
-        rows = x.reshape(-1, blocks, width)
-        y = torch.bmm(rows.transpose(0, 1), self.weight.transpose(1, 2))
-        y = y.transpose(0, 1).reshape(*x.shape[:-1], blocks, -1)
-        return y if self.bias is None else y + self.bias
+        rows = x.reshape(-1, blocks, width).transpose(0, 1)  # [blocks, N, width]
+        if self.bias is None:
+            y = torch.bmm(rows, self.weight.transpose(1, 2))
+        else:
+            y = torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight.transpose(1, 2))
+        # one copy puts every map's output in one piece
+        return y.view(blocks, -1, self.num_maps, width).permute(2, 1, 0, 3).reshape(self.num_maps, *x.shape)
 
 
 class CausalConv(nn.Module):

@@ -39,8 +39,8 @@ class MLSTMBlock(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=False)
         self.up = nn.Linear(width, 2 * inner, bias=config.bias)
         self.conv = CausalConv(inner, config.conv_kernel) if config.conv_kernel else None
-        self.query_key = BlockLinear(inner, 2 * inner, inner // config.qkv_block_size, bias=config.bias)
-        self.value = BlockLinear(inner, inner, inner // config.qkv_block_size, bias=config.bias)
+        self.query_key = BlockLinear(inner, inner // config.qkv_block_size, num_maps=2, bias=config.bias)
+        self.value = BlockLinear(inner, inner // config.qkv_block_size, bias=config.bias)
         self.gates = nn.Linear(3 * inner, 2 * heads)
         self.head_norm = HeadNorm(heads, inner // heads, config.norm_eps)
         self.skip = nn.Parameter(torch.ones(inner))
@@ -78,8 +78,8 @@ class MLSTMBlock(nn.Module):
         if self.conv is not None:
             mixed, window = self.conv(inner, window, reset)
             mixed = F.silu(mixed)
-        query, key = self.query_key(mixed).chunk(2, dim=-1)  # [B, T, inner / block, block]
-        query, key, value = query.flatten(-2), key.flatten(-2), self.value(inner).flatten(-2)
+        query, key = self.query_key(mixed)
+        (value,) = self.value(inner)
         gates = soft_cap(self.gates(torch.cat((query, key, value), dim=-1)), config.gate_soft_cap)
         input_gate, forget_gate = gates.chunk(2, dim=-1)
         if config.input_activation == "sigmoid":

@@ -85,9 +85,8 @@ def _mlstm_block(source: _Source, core: XLSTM) -> dict[str, Tensor]:
 
 
 def _slstm_block(source: _Source, core: XLSTM) -> dict[str, Tensor]:
-    heads = core.config.num_heads
-    head_width = core.config.hidden_size // heads
     kernel = source.pop("xlstm.slstm_cell._recurrent_kernel_")
+    heads, _, head_width = kernel.shape
     # vanilla backend: [head, gate * out, in]
     recurrent = kernel.reshape(heads, 4, head_width, head_width).transpose(0, 1)
     mapped = {

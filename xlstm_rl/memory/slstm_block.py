@@ -38,8 +38,8 @@ class SLSTMBlock(nn.Module):
         self.config = config
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=False)
         self.conv = CausalConv(width, config.conv_kernel) if config.conv_kernel else None
-        self.input_forget = BlockLinear(width, 2 * width, heads)
-        self.cell_output = BlockLinear(width, 2 * width, heads)
+        self.input_forget = BlockLinear(width, heads, num_maps=2)
+        self.cell_output = BlockLinear(width, heads, num_maps=2)
         self.gate_bias = nn.Parameter(torch.zeros(4, heads, head_width))
         self.recurrent = nn.Parameter(torch.zeros(4, heads, head_width, head_width))
         self.head_norm = HeadNorm(heads, head_width, config.norm_eps)
@@ -66,9 +66,8 @@ class SLSTMBlock(nn.Module):
         if self.conv is not None:
             mixed, window = self.conv(normed, window, reset)
             mixed = F.silu(mixed)
-        input_forget = self.input_forget(mixed).unflatten(-1, (2, -1))  # [B, T, H, 2, D]
-        cell_output = self.cell_output(normed).unflatten(-1, (2, -1))
-        gates = torch.cat((input_forget, cell_output), dim=-2).transpose(-3, -2) + self.gate_bias
+        gates = torch.cat((self.input_forget(mixed), self.cell_output(normed)))  # [4, B, T, width]
+        gates = gates.view(4, *x.shape[:2], *self.gate_bias.shape[1:]).permute(1, 2, 0, 3, 4) + self.gate_bias
         hidden, cell = slstm_sequence(
             gates, self.recurrent, state.cell, reset, forget_activation=self.config.forget_activation
         )
