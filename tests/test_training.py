@@ -131,7 +131,7 @@ def test_baseline_memories_train(memory: str, tmp_path: Path) -> None:
 def test_normalisation_is_saved_and_used_again(tmp_path: Path) -> None:
     config = tiny("pendulum-no-velocity", "env.normalize_observation=true", "total_steps=128", "eval.every_steps=null")
     result = train(config, tmp_path / "run")
-    assert (tmp_path / "run" / "model.vecnormalize.pkl").is_file()
+    assert (tmp_path / "run" / "model.normalizer.json").is_file()
     assert evaluate_run(tmp_path / "run")[0] == result.scores[0]
 
 

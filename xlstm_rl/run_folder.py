@@ -18,6 +18,7 @@ import stable_baselines3
 import torch
 
 from xlstm_rl._version import __version__
+from xlstm_rl.agents.normalization import dump_normalizer
 from xlstm_rl.configs import ConfigError, TrainConfig, dump, load_file
 
 
@@ -26,7 +27,7 @@ class RunFolder:
 
     `config.yaml` the resolved configuration, `versions.json` what it ran with, `returns.csv`, `curve.png`,
     `tensorboard/` events, `checkpoints/` models during training, `model.zip` the last model, each model with a
-    `.vecnormalize.pkl` beside it when observations or rewards are normalised.
+    `.normalizer.json` beside it when observations or rewards are normalised.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,7 +86,8 @@ class RunFolder:
         """Write the model and its normalisation statistics; each file appears whole or not at all."""
         normalizer = model.get_vec_normalize_env()
         if normalizer is not None:
-            _write_whole(normalizer_path(path), lambda partial: normalizer.save(str(partial)))
+            text = dump_normalizer(normalizer)
+            _write_whole(normalizer_path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
         # With an open file SB3 adds no suffix of its own.
         with _partial(path).open("wb") as file:
             model.save(file)
@@ -103,7 +105,7 @@ class RunFolder:
 
 def normalizer_path(model: Path) -> Path:
     """Where the normalisation statistics of a saved model lie."""
-    return model.with_suffix(".vecnormalize.pkl")
+    return model.with_suffix(".normalizer.json")
 
 
 def new_run_path(name: str, parent: Path = Path("runs")) -> Path:
@@ -119,7 +121,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     write(_partial(path))
     os.replace(_partial(path), path)
 

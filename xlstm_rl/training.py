@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
+from xlstm_rl.agents.normalization import load_normalizer
 from xlstm_rl.callbacks import EpisodeRecorder, PeriodicCheckpoint, PeriodicEvaluation, StopOnRequest
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
 from xlstm_rl.envs import TaskFacts, task_facts
@@ -101,9 +102,9 @@ def evaluate_run(run_dir: Path, *, n_episodes: int | None = None, seed: int | No
         torch.set_num_threads(config.threads)
     with closing(make_env(config, 1, config.seed)) as env:
         saved = normalizer_path(path)
-        model = RecurrentPPO.load(
-            path, env=VecNormalize.load(str(saved), env) if saved.is_file() else env, device=config.device
-        )
+        if saved.is_file():
+            env = load_normalizer(saved.read_text(encoding="utf-8"), env)
+        model = RecurrentPPO.load(path, env=env, device=config.device)
         seed = config.seed + FINAL_SEED if seed is None else seed
         return final_scores(model, config, read_facts(config.env), n_episodes or config.eval.n_episodes, seed)
 
