@@ -20,7 +20,7 @@ help:
 	@echo "make test    lint, types and the quick tests"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make slow    the slow tests"
-	@echo "make bench   every script in benchmarks/"
+	@echo "make bench   speed and learning benchmarks (about an hour)"
 	@echo "make clean   remove what make created, runs/ excepted"
 
 setup: $(STAMP)
@@ -48,7 +48,9 @@ slow: $(STAMP)
 	$(ONE_THREAD) $(BIN)/pytest -q -m slow
 
 bench: $(STAMP)
-	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.throughput
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.learning
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.collapse
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,8 +1,8 @@
 """What agents learn: presets x memories x seeds, run side by side, resumable, as a table and a figure.
 
-    python benchmarks/learning.py                          # every task, xLSTM, LSTM and no memory, three seeds
-    python benchmarks/learning.py --tasks tmaze --seeds 0 --set ppo.advantage_floor=0 --label "no floor"
-    python benchmarks/learning.py --render                 # the table and the figure again, nothing is run
+    python -m benchmarks.learning                          # every task, xLSTM, LSTM and no memory, three seeds
+    python -m benchmarks.learning --tasks tmaze --seeds 0 --set ppo.advantage_floor=0 --label "no floor"
+    python -m benchmarks.learning --render                 # the table and the figure again, nothing is run
 
 Every run is the preset that `xlstm-rl train` uses; only the memory and what `--set` says differ. A finished run leaves
 one JSON file below `benchmarks/results/learning/` and is not run again.

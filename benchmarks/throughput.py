@@ -1,7 +1,7 @@
 """Training speed against `sb3_contrib.RecurrentPPO`, the same work in one process, interleaved.
 
-    python benchmarks/throughput.py                    # CartPole, width 64, 16 x 128 steps, 4 epochs, batch 512
-    python benchmarks/throughput.py --episode-steps 200 --width 128
+    python -m benchmarks.throughput                    # CartPole, width 64, 16 x 128 steps, 4 epochs, batch 512
+    python -m benchmarks.throughput --episode-steps 200 --width 128
 
 Reported are environment steps per second of rollout plus update, medians over rounds, and the ratio to sb3-contrib.
 With one thread the clock is CPU time, so that other work on the machine does not spoil the ratio.
