@@ -159,3 +159,11 @@ def test_progress_is_printed(tmp_path: Path) -> None:
     assert "evaluation: return" in text
     assert "trained agent" in text
     assert str(tmp_path / "run" / "model.zip") in text
+
+
+def test_damaged_model_is_refused_by_name(tmp_path: Path) -> None:
+    folder = train(tiny("cue-recall", "total_steps=64", "eval.every_steps=null"), tmp_path / "run").folder
+    model = folder / "model.zip"
+    model.write_bytes(model.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*model\.zip"):
+        evaluate_run(folder)

@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
-from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.agents import CheckpointError, RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
 from xlstm_rl.agents.normalization import load_normalizer
 from xlstm_rl.callbacks import EpisodeRecorder, PeriodicCheckpoint, PeriodicEvaluation, StopOnRequest
@@ -93,7 +93,7 @@ def evaluate_run(run_dir: Path, *, n_episodes: int | None = None, seed: int | No
         seed: of the episodes; None takes the one of the closing evaluation of `train`.
 
     Raises:
-        ConfigError: this is no run folder, or holds no model.
+        ConfigError: this is no run folder, holds no model, or the model is damaged.
     """
     folder = RunFolder(run_dir)
     config = folder.load_config()
@@ -104,7 +104,10 @@ def evaluate_run(run_dir: Path, *, n_episodes: int | None = None, seed: int | No
         saved = normalizer_path(path)
         if saved.is_file():
             env = load_normalizer(saved.read_text(encoding="utf-8"), env)
-        model = RecurrentPPO.load(path, env=env, device=config.device)
+        try:
+            model = RecurrentPPO.load(path, env=env, device=config.device)
+        except CheckpointError as error:
+            raise ConfigError(f"the model cannot be loaded: {error}") from error
         seed = config.seed + FINAL_SEED if seed is None else seed
         return final_scores(model, config, read_facts(config.env), n_episodes or config.eval.n_episodes, seed)
 

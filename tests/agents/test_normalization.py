@@ -1,5 +1,7 @@
 """Normalisation statistics survive a file that runs no code."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from stable_baselines3.common.vec_env import VecNormalize
@@ -47,6 +49,7 @@ def test_statistics_of_another_space_are_refused() -> None:
 
 def test_statistics_that_are_not_finite_are_refused() -> None:
     before = used("vector")
-    before.obs_rms.mean[0] = np.nan
+    statistics: Any = before.obs_rms
+    statistics.mean[0] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         load_normalizer(dump_normalizer(before), vec_env())

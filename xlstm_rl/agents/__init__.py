@@ -1,5 +1,6 @@
 """The Stable-Baselines3 side: policies, rollouts, recurrent PPO, evaluation."""
 
+from xlstm_rl.agents.archive import CheckpointError
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
 from xlstm_rl.agents.losses import AdvantageScale, gae, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
@@ -9,6 +10,7 @@ from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, minibat
 
 __all__ = [
     "AdvantageScale",
+    "CheckpointError",
     "ChunkedRolloutBuffer",
     "CnnLSTMPolicy",
     "CnnXLSTMPolicy",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,11 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
+from xlstm_rl.agents.checkpoint import load_policy, save_policy
 from xlstm_rl.memory import MemoryCore, make_memory, pack, unpack
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 StatePair = tuple[Tensor, ...]
 CriticMemory = Literal["shared", "separate", "none"]
@@ -126,6 +130,11 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
             raise ValueError(f"critic_memory={critic_memory!r} must be 'shared', 'separate' or 'none'")
         if critic_memory == "shared" and not share_features_extractor:
             raise ValueError("a shared memory needs shared features: set critic_memory='separate' or 'none'")
+        if isinstance(observation_space, spaces.Dict) and features_extractor_class is FlattenExtractor:
+            raise ValueError(
+                "a Dict observation needs an extractor that takes it apart: use the policy MultiInputXLSTMPolicy "
+                "(MultiInputLstmPolicy), or set features_extractor_class"
+            )
         self.memory, self.memory_kwargs, self.critic_memory = memory, dict(memory_kwargs or {}), critic_memory
         if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
             optimizer_kwargs = {"eps": 1e-5, "fused": True}
@@ -174,7 +183,28 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
             "memory": self.memory,
             "memory_kwargs": self.memory_kwargs,
             "critic_memory": self.critic_memory,
+            "share_features_extractor": self.share_features_extractor,
         }
+
+    def save(self, path: str) -> None:
+        """Write the policy, without its optimiser, to a zip of JSON and safetensors at `path` or in a binary file."""
+        save_policy(self, path)
+
+    @classmethod
+    def load(cls, path: str, device: torch.device | str = "auto", custom_objects: dict[str, Any] | None = None) -> Self:
+        """Read a policy that `save` wrote. Nothing in the file is executed.
+
+        Args:
+            path: of the file, or a binary file.
+            device: where to put the policy.
+            custom_objects: constructor arguments to take instead of the stored ones, such as a
+                `features_extractor_class` of your own.
+
+        Raises:
+            CheckpointError: the file is torn, foreign or wrong, or a class is missing; the message names the file,
+                what is wrong and the remedy.
+        """
+        return load_policy(cls, path, device, custom_objects or {})
 
     # The contract of RecurrentPPO here: trees of states, [B, T] sequences.
 
@@ -199,7 +229,8 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
             return StepResult(actions, values, log_prob, state)
         distribution = self._get_action_dist_from_latent(latent_pi)
         actions = distribution.get_actions(deterministic=deterministic)
-        return StepResult(actions, values, distribution.log_prob(actions), state)
+        log_prob = distribution.log_prob(actions)
+        return StepResult(actions.reshape(-1, *(self.action_space.shape or ())), values, log_prob, state)
 
     def value(self, obs: Any, state: PolicyState, reset: Tensor) -> Tensor:
         """Value [n_envs] of observations [n_envs, ...], without acting."""
@@ -229,7 +260,7 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
             log_prob = log_probs.gather(-1, actions.view(-1, 1)).view(reset.shape)
             return Evaluation(values, log_prob, -(log_probs.exp() * log_probs).sum(-1).view(reset.shape))
         distribution = self._get_action_dist_from_latent(latent_pi)
-        log_prob = distribution.log_prob(_as_float_bits(actions, self.action_space)).view(reset.shape)
+        log_prob = distribution.log_prob(_as_sampled(actions, self.action_space)).view(reset.shape)
         entropy = distribution.entropy()
         return Evaluation(values, log_prob, None if entropy is None else entropy.view(reset.shape))
 
@@ -348,6 +379,8 @@ def _sample_categorical(logits: Tensor, deterministic: bool) -> tuple[Tensor, Te
     return actions, log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
 
-def _as_float_bits(actions: Tensor, space: spaces.Space[Any]) -> Tensor:
-    """The Bernoulli distribution wants its bits as floats."""
+def _as_sampled(actions: Tensor, space: spaces.Space[Any]) -> Tensor:
+    """Actions [N, ...] as distributions draw them: Box actions flat, bits as floats."""
+    if isinstance(space, spaces.Box):
+        return actions.reshape(len(actions), -1)
     return actions.float() if isinstance(space, spaces.MultiBinary) else actions

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -11,14 +14,18 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
+from xlstm_rl.agents.checkpoint import load_model, load_parameters, save_model
 from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, PolicyState, XLSTMPolicy
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, minibatches, stack_states
 from xlstm_rl.memory import take
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Truncation(NamedTuple):
@@ -211,6 +218,10 @@ class RecurrentPPO(OnPolicyAlgorithm):
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Use another environment from the next `learn` on, with as many or other numbers of copies."""
+        env = self._wrap_env(env, self.verbose)
+        check_for_correct_spaces(env, self.observation_space, self.action_space)
+        # the parent class wants as many as before
+        self.n_envs = env.num_envs
         super().set_env(env, force_reset)
         if self.policy is not None and self.rollout_buffer.n_envs != self.n_envs:
             self._setup_rollout_buffer()
@@ -392,5 +403,75 @@ class RecurrentPPO(OnPolicyAlgorithm):
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
 
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_last_state"]
+    def save(
+        self,
+        path: str | Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Write the agent to a zip of JSON and safetensors, from which loading runs no code.
+
+        At a path the file appears whole or not at all. The environment and the rollout are not part of it.
+
+        Args:
+            path: of the file (".zip" is appended if it has no suffix), or a binary file.
+            exclude: attributes to leave out.
+            include: attributes to keep that are left out otherwise.
+        """
+        save_model(self, path, exclude or (), include or ())  # type: ignore[arg-type]
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Read an agent that `save` wrote. Nothing in the file is executed.
+
+        Args:
+            path: of the file, with or without ".zip", or a binary file.
+            env: to go on training in, with any number of copies.
+            device: where to put the policy.
+            custom_objects: attributes to take instead of the stored ones: functions as schedules, a policy class of
+                your own as "policy_class", "policy_kwargs" with a features extractor of your own.
+            print_system_info: print the versions here and of the file.
+            force_reset: start `env` anew; else the episodes at the time of saving go on, memory included.
+            **kwargs: attributes to change, such as `learning_rate`.
+
+        Raises:
+            CheckpointError: the file is torn, foreign or wrong, or a class or function is missing; the message names
+                the file, what is wrong and the remedy.
+            ValueError: the spaces of `env` are others.
+        """
+        return load_model(
+            cls,
+            path,  # type: ignore[arg-type]
+            env,
+            device=device,
+            custom_objects=custom_objects or {},
+            print_system_info=print_system_info,
+            force_reset=force_reset,
+            arguments=kwargs,
+        )
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
+        """Take the parameters of a saved agent, or those that `get_parameters` gave.
+
+        Args:
+            load_path_or_dict: path of a file that `save` wrote, or state dicts by name.
+            exact_match: all parameters must be given and fit; else those given are set.
+            device: not used; parameters stay where they are.
+        """
+        if not isinstance(load_path_or_dict, dict):
+            load_path_or_dict = load_parameters(load_path_or_dict)
+        super().set_parameters(load_path_or_dict, exact_match, device)

@@ -1,0 +1,294 @@
+"""Checkpoints give back the same agent, and whoever must hand something over is told what."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import LinearSchedule
+from torch import nn
+
+from tests.agents.small_agents import SMALL, agent, assert_same, played
+from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, vec_env
+from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
+from xlstm_rl.agents.archive import CheckpointError
+from xlstm_rl.memory import leaves
+
+
+class OwnExtractor(FlattenExtractor):
+    pass
+
+
+class OwnPolicy(XLSTMPolicy):
+    pass
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "model.zip"
+    agent(steps=24).save(path)
+    return path
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+def test_every_space_comes_back_bit_for_bit_and_trains_on(observation: str, action: str) -> None:
+    model, file = agent(observation, action, steps=24), io.BytesIO()
+    model.save(file)
+    other = RecurrentPPO.load(file, model.env, device="cpu")
+    assert_same(model, other)
+    assert other.observation_space == model.observation_space
+    assert other.action_space == model.action_space
+    other.learn(24, reset_num_timesteps=False)
+    assert other.num_timesteps == 48
+
+
+@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+@pytest.mark.parametrize("critic_memory", ["shared", "separate", "none"])
+def test_every_memory_comes_back(memory: str, critic_memory: str, tmp_path: Path) -> None:
+    kwargs = {"memory": memory, "memory_kwargs": {"hidden_size": 5}, "critic_memory": critic_memory}
+    model = agent(steps=24, policy_kwargs=kwargs)
+    model.save(tmp_path / "model")
+    assert_same(model, RecurrentPPO.load(tmp_path / "model", device="cpu"))
+
+
+def test_counters_schedules_and_advantage_scale_come_back(tmp_path: Path) -> None:
+    learning_rate = LinearSchedule(1e-3, 1e-4, 0.7)
+    model = agent(steps=48, learning_rate=learning_rate, clip_range=LinearSchedule(0.3, 0.1, 1.0), ent_coef=0.01)
+    model.save(tmp_path / "model")
+    other: Any = RecurrentPPO.load(tmp_path / "model")
+    assert (other.num_timesteps, other._n_updates, other.seed) == (48, 2, 0)
+    assert other.ent_coef == 0.01
+    assert vars(other._advantage_scale) == vars(model._advantage_scale)
+    assert list(other.ep_info_buffer) == list(model.ep_info_buffer or ())
+    for progress in (1.0, 0.77, 0.31, 0.0):
+        assert other.lr_schedule(progress) == learning_rate(progress)
+        assert other.clip_range(progress) == model.clip_range(progress)  # type: ignore[operator]
+
+
+def test_learning_goes_on_as_without_the_file(tmp_path: Path) -> None:
+    model = agent(steps=24)
+    model.save(tmp_path / "model")
+    other = RecurrentPPO.load(tmp_path / "model", vec_env(), device="cpu")
+    for learner in (model, other):
+        learner.set_env(vec_env())
+        learner.set_random_seed(3)
+        learner.learn(48, reset_num_timesteps=False)
+    assert_same(model, other)
+
+
+def test_without_force_reset_episodes_and_memory_go_on(tmp_path: Path) -> None:
+    model = agent(steps=24)
+    model.save(tmp_path / "model")
+    other = RecurrentPPO.load(tmp_path / "model", model.env, device="cpu", force_reset=False)
+    assert np.array_equal(other._last_obs, model._last_obs)  # type: ignore[arg-type]
+    for before, after in zip(leaves(model._last_state), leaves(other._last_state), strict=True):
+        assert torch.equal(before, after)
+    other.learn(24, reset_num_timesteps=False)
+
+
+def test_with_force_reset_the_memory_starts_empty(saved: Path) -> None:
+    model = RecurrentPPO.load(saved, vec_env(n_envs=2))
+    assert model._last_obs is None
+    assert all(not leaf.any() and leaf.shape[0] == 2 for leaf in leaves(model._last_state))
+
+
+def test_number_of_environments_may_change(saved: Path) -> None:
+    model = RecurrentPPO.load(saved, vec_env(n_envs=5), device="cpu")
+    assert model.rollout_buffer.n_envs == model.n_envs == 5
+    model.learn(40)
+
+
+def test_arguments_of_load_override_settings(saved: Path) -> None:
+    model = RecurrentPPO.load(saved, vec_env(), n_steps=16, learning_rate=0.5, verbose=0)
+    assert (model.rollout_buffer.buffer_size, model.lr_schedule(1.0)) == (16, 0.5)
+
+
+def test_other_policy_arguments_are_refused(saved: Path) -> None:
+    with pytest.raises(ValueError, match="policy kwargs do not equal"):
+        RecurrentPPO.load(saved, policy_kwargs={"net_arch": [3]})
+
+
+def test_equal_policy_arguments_are_accepted(saved: Path) -> None:
+    RecurrentPPO.load(saved, policy_kwargs=SMALL)
+
+
+@pytest.mark.parametrize("argument", [{"observation": "image"}, {"action": "box"}])
+def test_environment_of_other_spaces_is_refused(saved: Path, argument: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="spaces do not match"):
+        RecurrentPPO.load(saved, vec_env(**argument))
+
+
+def test_suffix_is_appended_and_found(tmp_path: Path) -> None:
+    agent().save(tmp_path / "new" / "model")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.zip"]
+    RecurrentPPO.load(tmp_path / "new" / "model")
+    RecurrentPPO.load(str(tmp_path / "new" / "model.zip"))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        RecurrentPPO.load(tmp_path / "nothing")
+
+
+def test_excluded_attributes_are_left_out(tmp_path: Path) -> None:
+    agent(gamma=0.5).save(tmp_path / "model", exclude=["gamma"])
+    assert RecurrentPPO.load(tmp_path / "model").gamma == 0.99
+
+
+def test_included_attributes_are_kept(tmp_path: Path) -> None:
+    model: Any = agent()
+    model.note = {"a": (1, 2.5)}
+    model.save(tmp_path / "model", exclude=["note"], include=["note"])
+    assert RecurrentPPO.load(tmp_path / "model").note == {"a": (1, 2.5)}  # type: ignore[attr-defined]
+
+
+def test_environment_and_rollout_are_not_in_the_file(saved: Path) -> None:
+    with zipfile.ZipFile(saved) as file:
+        data = json.loads(file.read("data.json"))
+    assert not {"env", "rollout_buffer", "policy", "_logger", "_vec_normalize_env"} & set(data)
+
+
+def test_attribute_without_description_is_named_when_saving(tmp_path: Path) -> None:
+    model: Any = agent()
+    model.thing = object()
+    with pytest.warns(UserWarning, match="thing.*not saved"):
+        model.save(tmp_path / "model")
+    assert RecurrentPPO.load(tmp_path / "model", custom_objects={"thing": 1}).thing == 1  # type: ignore[attr-defined]
+
+
+def test_function_as_schedule_is_saved_as_its_present_value(tmp_path: Path) -> None:
+    def rate(progress: float) -> float:
+        return 1e-3 + progress * 1e-3
+
+    model = agent(steps=24, learning_rate=rate)
+    with pytest.warns(UserWarning, match=r"learning_rate is a function.*0\.001.*custom_objects"):
+        model.save(tmp_path / "model")
+    assert RecurrentPPO.load(tmp_path / "model").lr_schedule(1.0) == rate(0.0)
+    restored = RecurrentPPO.load(tmp_path / "model", custom_objects={"learning_rate": rate})
+    assert restored.lr_schedule(0.5) == rate(0.5)
+
+
+def test_functions_inside_sb3s_wrapper_are_found(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="clip_range is a function"):
+        agent(clip_range=lambda progress: 0.1 * progress).save(tmp_path / "model")
+    assert RecurrentPPO.load(tmp_path / "model").clip_range(0.3) == 0.1  # type: ignore[operator]
+
+
+def test_classes_of_torch_and_sb3_are_kept_by_name(tmp_path: Path) -> None:
+    kwargs = {"activation_fn": nn.ELU, "optimizer_class": torch.optim.AdamW, "optimizer_kwargs": {"betas": (0.8, 0.9)}}
+    model = agent(steps=24, policy_kwargs=kwargs | {"features_extractor_class": FlattenExtractor})
+    model.save(tmp_path / "model")
+    other = RecurrentPPO.load(tmp_path / "model")
+    assert other.policy_kwargs == model.policy_kwargs
+    assert_same(model, other)
+
+
+def test_class_of_ones_own_has_to_be_handed_over(tmp_path: Path) -> None:
+    kwargs = SMALL | {"features_extractor_class": OwnExtractor}
+    model = agent(steps=24, policy_kwargs=kwargs)
+    model.save(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="features_extractor_class was .*OwnExtractor.*custom_objects=.*policy_k"):
+        RecurrentPPO.load(tmp_path / "model")
+    assert_same(model, RecurrentPPO.load(tmp_path / "model", custom_objects={"policy_kwargs": kwargs}))
+
+
+def test_policy_of_ones_own_has_to_be_handed_over(tmp_path: Path) -> None:
+    model = agent(policy=OwnPolicy)
+    model.save(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="policy_class was .*OwnPolicy.*custom_objects=.*YourPolicy"):
+        RecurrentPPO.load(tmp_path / "model")
+    other = RecurrentPPO.load(tmp_path / "model", custom_objects={"policy_class": OwnPolicy})
+    assert type(other.policy) is OwnPolicy
+    assert_same(model, other)
+
+
+def test_alias_of_a_subclass_is_kept_by_name(tmp_path: Path) -> None:
+    class Own(RecurrentPPO):
+        policy_aliases = {"Own": OwnPolicy}
+
+    Own("Own", vec_env(), policy_kwargs=SMALL).save(tmp_path / "model")
+    assert type(Own.load(tmp_path / "model").policy) is OwnPolicy
+    with pytest.raises(CheckpointError, match="names the policy 'Own'"):
+        RecurrentPPO.load(tmp_path / "model")
+
+
+def test_gsde_comes_back(tmp_path: Path) -> None:
+    model = agent(action="box", steps=24, use_sde=True, sde_sample_freq=2, policy_kwargs={"squash_output": True})
+    model.save(tmp_path / "model")
+    assert_same(model, RecurrentPPO.load(tmp_path / "model"))
+
+
+def test_parameters_go_from_model_to_model() -> None:
+    model, other = agent(steps=24), agent(seed=1)
+    other.set_parameters(model.get_parameters())
+    assert_same(model, other)
+
+
+def test_parameters_are_read_from_a_file(saved: Path) -> None:
+    other = agent(seed=1)
+    other.set_parameters(str(saved.with_suffix("")))
+    assert_same(RecurrentPPO.load(saved), other)
+
+
+def test_incomplete_parameters_are_refused() -> None:
+    model = agent()
+    with pytest.raises(ValueError, match="do not match"):
+        model.set_parameters({"policy": model.policy.state_dict()})
+    model.set_parameters({"policy": model.policy.state_dict()}, exact_match=False)
+
+
+@pytest.mark.parametrize("critic_memory", ["shared", "separate", "none"])
+@pytest.mark.parametrize("observation", ["vector", "image", "dict with image"])
+def test_policy_comes_back_alone(observation: str, critic_memory: str, tmp_path: Path) -> None:
+    share = critic_memory == "shared"
+    model = agent(observation, policy_kwargs={"critic_memory": critic_memory, "share_features_extractor": share})
+    model.policy.save(str(tmp_path / "policy.zip"))
+    other = type(model.policy).load(str(tmp_path / "policy.zip"), device="cpu")
+    assert len(list(other.parameters())) == len(list(model.policy.parameters()))
+    before = played(model)
+    model.policy = other
+    for one, two in zip(before, played(model), strict=True):
+        assert np.array_equal(one, two)
+
+
+def test_policy_with_a_class_of_ones_own_wants_it_handed_over(tmp_path: Path) -> None:
+    path = str(tmp_path / "policy.zip")
+    agent(policy_kwargs={"features_extractor_class": OwnExtractor}).policy.save(path)
+    with pytest.raises(CheckpointError, match="custom_objects=.*features_extractor_class"):
+        XLSTMPolicy.load(path)
+    assert isinstance(
+        XLSTMPolicy.load(path, custom_objects={"features_extractor_class": OwnExtractor}).features_extractor,
+        OwnExtractor,
+    )
+
+
+def test_policy_file_is_no_model_and_the_reverse(saved: Path, tmp_path: Path) -> None:
+    agent().policy.save(str(tmp_path / "policy.zip"))
+    with pytest.raises(CheckpointError, match="'policy', not a model"):
+        RecurrentPPO.load(tmp_path / "policy.zip")
+    with pytest.raises(CheckpointError, match="'model', not a policy"):
+        XLSTMPolicy.load(str(saved))
+
+
+def test_system_info_is_printed(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RecurrentPPO.load(saved, print_system_info=True)
+    assert f"torch: {torch.__version__}" in capsys.readouterr().out
+
+
+def test_failed_write_keeps_the_file_before(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved.read_bytes()
+
+    def full(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        agent(seed=5).save(saved)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]

@@ -1,0 +1,306 @@
+"""Files that are torn, foreign or hostile are refused by name, and nothing in them runs."""
+
+import contextlib
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from stable_baselines3 import PPO
+
+from tests.agents.small_agents import SMALL, agent
+from tests.agents.spaces_for_tests import vec_env
+from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
+from xlstm_rl.agents import archive as archive_module
+from xlstm_rl.agents.archive import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "model.zip"
+    agent(steps=24).save(path)
+    return path
+
+
+Edit = Callable[[dict[str, bytes]], object]
+
+
+def edited(source: Path, target: Path, edit: Edit, compression: int = zipfile.ZIP_STORED) -> Path:
+    """A copy of a checkpoint whose members were changed."""
+    with zipfile.ZipFile(source) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    edit(members)
+    with zipfile.ZipFile(target, "w", compression) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return target
+
+
+def json_edit(member: str, edit: Callable[[Any], object]) -> Edit:
+    def change(members: dict[str, bytes]) -> None:
+        tree = json.loads(members[member])
+        edit(tree)
+        members[member] = json.dumps(tree).encode()
+
+    return change
+
+
+def tensor_edit(member: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> Edit:
+    def change(members: dict[str, bytes]) -> None:
+        tensors = safetensors.torch.load(members[member])
+        edit(tensors)
+        members[member] = safetensors.torch.save(tensors)
+
+    return change
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_torn_file_is_refused(saved: Path, tmp_path: Path, share: float) -> None:
+    content = saved.read_bytes()
+    (tmp_path / "torn.zip").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=r"torn\.zip is torn"):
+        RecurrentPPO.load(tmp_path / "torn.zip")
+
+
+def test_flipped_byte_is_refused(saved: Path, tmp_path: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "flipped.zip").write_bytes(content)
+    with pytest.raises(CheckpointError, match="CRC"):
+        RecurrentPPO.load(tmp_path / "flipped.zip")
+
+
+class Bomb:
+    """Leaves a trace when unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_sb3_zip_is_refused_unread(tmp_path: Path) -> None:
+    model: Any = PPO("MlpPolicy", vec_env(), n_steps=8, batch_size=24)
+    model.thing = Bomb(tmp_path / "trace")
+    model.save(tmp_path / "sb3")
+    with pytest.raises(CheckpointError, match="Stable-Baselines3 .cloudpickle.: loading it would run code"):
+        RecurrentPPO.load(tmp_path / "sb3")
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("policy", [False, True])
+def test_pickles_are_refused_unread(policy: bool, tmp_path: Path) -> None:
+    torch.save(Bomb(tmp_path / "trace"), tmp_path / "torch.zip")
+    (tmp_path / "raw.zip").write_bytes(pickle.dumps(Bomb(tmp_path / "trace")))
+    load: Any = XLSTMPolicy.load if policy else RecurrentPPO.load
+    for name, message in (("torch.zip", "torch.save: loading it could run code"), ("raw.zip", "torn or no checkpoint")):
+        with pytest.raises(CheckpointError, match=message):
+            load(str(tmp_path / name))
+    assert not (tmp_path / "trace").exists()
+
+
+def drop(name: str) -> Edit:
+    return lambda members: members.pop(name)
+
+
+def put(name: str, content: bytes = b"{}") -> Edit:
+    return lambda members: members.update({name: content})
+
+
+def set_data(**values: Any) -> Edit:
+    return json_edit("data.json", lambda tree: tree.update(values))
+
+
+def set_head(**values: Any) -> Edit:
+    return json_edit("format.json", lambda tree: tree.update(values))
+
+
+def name_class(name: str) -> dict[str, Any]:
+    return {"activation_fn": {"$kind": "class", "name": name}}
+
+
+def box(**values: Any) -> dict[str, Any]:
+    return {"$kind": "Box", "dtype": "float32", "shape": [3], "low": -1, "high": 1} | values
+
+
+def fill(part: str, name: str, value: float) -> Edit:
+    return tensor_edit(f"{part}.safetensors", lambda tensors: tensors[name].fill_(value))
+
+
+def replace(part: str, name: str, value: torch.Tensor) -> Edit:
+    return tensor_edit(f"{part}.safetensors", lambda tensors: tensors.update({name: value}))
+
+
+VALUE = "value_net.weight"
+HOSTILE: dict[str, tuple[Edit, str]] = {
+    "absolute name": (put("/etc/passwd.json"), "'/etc/passwd.json', which belongs to no checkpoint"),
+    "name upwards": (put("../../up.json"), "'../../up.json', which belongs to no checkpoint"),
+    "unknown member": (put("run.json"), r"unknown \['run.json'\]"),
+    "pickle beside": (put("data.pkl", pickle.dumps(1)), "could run code"),
+    "no format": (drop("format.json"), "without format.json"),
+    "no settings": (drop("data.json"), r"missing \['data.json'\]"),
+    "no weights": (drop("policy.safetensors"), r"missing \['policy.safetensors'\]"),
+    "no optimiser": (
+        lambda members: (
+            [members.pop(f"policy.optimizer.{suffix}") for suffix in ("json", "safetensors")]
+            and set_head(parts=["data", "policy"])(members)
+        ),
+        r"no policy\.optimizer\.json",
+    ),
+    "other format": (set_head(format="other"), "no checkpoint of xlstm_rl"),
+    "later version": (set_head(version=2), "format version 2, this library reads 1"),
+    "parts upwards": (set_head(parts=["../data"]), "incomplete or changed"),
+    "no JSON": (put("data.json", b"{"), "data.json is no JSON"),
+    "deep JSON": (put("data.json", b"[" * 100_000 + b"]" * 100_000), "data.json is no JSON|no settings"),
+    "list as settings": (put("data.json", b"[]"), "data.json holds no settings"),
+    "huge tensor header": (
+        put("policy.safetensors", (2**62).to_bytes(8, "little") + b"{}"),
+        "tensors is damaged",
+    ),
+    "torn tensors": (
+        lambda members: members.update({"policy.safetensors": members["policy.safetensors"][:-5]}),
+        "policy.safetensors is damaged",
+    ),
+    "lost tensor": (
+        tensor_edit("policy.safetensors", lambda tensors: tensors.pop(VALUE)),
+        f"'{VALUE}'.*missing",
+    ),
+    "NaN": (fill("policy", VALUE, float("nan")), f"NaN in '{VALUE}'"),
+    "infinity": (
+        fill("policy", VALUE, float("inf")),
+        f"'{VALUE}' is infin",
+    ),
+    "wrong shape": (
+        replace("policy", VALUE, torch.zeros(1, 9)),
+        rf"'{VALUE}' is \[1, 9\], its settings need \[1, 8\]",
+    ),
+    "wrong dtype": (
+        tensor_edit(
+            "policy.safetensors", lambda tensors: tensors.update({VALUE: torch.zeros(1, 8, dtype=torch.int64)})
+        ),
+        f"'{VALUE}' is torch.int64",
+    ),
+    "other settings": (set_data(policy_kwargs=SMALL | {"net_arch": [8, 8]}), "weights do not fit XLSTMPolicy"),
+    "NaN in optimiser": (
+        fill("policy.optimizer", "state.0.exp_avg", float("nan")),
+        "policy.optimizer has NaN in 'state.0.exp_avg'",
+    ),
+    "shape in optimiser": (
+        replace("policy.optimizer", "state.0.exp_avg", torch.zeros(2)),
+        "optimiser state 'exp_avg' of weight 0",
+    ),
+    "weights of optimiser": (
+        json_edit("policy.optimizer.json", lambda tree: tree["param_groups"][0].update(params=[0])),
+        "another number of weights",
+    ),
+    "shell as class": (set_data(policy_kwargs=name_class("os.system")), "'os.system', which is not among"),
+    "module as class": (set_data(policy_kwargs=name_class("torch.nn.MultiheadAttentionX")), "is not among"),
+    "shell as policy": (set_data(policy_class="os.system"), "names the policy 'os.system'"),
+    "method as setting": (set_data(learn=1), "sets 'learn', which is no setting"),
+    "environment as setting": (set_data(env=1), "sets 'env', which is no setting"),
+    "unknown kind": (set_data(seed={"$kind": "eval"}), "seed is of unknown kind 'eval'"),
+    "class as schedule": (
+        set_data(clip_range={"$kind": "FloatSchedule", "value_schedule": {"$kind": "class", "name": "torch.nn.ReLU"}}),
+        "clip_range describes no FloatSchedule",
+    ),
+    "endless space": (set_data(observation_space=box(shape=[10**9, 10**9])), "observation_space describes no Box"),
+    "space of objects": (set_data(observation_space=box(dtype="O")), "observation_space describes no Box"),
+    "negative action": (
+        set_data(action_space={"$kind": "Discrete", "n": -1, "start": 0}),
+        "action_space describes no Dis",
+    ),
+    "no steps": (set_data(n_steps=0), "n_steps=0 must be at least 1"),
+    "text as number": (set_data(n_steps="many"), "no model can be built from the settings"),
+    "unknown memory": (set_data(policy_kwargs={"memory": "nothing"}), "unknown memory 'nothing'"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_file_is_refused(saved: Path, tmp_path: Path, case: str) -> None:
+    edit, message = HOSTILE[case]
+    path = edited(saved, tmp_path / "hostile.zip", edit)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        RecurrentPPO.load(path)
+    assert "hostile.zip" in str(refused.value)
+
+
+def test_compressed_members_are_refused(saved: Path, tmp_path: Path) -> None:
+    def inflate(members: dict[str, bytes]) -> None:
+        members["data.json"] = b" " * 10**7 + members["data.json"]
+
+    path = edited(saved, tmp_path / "bomb.zip", inflate, zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="compressed"):
+        RecurrentPPO.load(path)
+
+
+def test_declared_size_beyond_the_file_is_refused(saved: Path, tmp_path: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry + 20 : entry + 28] = (2**31).to_bytes(4, "little") * 2
+    (tmp_path / "bomb.zip").write_bytes(content)
+    with pytest.raises(CheckpointError, match="not loaded"):
+        RecurrentPPO.load(tmp_path / "bomb.zip")
+
+
+def test_long_settings_are_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_module, "MAX_JSON_BYTES", 1000)
+    with pytest.raises(CheckpointError, match="allowed are 1000"):
+        RecurrentPPO.load(saved)
+
+
+def test_member_twice_is_refused(saved: Path, tmp_path: Path) -> None:
+    path = edited(saved, tmp_path / "twice.zip", lambda members: None)
+    with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+        file.writestr("data.json", "{}")
+    with pytest.raises(CheckpointError, match="twice"):
+        RecurrentPPO.load(path)
+
+
+JUNK: list[Any] = [
+    *(None, True, -1, 0.5, 10**30, "text", [], {}, {"$kind": None}, {"$kind": "Box"}),
+    {"$kind": "tensor", "name": ["list"]},
+    {"$kind": "class", "name": "torch.nn.ReLU"},
+    {"$kind": "dict", "items": [[[], 1]]},
+    {"$kind": "float", "value": "nan"},
+]
+
+
+def places(tree: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Keys that lead to every value of a JSON tree."""
+    if place:
+        yield place
+    for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from places(part, (*place, key))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("member", ["data.json", "policy.json", "policy.optimizer.json", "format.json"])
+def test_changed_value_is_loaded_or_refused(saved: Path, tmp_path: Path, member: str, seed: int) -> None:
+    random = np.random.default_rng(seed)
+
+    def change(tree: Any) -> None:
+        chosen = list(places(tree))
+        *path, last = chosen[random.integers(len(chosen))]
+        for key in path:
+            tree = tree[key]
+        # a rollout of 10**30 steps is a matter of memory, not of the file
+        tree[last] = JUNK[random.integers(len(JUNK))] if last not in ("n_steps", "n_envs") else None
+
+    for _ in range(5):
+        path = edited(saved, tmp_path / "changed.zip", json_edit(member, change))
+        with contextlib.suppress(CheckpointError):
+            RecurrentPPO.load(path, device="cpu")
+
+
+def test_settings_left_out_are_named(tmp_path: Path) -> None:
+    agent().save(tmp_path / "model", exclude=["action_space"])
+    with pytest.raises(CheckpointError, match="holds no action_space"):
+        RecurrentPPO.load(tmp_path / "model")
