@@ -116,7 +116,7 @@ def loss_of(
         old_value=torch.zeros(1, steps),
         target=torch.ones(1, steps),
         entropy=torch.full((1, steps), 0.7),
-        weight=torch.tensor([[2.0] + [1.0] * (steps - 1)]),
+        weight=torch.tensor([[2.0] + [1.0] * (steps - 1)]) / (steps + 1),
         clip_range=0.2,
         clip_range_vf=clip_vf,
         ent_coef=0.1,

@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import (
     EvalCallback,
     StopTrainingOnRewardThreshold,
 )
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, configure
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 import xlstm_rl  # noqa: F401  registers the tasks
 from tests.agents.small_agents import SMALL, agent
 from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes, policy_name, vec_env
-from xlstm_rl.agents import ChunkedRolloutBuffer, RecurrentPPO
+from xlstm_rl.agents import ChunkedRolloutBuffer, RecurrentPPO, minibatches
 from xlstm_rl.agents.losses import PPOLoss, ppo_loss
 from xlstm_rl.agents.policy import XLSTMPolicy
 from xlstm_rl.memory import leaves
@@ -261,6 +262,7 @@ def test_own_layers_and_extractor_are_used() -> None:
         ({"lstm_hidden_size": 6}, "separate"),
         ({"lstm_hidden_size": 6, "shared_lstm": True, "enable_critic_lstm": False}, "shared"),
         ({"lstm_hidden_size": 6, "n_lstm_layers": 2, "enable_critic_lstm": False}, "none"),
+        ({"lstm_hidden_size": 6, "n_lstm_layers": 2, "lstm_kwargs": {"dropout": 0.1, "bias": False}}, "separate"),
     ],
 )
 def test_arguments_of_the_lstm_policies_are_understood(kwargs: dict[str, Any], critic_memory: str) -> None:
@@ -455,3 +457,35 @@ def test_rollout_starts_episodes_from_an_empty_state() -> None:
 def test_evaluate_policy_runs_whole_episodes() -> None:
     returns, lengths = evaluate_policy(agent(), vec_env(2), 5, return_episode_rewards=True)
     assert len(returns) == len(lengths) == 5  # type: ignore[arg-type]
+
+
+def test_batch_size_none_takes_the_whole_rollout() -> None:
+    model = agent(batch_size=None, n_epochs=3)
+    assert model.chunk_length == 8
+    model.learn(24)
+    assert sum(1 for _ in minibatches(model.rollout_buffer.chunks(torch.zeros(8, 3)), 24)) == 1
+
+
+def test_going_on_with_running_episodes_needs_as_many_environments() -> None:
+    with pytest.raises(ValueError, match="3 running episodes, but env has 2"):
+        agent(steps=24).set_env(vec_env(n_envs=2), force_reset=False)
+
+
+@pytest.mark.parametrize(("part", "named"), [("observation", "value"), ("reward", "reward")])
+def test_training_stops_at_nan_and_names_the_place(part: str, named: str) -> None:
+    class Broken(RandomEpisodes):
+        def step(self, action: Any) -> Any:
+            obs, reward, *rest = super().step(action)
+            return (obs * np.nan, reward, *rest) if part == "observation" else (obs, np.nan, *rest)
+
+    with pytest.raises(FloatingPointError, match=rf"the {named} of step \d of the rollout in environment 0 is nan"):
+        agent(env=make_vec_env(Broken, n_envs=1)).learn(8)
+
+
+def test_every_step_weighs_the_same_whatever_minibatch_it_falls_into() -> None:
+    model = agent(n_steps=10, seq_len=8, batch_size=8, steps=30)
+    batches = list(minibatches(model.rollout_buffer.chunks(torch.zeros(10, 3)), 8))
+    weights = torch.cat([batch.weights.flatten() for batch in batches])
+    assert len(batches) == 6
+    assert weights.sum() == pytest.approx(len(batches))
+    assert len(torch.unique(weights[weights > 0])) == 1

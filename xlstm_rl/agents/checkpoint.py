@@ -35,6 +35,7 @@ File: TypeAlias = str | os.PathLike[str] | IO[bytes]
 Model = TypeVar("Model", bound="RecurrentPPO")
 Policy = TypeVar("Policy", bound="XLSTMPolicy")
 
+_FUNCTIONS = "functions_saved_as_numbers"
 _SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "ent_coef")
 # Without these no model can be built: what has no description is named when loading.
 _ESSENTIAL = ("policy_class", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs")
@@ -60,11 +61,13 @@ def save_model(model: RecurrentPPO, target: File, exclude: Iterable[str], includ
     settings = {key: value for key, value in vars(model).items() if key not in left_out}
     data: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
+    functions: list[str] = []
     if "policy_class" not in optional:
         data["policy_class"] = _describe_policy_class(model)
     for name, value in settings.items():
-        if name in _SCHEDULES:
-            value = _without_function(model, name, value)
+        if name in _SCHEDULES and _is_function(value):
+            value = _present_value(model, name, value)
+            functions.append(name)
         try:
             data[name] = describe(value, name, tensors, leave_out=name in _ESSENTIAL)
         except DescriptionError as error:
@@ -73,6 +76,7 @@ def save_model(model: RecurrentPPO, target: File, exclude: Iterable[str], includ
             )
     if "_last_state" not in optional and list(leaves(model._last_state)):
         data["_last_state"] = describe(pack(model._last_state), "_last_state", tensors)
+    data[_FUNCTIONS] = functions
     parts = {"data": Part(data, tensors)} | {name: describe_part(group) for name, group in groups.items()}
     if isinstance(target, str | os.PathLike) and not Path(target).suffix:
         target = f"{os.fspath(target)}.zip"
@@ -99,6 +103,7 @@ def load_model(
     data = _read_data(cls, archive, custom_objects)
     _check_arguments(data, arguments)
     state = data.pop("_last_state", None)
+    _warn_of_functions(data, data.pop(_FUNCTIONS, None), {**custom_objects, **arguments})
     if env is not None:
         env = cls._wrap_env(env, data.get("verbose", 0))
         check_for_correct_spaces(env, data["observation_space"], data["action_space"])
@@ -168,11 +173,13 @@ def _describe_policy_class(model: RecurrentPPO) -> Any:
     return describe(model.policy_class, "policy_class", {}, leave_out=True)
 
 
-def _without_function(model: RecurrentPPO, name: str, value: Any) -> Any:
+def _is_function(value: Any) -> bool:
     inner = value.value_schedule if isinstance(value, FloatSchedule) else value
-    if not callable(inner) or type(inner) in (ConstantSchedule, LinearSchedule, FloatSchedule):
-        return value
-    present = float(inner(model._current_progress_remaining))
+    return callable(inner) and type(inner) not in (ConstantSchedule, LinearSchedule, FloatSchedule)
+
+
+def _present_value(model: RecurrentPPO, name: str, function: Any) -> float:
+    present = float(function(model._current_progress_remaining))
     warnings.warn(
         f"{name} is a function, which a safe file cannot keep: its present value {present:g} is saved in its place; "
         f"load(path, custom_objects={{{name!r}: function}}) restores it, and a LinearSchedule of Stable-Baselines3 "
@@ -180,6 +187,17 @@ def _without_function(model: RecurrentPPO, name: str, value: Any) -> Any:
         stacklevel=4,
     )
     return present
+
+
+def _warn_of_functions(data: dict[str, Any], names: Any, given: Mapping[str, Any]) -> None:
+    """Say which settings were functions when the agent was saved and are constants now."""
+    for name in names if isinstance(names, list) else []:
+        if name in _SCHEDULES and name in data and name not in given:
+            warnings.warn(
+                f"{name} was a function when the agent was saved and is the constant {data[name]} now: to train on, "
+                f"load(path, custom_objects={{{name!r}: function}})",
+                stacklevel=4,
+            )
 
 
 def _read_model(source: File) -> Archive:

@@ -37,8 +37,8 @@ def evaluate(
     Args:
         model: the agent.
         env: vector environment; a `VecNormalize` should not be training.
-        n_episodes: episodes to finish; every environment contributes an equal share (rounded up, then cut), so that
-            short episodes are not over-represented.
+        n_episodes: episodes to finish; every environment contributes a fixed share, so that short episodes are not
+            over-represented.
         deterministic: the mode of the policy instead of a sample.
         empty_state_every_step: take the memory away: every observation is presented as the first of an episode.
         seed: of the environments; None leaves their random state.
@@ -68,23 +68,24 @@ def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> Evalu
         raise ValueError(f"n_episodes={n_episodes} must be at least 1")
     if seed is not None:
         env.seed(seed)
-    share = -(-n_episodes // env.num_envs)
+    # every environment has its quota from the start: taking what ends first would favour short episodes
+    quota = (n_episodes + np.arange(env.num_envs)) // env.num_envs
     counts = np.zeros(env.num_envs, int)
     totals, lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, int)
     finished: list[tuple[float, int, bool | None]] = []
     obs, state = env.reset(), None
     episode_start = np.ones(env.num_envs, bool)
-    while counts.min() < share:
+    while (counts < quota).any():
         actions, state = actor(obs, state, episode_start)
         obs, rewards, episode_start, infos = env.step(actions)
         totals += rewards
         lengths += 1
         for row in np.flatnonzero(episode_start):
-            if counts[row] < share:
+            if counts[row] < quota[row]:
                 finished.append(_outcome(infos[row], totals[row], lengths[row]))
                 counts[row] += 1
             totals[row], lengths[row] = 0.0, 0
-    return _result(finished[:n_episodes])
+    return _result(finished)
 
 
 def _outcome(info: dict[str, Any], total: float, length: int) -> tuple[float, int, bool | None]:

@@ -91,19 +91,19 @@ def ppo_loss(
     ent_coef: float,
     vf_coef: float,
 ) -> PPOLoss:
-    """Clipped surrogate loss of PPO (Schulman et al. 2017, eq. 9) as weighted means over steps.
+    """Clipped surrogate loss of PPO (Schulman et al. 2017, eq. 9) as weighted sums over steps.
 
     Args:
         log_prob, old_log_prob: [B, T], of the action taken, now and in the rollout.
         advantage: [B, T], normalised.
         value, old_value, target: [B, T], in units of return.
         entropy: [B, T], or None where the distribution has no closed form: estimated by -log_prob.
-        weight: [B, T], 1 for steps that count, 0 for steps that another chunk counts.
+        weight: [B, T], of each step: 0 for steps that another chunk counts; in a minibatch of average size the
+            weights sum to 1.
         clip_range: clip of the probability ratio around 1.
         clip_range_vf: clip of the value around `old_value`, in units of return; None for no clip.
         ent_coef, vf_coef: weights of the entropy bonus and of the value loss.
     """
-    weight = weight / weight.sum()
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -115,6 +115,7 @@ def ppo_loss(
     total = policy + vf_coef * value_loss - ent_coef * mean_entropy
     with torch.no_grad():
         # low-variance estimate of KL(old, new), http://joschu.net/blog/kl-approx.html
-        approx_kl = (weight * (ratio - 1 - log_ratio)).sum()
-        clip_fraction = (weight * ((ratio - 1).abs() > clip_range)).sum()
+        share = weight / weight.sum()
+        approx_kl = (share * (ratio - 1 - log_ratio)).sum()
+        clip_fraction = (share * ((ratio - 1).abs() > clip_range)).sum()
     return PPOLoss(total, policy, value_loss, mean_entropy, approx_kl, clip_fraction)

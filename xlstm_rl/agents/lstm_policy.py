@@ -18,6 +18,7 @@ class LSTMPolicy(XLSTMPolicy):
         n_lstm_layers: stacked layers.
         shared_lstm: one LSTM for actor and critic; unlike sb3-contrib's, it is trained by both losses.
         enable_critic_lstm: an LSTM of its own for the critic.
+        lstm_kwargs: `bias` and `dropout` of `torch.nn.LSTM`.
         **kwargs: as for `XLSTMPolicy`.
 
     Raises:
@@ -31,13 +32,15 @@ class LSTMPolicy(XLSTMPolicy):
         n_lstm_layers: int = 1,
         shared_lstm: bool = False,
         enable_critic_lstm: bool = True,
+        lstm_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if shared_lstm and enable_critic_lstm:
             raise ValueError("shared_lstm=True needs enable_critic_lstm=False: the critic has one LSTM or the other")
         critic: CriticMemory = "shared" if shared_lstm else "separate" if enable_critic_lstm else "none"
         kwargs.setdefault("memory", "lstm")
-        kwargs.setdefault("memory_kwargs", {"hidden_size": lstm_hidden_size, "num_layers": n_lstm_layers})
+        settings = {"hidden_size": lstm_hidden_size, "num_layers": n_lstm_layers, **(lstm_kwargs or {})}
+        kwargs.setdefault("memory_kwargs", settings)
         kwargs.setdefault("critic_memory", critic)
         super().__init__(*args, **kwargs)
 

@@ -49,7 +49,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         env: environment, vector environment or id.
         learning_rate: a number, or a function of the remaining progress from 1 to 0.
         n_steps: steps per environment and rollout.
-        batch_size: environment steps per minibatch, made of whole chunks.
+        batch_size: environment steps per minibatch, made of whole chunks; None: the whole rollout.
         n_epochs: passes over a rollout.
         gamma: discount factor per step.
         gae_lambda: trade-off between bias and variance of the advantage.
@@ -98,7 +98,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
         n_steps: int = 128,
-        batch_size: int = 128,
+        batch_size: int | None = 128,
         n_epochs: int = 10,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
@@ -165,13 +165,13 @@ class RecurrentPPO(OnPolicyAlgorithm):
 
     def _check_sizes(self) -> None:
         for name in ("n_steps", "batch_size", "n_epochs"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.seq_len is None:
             return
         if not 1 <= self.seq_len <= self.n_steps:
             raise ValueError(f"seq_len={self.seq_len} must be between 1 and n_steps={self.n_steps}, or None")
-        if self.seq_len > self.batch_size:
+        if self.batch_size is not None and self.seq_len > self.batch_size:
             raise ValueError(
                 f"seq_len={self.seq_len} is more than batch_size={self.batch_size}, and a minibatch is made of whole "
                 "chunks: raise batch_size or lower seq_len"
@@ -180,7 +180,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
     @property
     def chunk_length(self) -> int:
         """Steps of a training sequence: `seq_len`, or what stands for None."""
-        return self.seq_len or min(self.n_steps, self.batch_size)
+        return self.seq_len or min(self.n_steps, self.batch_size or self.n_steps)
 
     def _setup_model(self) -> None:
         self._setup_lr_schedule()
@@ -219,11 +219,16 @@ class RecurrentPPO(OnPolicyAlgorithm):
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Use another environment from the next `learn` on, with as many or other numbers of copies."""
         env = self._wrap_env(env, self.verbose)
+        if not force_reset and env.num_envs != self.n_envs:
+            raise ValueError(
+                f"force_reset=False goes on with the {self.n_envs} running episodes, but env has {env.num_envs} "
+                "copies: set force_reset=True"
+            )
         check_for_correct_spaces(env, self.observation_space, self.action_space)
         # the parent class wants as many as before
         self.n_envs = env.num_envs
         super().set_env(env, force_reset)
-        if self.policy is not None and self.rollout_buffer.n_envs != self.n_envs:
+        if getattr(self, "policy", None) is not None and self.rollout_buffer.n_envs != self.n_envs:
             self._setup_rollout_buffer()
             self._last_state = self.policy.initial_state(self.n_envs)
 
@@ -255,8 +260,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
             rollout_buffer.add_state(state)
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
             with torch.inference_mode():
-                reset = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
-                step = self.policy.act(obs_tensor, state, reset)
+                episode_starts = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
+                step = self.policy.act(obs_tensor, state, episode_starts)
             state, values, log_probs = step.state, step.values.cpu().numpy(), step.log_prob.cpu().numpy()
             actions = step.actions.cpu().numpy()
             clipped_actions = self._to_env_actions(actions)
@@ -271,8 +276,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
             rollout_buffer.add_outcome(dones, truncation.mask, truncation.values)
             self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state  # type: ignore[assignment]
         with torch.inference_mode():
-            reset = torch.as_tensor(dones, dtype=torch.bool, device=self.device)
-            last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, reset)  # type: ignore[arg-type]
+            episode_starts = torch.as_tensor(dones, dtype=torch.bool, device=self.device)
+            last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, episode_starts)  # type: ignore[arg-type]
+        rollout_buffer.check_finite()
         rollout_buffer.compute_returns_and_advantage(last_values.cpu().numpy())
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -289,9 +295,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
 
     def _truncation(self, dones: np.ndarray, infos: list[dict[str, Any]], state: PolicyState) -> Truncation:
         """Which episodes a time limit cut in this step, and the value of where they were cut."""
-        cut = np.array(
-            [bool(d) and info.get("TimeLimit.truncated", False) for d, info in zip(dones, infos, strict=True)]
-        )
+        told = (info.get("TimeLimit.truncated", False) and "terminal_observation" in info for info in infos)
+        cut = dones & np.fromiter(told, bool, len(infos))
         values = np.zeros(len(dones), np.float32)
         if cut.any():
             rows = np.flatnonzero(cut)
@@ -321,15 +326,13 @@ class RecurrentPPO(OnPolicyAlgorithm):
         for epoch in range(self.n_epochs):
             if self.refresh_state and epoch > 0:
                 chunks = self._refresh(chunks)
-            for batch in minibatches(chunks, self.batch_size):
+            for batch in minibatches(chunks, self.batch_size or self.n_steps * self.n_envs):
                 loss = self._loss(batch)
                 parts.append(PPOLoss(*(part.detach() for part in loss)))
                 if self.target_kl is not None and loss.approx_kl > 1.5 * self.target_kl:
                     keep_going = False
                     if self.verbose >= 1:
-                        print(
-                            f"Early stopping at epoch {epoch}: KL {loss.approx_kl:.3f} over target_kl={self.target_kl}"
-                        )
+                        print(f"Early stopping at epoch {epoch}: KL {loss.approx_kl:.3f}, target {self.target_kl}")
                     break
                 self.policy.optimizer.zero_grad()
                 loss.total.backward()  # type: ignore[no-untyped-call]

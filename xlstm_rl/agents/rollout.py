@@ -36,7 +36,7 @@ class RolloutChunks(NamedTuple):
     returns: Tensor
     """[B, L]"""
     weights: Tensor
-    """[B, L], 0 where another chunk counts the step, else 1."""
+    """[B, L], 0 where another chunk counts the step, else the same for all."""
     state: Any
     """Memory state before the first step of every chunk, leaves [B, ...]."""
 
@@ -143,6 +143,20 @@ class ChunkedRolloutBuffer(BaseBuffer):
         self.terminated[t] = dones & ~truncated
         self.next_values[t][truncated] = final_values[truncated]
 
+    def check_finite(self) -> None:
+        """Refuse a rollout with NaN or infinity in it.
+
+        Raises:
+            FloatingPointError: names what is not finite, the step and the environment.
+        """
+        for name, array in (("reward", self.rewards), ("value", self.values), ("log-probability", self.log_probs)):
+            if not np.isfinite(array).all():
+                step, env = np.argwhere(~np.isfinite(array))[0]
+                raise FloatingPointError(
+                    f"the {name} of step {step} of the rollout in environment {env} is {array[step, env]}: look for "
+                    "NaN in the observations and rewards of the environment, or lower the learning rate"
+                )
+
     def compute_returns_and_advantage(self, last_values: np.ndarray) -> None:
         """Fill `advantages` and `returns` (TD(lambda) targets).
 
@@ -200,13 +214,17 @@ def stack_states(states: list[Any]) -> Any:
 
 
 def minibatches(chunks: RolloutChunks, batch_size: int) -> Iterator[RolloutChunks]:
-    """Yield the chunks in random order, in minibatches of about `batch_size` steps and of nearly equal size.
+    """Yield the chunks in random order, in minibatches of about `batch_size` steps.
+
+    Weights are scaled to sum to 1 in a minibatch of average size. Every step of the rollout then weighs the same,
+    also in a minibatch where few steps count.
 
     Args:
-        chunks: all chunks of a rollout.
-        batch_size: steps per minibatch; at least one chunk is taken, and no minibatch is a small remainder.
+        chunks: all chunks of a rollout, weights 0 or 1.
+        batch_size: steps per minibatch; at least one chunk is taken.
     """
     total, length = chunks.weights.shape
-    number = max(1, round(total * length / batch_size))
-    for rows in torch.randperm(total).tensor_split(min(number, total)):
+    number = min(max(1, round(total * length / batch_size)), total)
+    chunks = chunks._replace(weights=chunks.weights * (number / chunks.weights.sum()))
+    for rows in torch.randperm(total).tensor_split(number):
         yield take(chunks, rows.to(chunks.weights.device))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, empty_mlstm_state, least_divisor, log_forget
+from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, emptied, empty_mlstm_state, least_divisor, log_forget
 
 # One decay matrix carries the state over this many chunks; it is quadratic in them, so longer sequences take several.
 CHUNKS_PER_GROUP = 16
@@ -30,8 +30,11 @@ def mlstm_chunkwise(
     state = empty_mlstm_state(k, v) if state is None else state
     if T == 0:
         return torch.zeros_like(v), state
+    if reset is not None:
+        # What an episode start throws away may be NaN, which a product with zero would keep.
+        state = emptied(state, reset[:, 0])
     if T == 1:
-        return _single_step(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
+        return _single_step(q, k, v, input_gate, forget_gate, state, forget_activation)
 
     length, count = _chunk_shape(T, K)
     N = B * H * count
@@ -202,20 +205,13 @@ def _single_step(
     input_gate: Tensor,
     forget_gate: Tensor,
     state: MLSTMState,
-    reset: Tensor | None,
     forget_activation: ForgetActivation,
 ) -> tuple[Tensor, MLSTMState]:
     """The recurrence for T = 1, in as few operations as possible: acting spends its time here."""
     q, k, v, input_gate = q[:, 0], k[:, 0], v[:, 0], input_gate[:, 0]
-    previous = state.stabilizer.detach()
-    if reset is not None:
-        previous = previous.masked_fill(reset, 0.0)
-    decayed = log_forget(forget_gate[:, 0], forget_activation) + previous
+    decayed = log_forget(forget_gate[:, 0], forget_activation) + state.stabilizer.detach()
     stabilizer = torch.maximum(decayed, input_gate).clamp(min=0.0).detach()  # [B, H]
-    forget = torch.exp(decayed - stabilizer)
-    if reset is not None:
-        forget = forget.masked_fill(reset, 0.0)
-    forget = forget[..., None]
+    forget = torch.exp(decayed - stabilizer)[..., None]
     write = k * torch.exp(input_gate - stabilizer)[..., None]
     scale = k.shape[-1] ** -0.5
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, empty_mlstm_state, least_divisor, log_forget
+from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, emptied, empty_mlstm_state, least_divisor, log_forget
 
 
 def mlstm_recurrence(
@@ -22,19 +22,10 @@ def mlstm_recurrence(
     hidden = []
     for t in range(q.shape[1]):
         if reset is not None:
-            state = _emptied(state, reset[:, t])
+            state = emptied(state, reset[:, t])
         h, state = _step(q[:, t], k[:, t], v[:, t], input_gate[:, t], log_decay[:, t], state)
         hidden.append(h)
     return torch.stack(hidden, 1) if hidden else torch.zeros_like(v), state
-
-
-def _emptied(state: MLSTMState, reset: Tensor) -> MLSTMState:
-    """State with the rows marked in reset [B] set to zero."""
-    return MLSTMState(
-        state.cell.masked_fill(reset[:, None, None, None], 0.0),
-        state.normalizer.masked_fill(reset[:, None, None], 0.0),
-        state.stabilizer.masked_fill(reset[:, None], 0.0),
-    )
 
 
 def _step(

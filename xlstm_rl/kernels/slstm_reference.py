@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels.states import ForgetActivation, SLSTMState, empty_slstm_state, log_forget
+from xlstm_rl.kernels.states import ForgetActivation, SLSTMState, emptied, empty_slstm_state, log_forget
 
 
 def slstm_recurrence(
@@ -18,16 +18,10 @@ def slstm_recurrence(
     hidden = []
     for t in range(gates.shape[1]):
         if reset is not None:
-            state = _emptied(state, reset[:, t])
+            state = emptied(state, reset[:, t])
         state = _step(gates[:, t], recurrent, state, forget_activation)
         hidden.append(state.hidden)
     return torch.stack(hidden, 1) if hidden else torch.zeros_like(gates[:, :, 0]), state
-
-
-def _emptied(state: SLSTMState, reset: Tensor) -> SLSTMState:
-    """State with the rows marked in reset [B] set to zero."""
-    mask = reset[:, None, None]
-    return SLSTMState(*(leaf.masked_fill(mask, 0.0) for leaf in state))
 
 
 def _step(gates: Tensor, recurrent: Tensor, state: SLSTMState, forget_activation: ForgetActivation) -> SLSTMState:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels.states import ForgetActivation, SLSTMState, empty_slstm_state, log_forget
+from xlstm_rl.kernels.states import ForgetActivation, SLSTMState, emptied, empty_slstm_state, log_forget
 
 
 def slstm_scan(
@@ -20,6 +20,9 @@ def slstm_scan(
     state = empty_slstm_state(gates) if state is None else state
     if T == 0:
         return torch.zeros_like(gates[:, :, 0]), state
+    if reset is not None:
+        # What an episode start throws away may be NaN, which a product with zero would keep.
+        state = emptied(state, reset[:, 0])
     if torch.is_grad_enabled() and _requires_grad(gates, recurrent, state):
         stabilizer = state.stabilizer.detach()
         hidden, *leaves = _Scan.apply(  # type: ignore[no-untyped-call]
@@ -27,7 +30,7 @@ def slstm_scan(
         )
         return hidden, SLSTMState(*leaves)
     if T == 1:
-        return _single_step(gates, recurrent, state, reset, forget_activation)
+        return _single_step(gates, recurrent, state, forget_activation)
     trace = _run(gates, recurrent, state, reset, forget_activation, keep=False)
     return _hidden(trace), _final_state(trace)
 
@@ -46,15 +49,10 @@ def _single_step(
     gates: Tensor,
     recurrent: Tensor,
     state: SLSTMState,
-    reset: Tensor | None,
     forget_activation: ForgetActivation,
 ) -> tuple[Tensor, SLSTMState]:
     """The recurrence for T = 1 without gradients, in as few operations as possible: acting spends its time here."""
     cell, normalizer, hidden, stabilizer = state
-    if reset is not None:
-        mask = reset[:, :, None]
-        normalizer = normalizer.masked_fill(mask, 0.0)
-        hidden = hidden.masked_fill(mask, 0.0)
     feedback = torch.matmul(recurrent, hidden.permute(1, 2, 0))  # [4, H, D, B]
     input_gate, forget_gate, cell_input, output_gate = (gates[:, 0] + feedback.permute(3, 0, 1, 2)).unbind(1)
 

@@ -1,6 +1,6 @@
 """The states that the kernels carry from call to call, and the forget gate they share."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,6 +57,14 @@ def empty_slstm_state(gates: Tensor) -> SLSTMState:
     """Zeros of the shapes that gates [B, T, 4, H, D] ask for."""
     B, _, _, H, D = gates.shape
     return SLSTMState(*(gates.new_zeros(B, H, D) for _ in range(4)))
+
+
+State = TypeVar("State", MLSTMState, SLSTMState)
+
+
+def emptied(state: State, rows: Tensor) -> State:
+    """The state with the rows marked in `rows` [B] (bool) set to zero, whatever they held, NaN included."""
+    return type(state)(*(leaf.masked_fill(rows.view(-1, *(1,) * (leaf.ndim - 1)), 0.0) for leaf in state))
 
 
 def log_forget(forget_gate: Tensor, activation: ForgetActivation) -> Tensor:

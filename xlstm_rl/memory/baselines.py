@@ -31,9 +31,19 @@ class TorchRNN(MemoryCore):
         input_size: features per step.
         hidden_size: units per layer.
         num_layers: stacked layers.
+        bias: whether the layers have biases.
+        dropout: between the layers, in training mode.
     """
 
-    def __init__(self, kind: str, input_size: int, hidden_size: int = 64, num_layers: int = 1) -> None:
+    def __init__(
+        self,
+        kind: str,
+        input_size: int,
+        hidden_size: int = 64,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
             if value < 1:
@@ -41,9 +51,9 @@ class TorchRNN(MemoryCore):
         self.input_size, self.output_size, self.num_layers = input_size, hidden_size, num_layers
         self.has_cell = kind == "lstm"
         self.rnn: nn.LSTM | nn.GRU = (
-            nn.LSTM(input_size, hidden_size, num_layers, batch_first=True)
+            nn.LSTM(input_size, hidden_size, num_layers, bias, batch_first=True, dropout=dropout)
             if self.has_cell
-            else nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
+            else nn.GRU(input_size, hidden_size, num_layers, bias, batch_first=True, dropout=dropout)
         )
 
     def initial_state(self, batch_size: int) -> RNNState:

@@ -126,14 +126,15 @@ class _Check:
             assert error <= allowed, f"{law}: {name} is off by {error:.1e}, allowed {allowed:.1e}"
 
     def _reset_law(self) -> None:
-        """From an episode start on, all equals a fresh state; what came before has no influence, NaN included."""
+        """From an episode start on, all equals a fresh state, whatever was carried there, NaN included."""
         for t in sorted({0, self.T // 2, self.T - 1}):
             everywhere = torch.zeros(self.B, self.T, dtype=torch.bool)
             everywhere[:, t] = True
             poisoned = self.x.clone()
             poisoned[:, :t] *= 3
             x = poisoned.requires_grad_()
-            start = map_leaves(lambda leaf: (leaf + 1).requires_grad_(), self.state)
+            spoilt = float("nan") if t == 0 else 1.0
+            start = map_leaves(lambda leaf, spoilt=spoilt: (leaf + spoilt).requires_grad_(), self.state)
             y, state = self.core(x, start, everywhere)
             fresh_y, fresh_state = self.core(self.x[:, t:], self.core.initial_state(self.B))
             self._compare(
