@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import MLSTMState, mlstm_sequence
+from xlstm_rl.kernels.cpp_blocks import MLSTMWeights, can_step, mlstm_block_step
 from xlstm_rl.memory.layers import BlockLinear, CausalConv, HeadNorm, init_small, init_wang, soft_cap
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ class MLSTMBlock(nn.Module):
     def forward(self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None) -> tuple[Tensor, MLSTMBlockState]:
         """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state."""
         config = self.config
+        if can_step(x) and not (self.training and config.dropout):
+            stepped = self._compiled_step(x, state, reset)
+            if stepped is not None:
+                return stepped
         heads = (config.num_heads, config.inner_size // config.num_heads)
         inner, output_gate = self.up(self.norm(x)).chunk(2, dim=-1)
         window, mixed = state.window, inner
@@ -97,3 +102,40 @@ class MLSTMBlock(nn.Module):
         )
         hidden = self.head_norm(hidden) + self.skip * mixed
         return x + self.dropout(self.down(hidden * F.silu(output_gate))), MLSTMBlockState(cell, window)
+
+    def _compiled_step(
+        self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None
+    ) -> tuple[Tensor, MLSTMBlockState] | None:
+        config, conv = self.config, self.conv
+        weights = MLSTMWeights(
+            norm=self.norm.weight,
+            up=self.up.weight,
+            up_bias=self.up.bias,
+            conv=None if conv is None else conv.weight,
+            conv_bias=None if conv is None else conv.bias,
+            query_key=self.query_key.weight,
+            query_key_bias=self.query_key.bias,
+            value=self.value.weight,
+            value_bias=self.value.bias,
+            gates=self.gates.weight,
+            gates_bias=self.gates.bias,
+            head_norm=self.head_norm.weight,
+            skip=self.skip,
+            down=self.down.weight,
+            down_bias=self.down.bias,
+        )
+        stepped = mlstm_block_step(
+            x,
+            weights,
+            state.cell,
+            state.window,
+            reset,
+            epsilon=config.norm_eps,
+            gate_soft_cap=config.gate_soft_cap,
+            forget_activation=config.forget_activation,
+            sigmoid_input=config.input_activation == "sigmoid",
+        )
+        if stepped is None:
+            return None
+        y, cell, window = stepped
+        return y, MLSTMBlockState(cell, window)

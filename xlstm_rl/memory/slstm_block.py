@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import SLSTMState, slstm_sequence
+from xlstm_rl.kernels.cpp_blocks import SLSTMWeights, can_step, slstm_block_step
 from xlstm_rl.memory.layers import BlockLinear, CausalConv, GatedFeedForward, HeadNorm, init_small
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ class SLSTMBlock(nn.Module):
 
     def forward(self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None) -> tuple[Tensor, SLSTMBlockState]:
         """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state."""
+        if can_step(x) and not (self.training and self.config.dropout):
+            stepped = self._compiled_step(x, state, reset)
+            if stepped is not None:
+                return stepped
         normed = self.norm(x)
         window, mixed = state.window, normed
         if self.conv is not None:
@@ -76,6 +81,39 @@ class SLSTMBlock(nn.Module):
         if self.ffn is not None and self.ffn_norm is not None:
             x = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return x, SLSTMBlockState(cell, window)
+
+    def _compiled_step(
+        self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None
+    ) -> tuple[Tensor, SLSTMBlockState] | None:
+        conv, ffn, ffn_norm = self.conv, self.ffn, self.ffn_norm
+        weights = SLSTMWeights(
+            norm=self.norm.weight,
+            conv=None if conv is None else conv.weight,
+            conv_bias=None if conv is None else conv.bias,
+            input_forget=self.input_forget.weight,
+            cell_output=self.cell_output.weight,
+            gate_bias=self.gate_bias,
+            recurrent=self.recurrent,
+            head_norm=self.head_norm.weight,
+            ffn_norm=None if ffn_norm is None else ffn_norm.weight,
+            ffn_up=None if ffn is None else ffn.up.weight,
+            ffn_up_bias=None if ffn is None else ffn.up.bias,
+            ffn_down=None if ffn is None else ffn.down.weight,
+            ffn_down_bias=None if ffn is None else ffn.down.bias,
+        )
+        stepped = slstm_block_step(
+            x,
+            weights,
+            state.cell,
+            state.window,
+            reset,
+            epsilon=self.config.norm_eps,
+            forget_activation=self.config.forget_activation,
+        )
+        if stepped is None:
+            return None
+        y, cell, window = stepped
+        return y, SLSTMBlockState(cell, window)
 
 
 def _forget_bias(config: XLSTMConfig, index: int, head_width: int) -> Tensor:

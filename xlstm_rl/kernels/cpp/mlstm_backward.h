@@ -166,11 +166,14 @@ void mlstm_backward_head(const MlstmInput<T>& x, const T* hidden, const T* trace
         store(d_normalizer + e, load(d_normalizer + e) + load(scaled_q + t * KW + e) * d_sums[t]);
 
     by_gates.collect(chunk, factors, by_read, by_written, carried);
+    if (!x.exp_forget)
+      // d log f / d gate = sigmoid(-gate)
+      for (int64_t t = 0; t < n; t += W)
+        store(by_gates.forget + t, load(by_gates.forget + t) * sigmoid<T>(-load(chunk.forget + t)));
     for (int64_t t = 0; t < n; t++) {
       const int64_t at = (b * x.steps + start + t) * x.H + h;
-      const T slope = x.exp_forget ? T(1) : T(1) / (T(1) + std::exp(chunk.forget[t]));
       gradient.input_gate[at] = by_gates.input[t];
-      gradient.forget_gate[at] = x.starts(b, start + t) ? T(0) : by_gates.forget[t] * slope;
+      gradient.forget_gate[at] = x.starts(b, start + t) ? T(0) : by_gates.forget[t];
       for (int64_t e = 0; e < K; e += W) {
         store_part(gradient.q + at * K + e, load(d_q + t * KW + e), K - e);
         store_part(gradient.k + at * K + e, load(d_k + t * KW + e), K - e);

@@ -164,7 +164,8 @@ template <class Operation> PyObject* function(PyObject*, PyObject* const* values
 // Numbers in the trace of a forward pass, given the item size and the sizes of its tensors.
 struct MlstmTrace {
   template <class T> static int64_t size(Arguments& in) {
-    MlstmInput<T> x{in.integer(), in.integer(), in.integer(), in.integer(), in.integer()};
+    MlstmInput<T> x{};
+    for (int64_t* size : {&x.B, &x.steps, &x.H, &x.K, &x.V}) *size = in.integer();
     return x.B * x.H * x.chunks() * x.memory_size();
   }
 };

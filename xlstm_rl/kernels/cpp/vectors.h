@@ -39,18 +39,27 @@ template <class T> constexpr int64_t padded(int64_t n) { return (n + WIDTH<T> - 
 
 template <class T> INLINE Vec<T> load(const T* p) { return *reinterpret_cast<const Vec<T>*>(p); }
 template <class T> INLINE void store(T* p, Vec<T> x) { *reinterpret_cast<Vec<T>*>(p) = x; }
-template <class T> INLINE Vec<T> fill(T x) { return Vec<T>{} + x; }
+// x - 0 is x whatever x is, unlike 0 + x, so that only the broadcast remains.
+template <class T> INLINE Vec<T> fill(T x) { return x - Vec<T>{}; }
 
-// The first `count` elements (all of them if there are more than a vector holds); zeros beyond.
-template <class T> INLINE Vec<T> load_part(const T* p, int64_t count) {
-  if (count >= WIDTH<T>) return load(p);
+// The first `count` elements (all of them if there are more than a vector holds); zeros beyond. The tail is kept out
+// of line, or it would push the registers of the loops around it into memory.
+template <class T> __attribute__((noinline, cold)) Vec<T> load_tail(const T* p, int64_t count) {
   T part[WIDTH<T>] = {};
   std::memcpy(part, p, count * sizeof(T));
   return load(part);
 }
-template <class T> INLINE void store_part(T* p, Vec<T> x, int64_t count) {
-  if (count >= WIDTH<T>) return store(p, x);
+template <class T> __attribute__((noinline, cold)) void store_tail(T* p, Vec<T> x, int64_t count) {
   std::memcpy(p, &x, count * sizeof(T));
+}
+template <class T> INLINE Vec<T> load_part(const T* p, int64_t count) {
+  return __builtin_expect(count >= WIDTH<T>, 1) ? load(p) : load_tail(p, count);
+}
+template <class T> INLINE void store_part(T* p, Vec<T> x, int64_t count) {
+  if (__builtin_expect(count >= WIDTH<T>, 1))
+    store(p, x);
+  else
+    store_tail(p, x, count);
 }
 
 // Which of the positions first, first + 1, ... lie in [low, high].
@@ -61,11 +70,23 @@ template <class T> INLINE Int<T> within(int64_t first, int64_t low, int64_t high
   return (position >= Integer(low - first)) & (position <= Integer(high - first));
 }
 template <class T> INLINE Vec<T> keep_where(Int<T> mask, Vec<T> x) { return (Vec<T>)((Int<T>)x & mask); }
-template <class T> INLINE T sum(Vec<T> x) {
-  T total = 0;
-  for (int e = 0; e < WIDTH<T>; e++) total += x[e];
-  return total;
+
+// The sum of all elements, halving the vector: adding them one after the other would take several times as long.
+template <class T, int BYTES> INLINE T sum_of_bytes(const void* x) {
+  T result;
+  if constexpr (BYTES == sizeof(T)) {
+    std::memcpy(&result, x, BYTES);
+  } else {
+    typedef T Half __attribute__((vector_size(BYTES / 2)));
+    Half low, high;
+    std::memcpy(&low, x, BYTES / 2);
+    std::memcpy(&high, static_cast<const char*>(x) + BYTES / 2, BYTES / 2);
+    low += high;
+    result = sum_of_bytes<T, BYTES / 2>(&low);
+  }
+  return result;
 }
+template <class T> INLINE T sum(Vec<T> x) { return sum_of_bytes<T, VECTOR_BYTES>(&x); }
 
 // Written so that a NaN in `a` stays one.
 template <class V> INLINE V larger(V a, V b) { return a < b ? b : a; }
