@@ -52,10 +52,7 @@ class SLSTMWeights(NamedTuple):
 def can_step(x: Tensor) -> bool:
     """Whether blocks may take compiled steps from x [B, T, D]: T is one, and no gradient is asked for."""
     return (
-        x.shape[1] == 1
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and why_not(x) is None
+        x.shape[1] == 1 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and why_not(x) is None
     )
 
 
@@ -88,31 +85,24 @@ def mlstm_block_step(
         Output [B, 1, D], state and window; or None where tensors do not fit together as expected here.
     """
     B, _, D = x.shape
-    N, H, K = weights.down.shape[1], weights.gates.shape[0] // 2, state.cell.shape[2]
+    N, H = weights.down.shape[1], weights.gates_bias.shape[0] // 2
     W = 0 if weights.conv is None else weights.conv.shape[1]
-    fits = (
-        K * H == N
-        and state.cell.shape == (B, H, K, K)
-        and state.normalizer.shape == (B, H, K)
-        and state.stabilizer.shape == (B, H)
-        and window.shape == (B, max(W - 1, 0), N)
-    )
-    if not (fits and _readable(x, weights, (*state, window), reset)):
+    K = N // H
+    addresses = _weight_addresses(weights, x.dtype)
+    shapes = ((B, H, K, K), (B, H, K), (B, H), (B, max(W - 1, 0), N))
+    if addresses is None or not _fit(x, (*state, window), shapes, reset):
         return None
-    tensors = [x.contiguous(), *(leaf.contiguous() for leaf in state), window.contiguous()]
-    dense, cell, normalizer, stabilizer, past = tensors
+    tensors = [leaf.contiguous() for leaf in (x, *state, window)]
     new = [torch.empty_like(leaf) for leaf in tensors]
-    y, *new_state, new_window = new
-    addresses = [pointer(weight) for weight in weights]
+    dense, cell, normalizer, stabilizer, past = [leaf.data_ptr() for leaf in tensors]
+    y, new_cell, new_normalizer, new_stabilizer, new_window = [leaf.data_ptr() for leaf in new]
     compiled().mlstm_block_step(
-        *(x.element_size(), B, D, N, H, weights.value.shape[2], dense.data_ptr(), *addresses[:3]),
-        *(W, *addresses[3:5], past.data_ptr(), new_window.data_ptr()),
-        *addresses[5:],
-        *(cell.data_ptr(), normalizer.data_ptr(), stabilizer.data_ptr()),
-        *(pointer(reset), y.data_ptr(), *(leaf.data_ptr() for leaf in new_state)),
+        *(x.element_size(), B, D, N, H, weights.value.shape[2], dense, *addresses[:3]),
+        *(W, *addresses[3:5], past, new_window, *addresses[5:]),
+        *(cell, normalizer, stabilizer, pointer(reset), y, new_cell, new_normalizer, new_stabilizer),
         *(epsilon, gate_soft_cap or 0.0, forget_activation == "exp", sigmoid_input, torch.get_num_threads()),
     )
-    return y, MLSTMState(*new_state), new_window
+    return new[0], MLSTMState(*new[1:4]), new[4]
 
 
 def slstm_block_step(
@@ -130,34 +120,44 @@ def slstm_block_step(
     H = weights.recurrent.shape[1]
     W = 0 if weights.conv is None else weights.conv.shape[1]
     F = 0 if weights.ffn_down is None else weights.ffn_down.shape[1]
-    fits = window.shape == (B, max(W - 1, 0), D) and all(leaf.shape == (B, H, D // H) for leaf in state)
-    if not (fits and _readable(x, weights, (*state, window), reset)):
+    addresses = _weight_addresses(weights, x.dtype)
+    shapes = (*((B, H, D // H),) * 4, (B, max(W - 1, 0), D))
+    if addresses is None or not _fit(x, (*state, window), shapes, reset):
         return None
-    tensors = [x.contiguous(), *(leaf.contiguous() for leaf in state), window.contiguous()]
-    dense, *old_state, past = tensors
+    tensors = [leaf.contiguous() for leaf in (x, *state, window)]
     new = [torch.empty_like(leaf) for leaf in tensors]
-    y, *new_state, new_window = new
-    addresses = [pointer(weight) for weight in weights]
+    dense, *old_state, past = [leaf.data_ptr() for leaf in tensors]
+    y, *new_state, new_window = [leaf.data_ptr() for leaf in new]
     compiled().slstm_block_step(
-        *(x.element_size(), B, D, H, F, dense.data_ptr(), addresses[0]),
-        *(W, *addresses[1:3], past.data_ptr(), new_window.data_ptr()),
-        *addresses[3:],
-        *(leaf.data_ptr() for leaf in old_state),
-        *(pointer(reset), y.data_ptr(), *(leaf.data_ptr() for leaf in new_state)),
+        *(x.element_size(), B, D, H, F, dense, addresses[0]),
+        *(W, *addresses[1:3], past, new_window, *addresses[3:]),
+        *(*old_state, pointer(reset), y, *new_state),
         *(epsilon, forget_activation == "exp", torch.get_num_threads()),
     )
-    return y, SLSTMState(*new_state), new_window
+    return new[0], SLSTMState(*new[1:5]), new[5]
 
 
-def _readable(
-    x: Tensor, weights: Iterable[Tensor | None], state: Iterable[Tensor], reset: Tensor | None
-) -> bool:
-    """Whether the memory of all tensors may be read as the dtype of x, and that of weights and resets in order."""
-    dtype = x.dtype
+def _weight_addresses(weights: Iterable[Tensor | None], dtype: torch.dtype) -> list[int] | None:
+    """Addresses, zero for None; or None if the memory of one may not be read in order as that dtype."""
+    addresses = []
+    for weight in weights:
+        if weight is None:
+            addresses.append(0)
+        elif weight.dtype == dtype and weight.is_cpu and weight.is_contiguous():
+            addresses.append(weight.data_ptr())
+        else:
+            return None
+    return addresses
+
+
+def _fit(x: Tensor, state: Iterable[Tensor], shapes: Iterable[tuple[int, ...]], reset: Tensor | None) -> bool:
+    """Whether state and resets have the shapes, dtype and device that belong to x."""
     if reset is not None and not (
         reset.shape == x.shape[:2] and reset.dtype == torch.bool and reset.is_cpu and reset.is_contiguous()
     ):
         return False
-    return all(leaf.dtype == dtype and leaf.is_cpu for leaf in state) and all(
-        weight is None or (weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()) for weight in weights
-    )
+    dtype = x.dtype
+    for leaf, shape in zip(state, shapes, strict=True):
+        if leaf.shape != shape or leaf.dtype != dtype or not leaf.is_cpu:
+            return False
+    return True

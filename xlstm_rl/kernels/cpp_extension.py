@@ -48,7 +48,11 @@ def extension() -> Extension:
 
 def why_not(tensor: Tensor) -> str | None:
     """Why the compiled kernels cannot compute with tensors like this one, or None if they can."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    ):
         return "the compiled kernels cannot be traced, compiled or transformed by torch.func"
     if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
         return f"the compiled kernels take plain tensors, not {type(tensor).__name__}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,7 @@ class MLSTMBlock(nn.Module):
             if config.bias:
                 self.up.bias.zero_()
                 self.down.bias.zero_()
+        self._layer_types = tuple(map(type, self._modules.values()))
 
     def initial_state(self, batch_size: int) -> MLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -106,36 +107,52 @@ class MLSTMBlock(nn.Module):
     def _compiled_step(
         self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None
     ) -> tuple[Tensor, MLSTMBlockState] | None:
-        config, conv = self.config, self.conv
-        weights = MLSTMWeights(
-            norm=self.norm.weight,
-            up=self.up.weight,
-            up_bias=self.up.bias,
-            conv=None if conv is None else conv.weight,
-            conv_bias=None if conv is None else conv.bias,
-            query_key=self.query_key.weight,
-            query_key_bias=self.query_key.bias,
-            value=self.value.weight,
-            value_bias=self.value.bias,
-            gates=self.gates.weight,
-            gates_bias=self.gates.bias,
-            head_norm=self.head_norm.weight,
-            skip=self.skip,
-            down=self.down.weight,
-            down_bias=self.down.bias,
-        )
-        stepped = mlstm_block_step(
-            x,
-            weights,
-            state.cell,
-            state.window,
-            reset,
-            epsilon=config.norm_eps,
-            gate_soft_cap=config.gate_soft_cap,
-            forget_activation=config.forget_activation,
-            sigmoid_input=config.input_activation == "sigmoid",
+        config = self.config
+        weights = self._weights()
+        stepped = (
+            None
+            if weights is None
+            else mlstm_block_step(
+                x,
+                weights,
+                state.cell,
+                state.window,
+                reset,
+                epsilon=config.norm_eps,
+                gate_soft_cap=config.gate_soft_cap,
+                forget_activation=config.forget_activation,
+                sigmoid_input=config.input_activation == "sigmoid",
+            )
         )
         if stepped is None:
             return None
         y, cell, window = stepped
         return y, MLSTMBlockState(cell, window)
+
+    def _weights(self) -> MLSTMWeights | None:
+        """The weights, or None if layers were replaced or parametrized, so that weights alone do not tell."""
+        # Straight from the dictionaries: nn.Module's attributes would take longer than the step.
+        layers: dict[str, Any] = self._modules
+        if tuple(map(type, layers.values())) != self._layer_types:
+            return None
+        conv = layers.get("conv")
+        taps = conv._parameters if conv is not None else {"weight": None, "bias": None}
+        up, gates, down = layers["up"]._parameters, layers["gates"]._parameters, layers["down"]._parameters
+        query_key, value = layers["query_key"]._parameters, layers["value"]._parameters
+        return MLSTMWeights(
+            layers["norm"]._parameters["weight"],
+            up["weight"],
+            up["bias"],
+            taps["weight"],
+            taps["bias"],
+            query_key["weight"],
+            query_key.get("bias"),
+            value["weight"],
+            value.get("bias"),
+            gates["weight"],
+            gates["bias"],
+            layers["head_norm"]._parameters["weight"],
+            self._parameters["skip"],  # type: ignore[arg-type]
+            down["weight"],
+            down["bias"],
+        )

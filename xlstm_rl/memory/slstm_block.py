@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class SLSTMBlock(nn.Module):
         nn.init.normal_(self.recurrent, std=config.recurrent_std / head_width**0.5)
         with torch.no_grad():
             self.gate_bias[1].copy_(_forget_bias(config, index, head_width))
+        self._layer_types = tuple(map(type, self._modules.values()))
 
     def initial_state(self, batch_size: int) -> SLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -85,35 +86,53 @@ class SLSTMBlock(nn.Module):
     def _compiled_step(
         self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None
     ) -> tuple[Tensor, SLSTMBlockState] | None:
-        conv, ffn, ffn_norm = self.conv, self.ffn, self.ffn_norm
-        weights = SLSTMWeights(
-            norm=self.norm.weight,
-            conv=None if conv is None else conv.weight,
-            conv_bias=None if conv is None else conv.bias,
-            input_forget=self.input_forget.weight,
-            cell_output=self.cell_output.weight,
-            gate_bias=self.gate_bias,
-            recurrent=self.recurrent,
-            head_norm=self.head_norm.weight,
-            ffn_norm=None if ffn_norm is None else ffn_norm.weight,
-            ffn_up=None if ffn is None else ffn.up.weight,
-            ffn_up_bias=None if ffn is None else ffn.up.bias,
-            ffn_down=None if ffn is None else ffn.down.weight,
-            ffn_down_bias=None if ffn is None else ffn.down.bias,
-        )
-        stepped = slstm_block_step(
-            x,
-            weights,
-            state.cell,
-            state.window,
-            reset,
-            epsilon=self.config.norm_eps,
-            forget_activation=self.config.forget_activation,
+        weights = self._weights()
+        stepped = (
+            None
+            if weights is None
+            else slstm_block_step(
+                x,
+                weights,
+                state.cell,
+                state.window,
+                reset,
+                epsilon=self.config.norm_eps,
+                forget_activation=self.config.forget_activation,
+            )
         )
         if stepped is None:
             return None
         y, cell, window = stepped
         return y, SLSTMBlockState(cell, window)
+
+    def _weights(self) -> SLSTMWeights | None:
+        """The weights, or None if layers were replaced or parametrized, so that weights alone do not tell."""
+        # Straight from the dictionaries: nn.Module's attributes would take longer than the step.
+        layers: dict[str, Any] = self._modules
+        if tuple(map(type, layers.values())) != self._layer_types:
+            return None
+        own: dict[str, Any] = self._parameters
+        none = {"weight": None, "bias": None}
+        conv, ffn = layers.get("conv"), layers.get("ffn")
+        taps = none if conv is None else conv._parameters
+        up = none if ffn is None else ffn._modules["up"]._parameters
+        down = none if ffn is None else ffn._modules["down"]._parameters
+        ffn_norm = none if ffn is None else layers["ffn_norm"]._parameters
+        return SLSTMWeights(
+            layers["norm"]._parameters["weight"],
+            taps["weight"],
+            taps["bias"],
+            layers["input_forget"]._parameters["weight"],
+            layers["cell_output"]._parameters["weight"],
+            own["gate_bias"],
+            own["recurrent"],
+            layers["head_norm"]._parameters["weight"],
+            ffn_norm["weight"],
+            up["weight"],
+            up["bias"],
+            down["weight"],
+            down["bias"],
+        )
 
 
 def _forget_bias(config: XLSTMConfig, index: int, head_width: int) -> Tensor:

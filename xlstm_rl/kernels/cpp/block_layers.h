@@ -25,8 +25,7 @@ template <class T> void gather(const T* from, int64_t row_stride, int64_t rows, 
   transpose(rows, features, from, row_stride, to.data, to.width);
 }
 template <class T> void scatter(Features<T> from, int64_t rows, int64_t features, T* to, int64_t row_stride) {
-  for (int64_t b = 0; b < rows; b++)
-    for (int64_t f = 0; f < features; f++) to[b * row_stride + f] = from.data[f * from.width + b];
+  transpose(features, rows, from.data, from.width, to, row_stride);
 }
 
 // function(old value, feature) for every vector of every feature.
@@ -55,8 +54,10 @@ template <class T> void layer_norm(Features<T> x, const T* weight, T epsilon, in
       Vec<T> d = load(x.data + f * x.width + b) - mean;
       variance += d * d;
     }
-    Vec<T> factor = variance / T(features) + epsilon;
-    for (int e = 0; e < WIDTH<T>; e++) factor[e] = T(1) / std::sqrt(factor[e]);
+    T deviation[WIDTH<T>];
+    store(deviation, variance / T(features) + epsilon);
+    for (T& d : deviation) d = std::sqrt(d);
+    const Vec<T> factor = T(1) / load(deviation);
     for (int64_t f = 0; f < features; f++)
       store(to.data + f * to.width + b, (load(x.data + f * x.width + b) - mean) * factor * weight[f]);
   }
@@ -69,7 +70,7 @@ template <class T> struct Convolution {
   const T* window;         // [B, size - 1, features]
   T* new_window;
 
-  // Rows `begin` onwards; `past` is room for (size - 1) * features. Where `keep` is zero, an episode starts.
+  // Rows `begin` onwards; `past` is room for (size - 1) * features.
   void step(int64_t begin, int64_t rows, int64_t features, const uint8_t* reset, Features<T> x, Features<T> past,
             Features<T> to) const {
     if (size == 0) {
@@ -77,19 +78,20 @@ template <class T> struct Convolution {
       return;
     }
     const int64_t length = (size - 1) * features;
-    for (int64_t b = 0; b < rows; b++) {
-      const T* from = window + (begin + b) * length;
-      T* next = new_window + (begin + b) * length;
-      const bool starts = reset && reset[begin + b];
-      if (starts)
-        std::fill(next, next + length, T(0));
-      else if (length)
-        std::memcpy(next, from + features, (length - features) * sizeof(T));
-      for (int64_t f = 0; f < length; f++) past.data[f * past.width + b] = starts ? T(0) : from[f];
-      for (int64_t f = 0; f < features && length; f++) next[length - features + f] = x.data[f * x.width + b];
+    if (length) {
+      const T* from = window + begin * length;
+      T* next = new_window + begin * length;
+      gather(from, length, rows, length, past);
+      for (int64_t b = 0; b < rows; b++) {
+        const bool starts = reset && reset[begin + b];
+        for (int64_t f = 0; f < length && starts; f++) past.data[f * past.width + b] = T(0);
+        if (starts)
+          std::fill(next + b * length, next + (b + 1) * length, T(0));
+        else
+          std::memcpy(next + b * length, from + b * length + features, (length - features) * sizeof(T));
+      }
+      scatter(x, rows, features, next + length - features, length);
     }
-    for (int64_t f = 0; f < length && rows < past.width; f++)
-      std::fill(past.data + f * past.width + rows, past.at(f + 1).data, T(0));
     for (int64_t f = 0; f < features; f++)
       for (int64_t b = 0; b < x.width; b += WIDTH<T>) {
         const T* taps = weight + f * size;

@@ -22,25 +22,53 @@ template <class T> struct MlstmBlock {
   bool exp_forget, sigmoid_input;
 };
 
-// q, k [inner] from the convolved and v from the plain features, group by group.
+// `projections` outputs of each group of features, the first of all groups in front; too small to be a product.
 template <class T>
 void project_groups(const T* weight, const T* bias, int64_t inner, int64_t group, int64_t projections, Features<T> x,
                     Features<T> to) {
   for (int64_t first = 0; first < inner; first += group)
-    for (int64_t p = 0; p < projections; p++) {
-      const int64_t at = (first / group * projections + p) * group;
-      linear<T>(weight + at * group, bias ? bias + at : nullptr, group, group, x.at(first), to.at(p * inner + first));
+    for (int64_t o = 0; o < projections * group; o++) {
+      const int64_t at = first * projections + o;
+      T* out = to.at(o / group * inner + first + o % group).data;
+      for (int64_t b = 0; b < x.width; b += WIDTH<T>) {
+        Vec<T> y = fill(bias ? bias[at] : T(0));
+        for (int64_t i = 0; i < group; i++) y += weight[at * group + i] * load(x.at(first + i).data + b);
+        store(out + b, y);
+      }
     }
+}
+
+// Turn input and forget gates [2 H] into the weights of `StepWeights` forget, input and bound [3 H].
+template <class T>
+void weigh_steps(const MlstmBlock<T>& block, int64_t begin, int64_t rows, Features<T> gates, Features<T> stabilizer,
+                 Features<T> weights) {
+  const int64_t H = block.H;
+  gather(block.stabilizer + begin * H, H, rows, H, stabilizer);
+  const Vec<T> zero{};
+  for (int64_t h = 0; h < H; h++)
+    for (int64_t b = 0; b < gates.width; b += WIDTH<T>) {
+      Int<T> starts{};
+      for (int e = 0; e < WIDTH<T> && b + e < rows; e++) starts[e] = block.reset && block.reset[begin + b + e] ? -1 : 0;
+      Vec<T> f = load(gates.at(H + h).data + b), i = load(gates.at(h).data + b), m = load(stabilizer.at(h).data + b);
+      Vec<T> decayed = (block.exp_forget ? f : log_sigmoid<T>(f)) + (starts ? zero : m);
+      m = larger(larger(decayed, i), zero);
+      store(stabilizer.at(h).data + b, m);
+      store(weights.at(h).data + b, starts ? zero : exponential<T>(decayed - m));
+      store(weights.at(H + h).data + b, exponential<T>(i - m));
+      store(weights.at(2 * H + h).data + b, exponential<T>(-smaller(m, fill(T(LARGEST_EXPONENT)))));
+    }
+  scatter(stabilizer, rows, H, block.new_stabilizer + begin * H, H);
 }
 
 template <class T> void mlstm_block_rows(const MlstmBlock<T>& block, int64_t begin, int64_t rows, int64_t width) {
   const int64_t D = block.D, N = block.inner, H = block.H, K = N / H;
   const int64_t window = std::max<int64_t>(block.convolution.size - 1, 0) * N;
-  Scratch<T> scratch((2 * D + 7 * N + 2 * H + window) * width + rows * 4 * N + K);
+  Scratch<T> scratch((2 * D + 7 * N + 6 * H + window) * width + rows * 4 * N + K);
   Features<T> x{scratch.take(D * width), width}, normed{scratch.take(D * width), width};
   Features<T> inner{scratch.take(2 * N * width), width}, mixed{scratch.take(N * width), width};
   Features<T> past{scratch.take(window * width), width}, projected{scratch.take(3 * N * width), width};
   Features<T> gates{scratch.take(2 * H * width), width}, hidden{scratch.take(N * width), width};
+  Features<T> stabilizer{scratch.take(H * width), width}, weights{scratch.take(3 * H * width), width};
   T *by_row = scratch.take(rows * 3 * N), *hidden_by_row = scratch.take(rows * N), *write = scratch.take(K);
 
   gather(block.x + begin * D, D, rows, D, x);
@@ -57,15 +85,15 @@ template <class T> void mlstm_block_rows(const MlstmBlock<T>& block, int64_t beg
   // The cell takes the exponential of what it is given.
   if (block.sigmoid_input) transform(gates, H, [&](Vec<T> g, int64_t, int64_t) { return log_sigmoid<T>(g); });
 
+  weigh_steps(block, begin, rows, gates, stabilizer, weights);
   scatter(projected, rows, 3 * N, by_row, 3 * N);
   for (int64_t b = 0; b < rows; b++)
     for (int64_t h = 0; h < H; h++) {
       const int64_t u = (begin + b) * H + h;
       const T* q = by_row + b * 3 * N + h * K;
-      mlstm_step<T>(K, K, q, q + N, q + 2 * N, gates.at(h).data[b], gates.at(H + h).data[b], block.exp_forget,
-                    block.reset && block.reset[begin + b], block.cell + u * K * K, block.normalizer + u * K,
-                    block.stabilizer[u], write, hidden_by_row + b * N + h * K, block.new_cell + u * K * K,
-                    block.new_normalizer + u * K, block.new_stabilizer + u);
+      const StepWeights<T> step{weights.at(h).data[b], weights.at(H + h).data[b], weights.at(2 * H + h).data[b]};
+      mlstm_step<T>(K, K, q, q + N, q + 2 * N, step, block.cell + u * K * K, block.normalizer + u * K, write,
+                    hidden_by_row + b * N + h * K, block.new_cell + u * K * K, block.new_normalizer + u * K);
     }
   gather(hidden_by_row, N, rows, N, hidden);
   for (int64_t h = 0; h < H; h++)

@@ -12,51 +12,71 @@ template <class T> struct MlstmOutput {
 
 template <class T> INLINE T scalar_log_sigmoid(T x) { return std::min(x, T(0)) - std::log1p(std::exp(-std::abs(x))); }
 
-// Up to four vectors of columns of the memory, updated and read in one pass over its rows.
-template <class T, int N>
+// N vectors of columns of the memory, updated and read in one pass over its rows; the last of them may be a part if
+// not WHOLE. An emptied memory, KEPT false, is not read: it may hold anything.
+template <class T, int N, bool WHOLE, bool KEPT>
 INLINE void step_columns(int64_t K, int64_t V, int64_t column, const T* q, const T* write, const T* v, T forget,
                          T divisor, const T* before, T* after, T* hidden) {
   constexpr int W = WIDTH<T>;
+  const int64_t left = WHOLE ? N * W : V - column;
   Vec<T> value[N], read[N] = {};
-  for (int n = 0; n < N; n++) value[n] = load_part(v + column + n * W, V - column - n * W);
+  for (int n = 0; n < N; n++) value[n] = load_part(v + column + n * W, left - n * W);
   for (int64_t i = 0; i < K; i++) {
     for (int n = 0; n < N; n++) {
-      int64_t at = i * V + column + n * W, left = V - column - n * W;
+      const int64_t at = i * V + column + n * W;
       Vec<T> updated = write[i] * value[n];
-      // An emptied memory is not read: it may hold anything.
-      if (forget != 0) updated += forget * load_part(before + at, left);
-      store_part(after + at, updated, left);
+      if (KEPT) updated += forget * load_part(before + at, left - n * W);
+      store_part(after + at, updated, left - n * W);
       read[n] += q[i] * updated;
     }
   }
-  for (int n = 0; n < N; n++)
-    store_part(hidden + column + n * W, read[n] / divisor, V - column - n * W);
+  for (int n = 0; n < N; n++) store_part(hidden + column + n * W, read[n] / divisor, left - n * W);
+}
+
+template <class T, bool KEPT>
+void step_memory(int64_t K, int64_t V, const T* q, const T* write, const T* v, T forget, T divisor, const T* before,
+                 T* after, T* hidden) {
+  constexpr int W = WIDTH<T>;
+  int64_t j = 0;
+  for (; j + 4 * W <= V; j += 4 * W)
+    step_columns<T, 4, true, KEPT>(K, V, j, q, write, v, forget, divisor, before, after, hidden);
+  for (; j + 2 * W <= V; j += 2 * W)
+    step_columns<T, 2, true, KEPT>(K, V, j, q, write, v, forget, divisor, before, after, hidden);
+  for (; j < V; j += W)
+    step_columns<T, 1, false, KEPT>(K, V, j, q, write, v, forget, divisor, before, after, hidden);
+}
+
+// What the gates of a step come to: weights of the memory before it and of its input, and the least divisor.
+template <class T> struct StepWeights {
+  T forget, input, bound;
+};
+
+template <class T>
+StepWeights<T> weigh_step(T input_gate, T forget_gate, bool exp_forget, bool starts, T stabilizer, T* new_stabilizer) {
+  const T log_forget = exp_forget ? forget_gate : scalar_log_sigmoid(forget_gate);
+  const T decayed = log_forget + (starts ? T(0) : stabilizer);
+  const T m = *new_stabilizer = std::max(std::max(decayed, input_gate), T(0));
+  return {starts ? T(0) : std::exp(decayed - m), std::exp(input_gate - m), std::exp(-std::min(m, T(LARGEST_EXPONENT)))};
 }
 
 // One step of one row and head; q, k [K], v [V], the state of that row and head; `write` is room for K numbers.
 template <class T>
-void mlstm_step(int64_t K, int64_t V, const T* q, const T* k, const T* v, T input_gate, T forget_gate, bool exp_forget,
-                bool starts, const T* cell, const T* normalizer, T stabilizer, T* write, T* hidden, T* new_cell,
-                T* new_normalizer, T* new_stabilizer) {
+void mlstm_step(int64_t K, int64_t V, const T* q, const T* k, const T* v, StepWeights<T> weights, const T* cell,
+                const T* normalizer, T* write, T* hidden, T* new_cell, T* new_normalizer) {
   constexpr int W = WIDTH<T>;
-  T log_forget = exp_forget ? forget_gate : scalar_log_sigmoid(forget_gate);
-  T decayed = log_forget + (starts ? T(0) : stabilizer);
-  T m = std::max(std::max(decayed, input_gate), T(0));
-  T forget = starts ? T(0) : std::exp(decayed - m), input = std::exp(input_gate - m) / std::sqrt(T(K));
-  T weight = 0;
-  for (int64_t i = 0; i < K; i++) {
-    write[i] = input * k[i];
-    new_normalizer[i] = write[i] + (forget != 0 ? forget * normalizer[i] : T(0));
-    weight += q[i] * new_normalizer[i];
+  const T forget = weights.forget, input = weights.input / std::sqrt(T(K));
+  Vec<T> total{};
+  for (int64_t i = 0; i < K; i += W) {
+    Vec<T> written = input * load_part(k + i, K - i), updated = written;
+    // An emptied memory is not read: it may hold anything.
+    if (forget != 0) updated += forget * load_part(normalizer + i, K - i);
+    store_part(write + i, written, K - i);
+    store_part(new_normalizer + i, updated, K - i);
+    total += updated * load_part(q + i, K - i);
   }
-  *new_stabilizer = m;
-  T divisor = std::max(std::abs(weight), std::exp(-std::min(m, T(LARGEST_EXPONENT))));
-  int64_t j = 0;
-  for (; j + 4 * W <= V; j += 4 * W)
-    step_columns<T, 4>(K, V, j, q, write, v, forget, divisor, cell, new_cell, hidden);
-  for (; j + 2 * W <= V; j += 2 * W)
-    step_columns<T, 2>(K, V, j, q, write, v, forget, divisor, cell, new_cell, hidden);
-  for (; j < V; j += W) step_columns<T, 1>(K, V, j, q, write, v, forget, divisor, cell, new_cell, hidden);
+  const T divisor = std::max(std::abs(sum<T>(total)), weights.bound);
+  auto step = forget != 0 ? step_memory<T, true> : step_memory<T, false>;
+  step(K, V, q, write, v, forget, divisor, cell, new_cell, hidden);
 }
 
 // One row and head of a sequence. `trace`, if wanted, receives the memory before every chunk, for the backward pass.
@@ -133,10 +153,11 @@ void mlstm_forward(const MlstmInput<T>& x, const MlstmOutput<T>& out, T* trace, 
   for_each(x.B * x.H, threads, [&](int64_t u) {
     const int64_t b = u / x.H, h = u % x.H, K = x.K, V = x.V;
     Scratch<T> scratch(K);
-    mlstm_step(K, V, x.q.at(b, 0, h), x.k.at(b, 0, h), x.v.at(b, 0, h), *x.input_gate.at(b, 0, h),
-               *x.forget_gate.at(b, 0, h), x.exp_forget, x.starts(b, 0), x.cell + u * K * V, x.normalizer + u * K,
-               x.stabilizer[u], scratch.take(K), out.hidden + u * V, out.cell + u * K * V, out.normalizer + u * K,
-               out.stabilizer + u);
+    const StepWeights<T> weights = weigh_step(*x.input_gate.at(b, 0, h), *x.forget_gate.at(b, 0, h), x.exp_forget,
+                                              x.starts(b, 0), x.stabilizer[u], out.stabilizer + u);
+    mlstm_step(K, V, x.q.at(b, 0, h), x.k.at(b, 0, h), x.v.at(b, 0, h), weights, x.cell + u * K * V,
+               x.normalizer + u * K, scratch.take(K), out.hidden + u * V, out.cell + u * K * V,
+               out.normalizer + u * K);
   });
 }
 

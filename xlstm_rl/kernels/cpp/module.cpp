@@ -178,7 +178,8 @@ struct SlstmTrace {
 template <class Trace> PyObject* trace_size(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return guarded([=] {
     Arguments in(values, count);
-    const int64_t size = in.integer() == sizeof(float) ? Trace::template size<float>(in) : Trace::template size<double>(in);
+    const bool single = in.integer() == sizeof(float);
+    const int64_t size = single ? Trace::template size<float>(in) : Trace::template size<double>(in);
     in.finish();
     return PyLong_FromLongLong(size);
   });
