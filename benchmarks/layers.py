@@ -1,7 +1,7 @@
 """Speed of the memories against `torch.nn.LSTM` and NX-AI's `xlstm`, in one process, interleaved.
 
-    python benchmarks/layers.py                       # all three tables, about three minutes
-    python benchmarks/layers.py --tables layers step --rounds 9 --json speed.json
+    python -m benchmarks.layers                       # all three tables, about three minutes
+    python -m benchmarks.layers --tables layers step --rounds 9 --json speed.json
 
 `layers`: projection and cell, forward and backward. `step`: one acting step of a block without gradients.
 `growth`: time per step of a layer, forward and backward, as the sequence grows, in us.
