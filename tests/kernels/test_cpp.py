@@ -159,7 +159,7 @@ def test_install_without_a_compiler_succeeds_and_holds_no_extension(tmp_path: Pa
     assert (target / "xlstm_rl" / "kernels" / "dispatch.py").is_file()
     assert not list(target.rglob("*.so"))
     program = "import xlstm_rl; print(xlstm_rl.__file__, xlstm_rl.backend_info()['cpu'].in_use)"
-    environment = os.environ | {"PYTHONPATH": str(target)}
+    environment = os.environ | {"PYTHONPATH": str(target), cpp_extension.SWITCH: "1"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
