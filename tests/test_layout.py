@@ -88,10 +88,10 @@ def test_package_says_that_it_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_wheel_holds_exactly_the_package(tmp_path: Path) -> None:
+def test_wheel_holds_exactly_the_package_and_its_extension(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(PACKAGE, source / "xlstm_rl", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    shutil.copytree(PACKAGE, source / "xlstm_rl", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in LINKS:
         (source / name).symlink_to(Path("xlstm_rl") / name)
@@ -99,5 +99,8 @@ def test_wheel_holds_exactly_the_package(tmp_path: Path) -> None:
     subprocess.run(command, cwd=source, capture_output=True, check=True)
     with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    extension = {name for name in held if name.startswith("xlstm_rl/kernels/_cpp_")}
     package = {path.relative_to(source).as_posix() for path in (source / "xlstm_rl").rglob("*") if path.is_file()}
-    assert held == package
+    sources = {name for name in package if name.startswith("xlstm_rl/kernels/cpp/")}
+    assert held - extension == package - sources
+    assert not extension or "xlstm_rl/kernels/_cpp_base.abi3.so" in extension

@@ -5,7 +5,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from xlstm_rl.kernels import cpp_extension
 from xlstm_rl.kernels.checks import check_mlstm, check_slstm
+from xlstm_rl.kernels.cpp_sequence import mlstm_cpp, slstm_cpp
 from xlstm_rl.kernels.mlstm_chunkwise import mlstm_chunkwise
 from xlstm_rl.kernels.mlstm_reference import mlstm_recurrence
 from xlstm_rl.kernels.slstm_reference import slstm_recurrence
@@ -158,6 +160,7 @@ def _runs_everywhere(tensor: Tensor, /) -> None:
 
 # "auto" takes the first that can run; the reference comes last and is there to be compared with.
 _BACKENDS: dict[str, Backend] = {
+    "cpp": Backend(mlstm_cpp, slstm_cpp, cpp_extension.why_not),
     "torch": Backend(mlstm_chunkwise, slstm_scan, _runs_everywhere),
     "reference": Backend(mlstm_recurrence, slstm_recurrence, _runs_everywhere),
 }

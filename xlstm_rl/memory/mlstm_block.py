@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import MLSTMState, mlstm_sequence
+from xlstm_rl.kernels.cpp_blocks import MLSTMWeights, can_step, mlstm_block_step
 from xlstm_rl.memory.layers import BlockLinear, CausalConv, HeadNorm, init_small, init_wang, soft_cap
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class MLSTMBlock(nn.Module):
             if config.bias:
                 self.up.bias.zero_()
                 self.down.bias.zero_()
+        self._layer_types = tuple(map(type, self._modules.values()))
 
     def initial_state(self, batch_size: int) -> MLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -72,6 +74,10 @@ class MLSTMBlock(nn.Module):
     def forward(self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None) -> tuple[Tensor, MLSTMBlockState]:
         """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state."""
         config = self.config
+        if can_step(x) and not (self.training and config.dropout):
+            stepped = self._compiled_step(x, state, reset)
+            if stepped is not None:
+                return stepped
         heads = (config.num_heads, config.inner_size // config.num_heads)
         inner, output_gate = self.up(self.norm(x)).chunk(2, dim=-1)
         window, mixed = state.window, inner
@@ -97,3 +103,56 @@ class MLSTMBlock(nn.Module):
         )
         hidden = self.head_norm(hidden) + self.skip * mixed
         return x + self.dropout(self.down(hidden * F.silu(output_gate))), MLSTMBlockState(cell, window)
+
+    def _compiled_step(
+        self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None
+    ) -> tuple[Tensor, MLSTMBlockState] | None:
+        config = self.config
+        weights = self._weights()
+        stepped = (
+            None
+            if weights is None
+            else mlstm_block_step(
+                x,
+                weights,
+                state.cell,
+                state.window,
+                reset,
+                epsilon=config.norm_eps,
+                gate_soft_cap=config.gate_soft_cap,
+                forget_activation=config.forget_activation,
+                sigmoid_input=config.input_activation == "sigmoid",
+            )
+        )
+        if stepped is None:
+            return None
+        y, cell, window = stepped
+        return y, MLSTMBlockState(cell, window)
+
+    def _weights(self) -> MLSTMWeights | None:
+        """The weights, or None if layers were replaced or parametrized, so that weights alone do not tell."""
+        # Straight from the dictionaries: nn.Module's attributes would take longer than the step.
+        layers: dict[str, Any] = self._modules
+        if tuple(map(type, layers.values())) != self._layer_types:
+            return None
+        conv = layers.get("conv")
+        taps = conv._parameters if conv is not None else {"weight": None, "bias": None}
+        up, gates, down = layers["up"]._parameters, layers["gates"]._parameters, layers["down"]._parameters
+        query_key, value = layers["query_key"]._parameters, layers["value"]._parameters
+        return MLSTMWeights(
+            layers["norm"]._parameters["weight"],
+            up["weight"],
+            up["bias"],
+            taps["weight"],
+            taps["bias"],
+            query_key["weight"],
+            query_key.get("bias"),
+            value["weight"],
+            value.get("bias"),
+            gates["weight"],
+            gates["bias"],
+            layers["head_norm"]._parameters["weight"],
+            self._parameters["skip"],  # type: ignore[arg-type]
+            down["weight"],
+            down["bias"],
+        )

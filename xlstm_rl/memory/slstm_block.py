@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import SLSTMState, slstm_sequence
+from xlstm_rl.kernels.cpp_blocks import SLSTMWeights, can_step, slstm_block_step
 from xlstm_rl.memory.layers import BlockLinear, CausalConv, GatedFeedForward, HeadNorm, init_small
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class SLSTMBlock(nn.Module):
         nn.init.normal_(self.recurrent, std=config.recurrent_std / head_width**0.5)
         with torch.no_grad():
             self.gate_bias[1].copy_(_forget_bias(config, index, head_width))
+        self._layer_types = tuple(map(type, self._modules.values()))
 
     def initial_state(self, batch_size: int) -> SLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -61,6 +63,10 @@ class SLSTMBlock(nn.Module):
 
     def forward(self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None) -> tuple[Tensor, SLSTMBlockState]:
         """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state."""
+        if can_step(x) and not (self.training and self.config.dropout):
+            stepped = self._compiled_step(x, state, reset)
+            if stepped is not None:
+                return stepped
         normed = self.norm(x)
         window, mixed = state.window, normed
         if self.conv is not None:
@@ -75,6 +81,57 @@ class SLSTMBlock(nn.Module):
         if self.ffn is not None and self.ffn_norm is not None:
             x = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return x, SLSTMBlockState(cell, window)
+
+    def _compiled_step(
+        self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None
+    ) -> tuple[Tensor, SLSTMBlockState] | None:
+        weights = self._weights()
+        stepped = (
+            None
+            if weights is None
+            else slstm_block_step(
+                x,
+                weights,
+                state.cell,
+                state.window,
+                reset,
+                epsilon=self.config.norm_eps,
+                forget_activation=self.config.forget_activation,
+            )
+        )
+        if stepped is None:
+            return None
+        y, cell, window = stepped
+        return y, SLSTMBlockState(cell, window)
+
+    def _weights(self) -> SLSTMWeights | None:
+        """The weights, or None if layers were replaced or parametrized, so that weights alone do not tell."""
+        # Straight from the dictionaries: nn.Module's attributes would take longer than the step.
+        layers: dict[str, Any] = self._modules
+        if tuple(map(type, layers.values())) != self._layer_types:
+            return None
+        own: dict[str, Any] = self._parameters
+        none = {"weight": None, "bias": None}
+        conv, ffn = layers.get("conv"), layers.get("ffn")
+        taps = none if conv is None else conv._parameters
+        up = none if ffn is None else ffn._modules["up"]._parameters
+        down = none if ffn is None else ffn._modules["down"]._parameters
+        ffn_norm = none if ffn is None else layers["ffn_norm"]._parameters
+        return SLSTMWeights(
+            layers["norm"]._parameters["weight"],
+            taps["weight"],
+            taps["bias"],
+            layers["input_forget"]._parameters["weight"],
+            layers["cell_output"]._parameters["weight"],
+            own["gate_bias"],
+            own["recurrent"],
+            layers["head_norm"]._parameters["weight"],
+            ffn_norm["weight"],
+            up["weight"],
+            up["bias"],
+            down["weight"],
+            down["bias"],
+        )
 
 
 def _forget_bias(config: XLSTMConfig, index: int, head_width: int) -> Tensor:

@@ -1,0 +1,181 @@
+"""A compiled step of a block equals the same step in torch operations, and steps aside where it has to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import assert_close
+from xlstm_rl.kernels import cpp_extension
+from xlstm_rl.memory import MemoryCore, make_memory, mlstm_block, slstm_block
+
+pytestmark = pytest.mark.skipif(cpp_extension.extension().module is None, reason="the compiled kernels are not built")
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "without conv": {"conv_kernel": 0},
+    "conv of the current step, biases": {"conv_kernel": 1, "bias": True},
+    "long conv, large q, k, v blocks": {"conv_kernel": 6, "qkv_block_size": 8},
+    "sigmoid input gate, soft cap": {"input_activation": "sigmoid", "gate_soft_cap": 5.0},
+    "memory mixing, biases": {"recurrent_std": 1.0, "bias": True},
+    "without FFN": {"ffn_factor": 0.0},
+    "exponential forget gate": {"forget_activation": "exp"},
+}
+every_block = pytest.mark.parametrize("blocks", ["m", "s", "ms"])
+
+
+def perturbed(blocks: str, dtype: torch.dtype = torch.float64, **config: Any) -> MemoryCore:
+    """A core with every parameter moved, so that no zero init hides a mistake."""
+    core = make_memory("xlstm", 5, blocks=blocks, **({"hidden_size": 24, "num_heads": 2} | config)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype))
+    return core
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Calls a core with the compiled steps switched off."""
+
+    def call(core: MemoryCore, *arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            for module in (mlstm_block, slstm_block):
+                patch.setattr(module, "can_step", lambda x: False)
+            return core(*arguments)
+
+    return call
+
+
+@pytest.fixture
+def compiled_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collects the kind of every compiled step that is taken."""
+    taken: list[str] = []
+
+    def watch(module: Any, name: str) -> None:
+        step = getattr(module, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            result = step(*arguments, **options)
+            if result is not None:
+                taken.append(name[0])
+            return result
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(mlstm_block, "mlstm_block_step")
+    watch(slstm_block, "slstm_block_step")
+    return taken
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("label", CONFIGS)
+@every_block
+@pytest.mark.parametrize("B", (1, 3, 17, 40))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_compiled_step_equals_torch(
+    label: str, blocks: str, B: int, dtype: torch.dtype, in_torch: Callable[..., Any], compiled_steps: list[str]
+) -> None:
+    core = perturbed(blocks, dtype, **CONFIGS[label])
+    _, state = core(random(B, 3, 5, dtype=dtype), core.initial_state(B))
+    x = random(B, 1, 5, dtype=dtype, seed=2)
+    for reset in (None, torch.arange(B)[:, None] % 3 == 0):
+        compiled_steps.clear()
+        assert_close(core(x, state, reset), in_torch(core, x, state, reset))
+        assert compiled_steps == list(blocks)
+
+
+@torch.no_grad()
+@every_block
+@pytest.mark.parametrize("width", (8, 64, 72))
+def test_compiled_step_fits_any_width(blocks: str, width: int, in_torch: Callable[..., Any]) -> None:
+    core = perturbed(blocks, hidden_size=width, num_heads=4)
+    arguments = (random(4, 1, 5), core.initial_state(4))
+    assert_close(core(*arguments), in_torch(core, *arguments))
+
+
+@torch.no_grad()
+@every_block
+def test_compiled_step_leaves_its_arguments_alone(blocks: str) -> None:
+    core = perturbed(blocks)
+    state = core(random(2, 3, 5), core.initial_state(2))[1]
+    before = [[leaf.clone() for leaf in (*block.cell, block.window)] for block in state]
+    core(random(2, 1, 5), state, torch.tensor([[True], [False]]))
+    assert_close([[*block.cell, block.window] for block in state], before)
+
+
+@torch.no_grad()
+@every_block
+def test_compiled_step_sees_every_change_of_the_weights(blocks: str, in_torch: Callable[..., Any]) -> None:
+    core = perturbed(blocks)
+    arguments = (random(2, 1, 5), core.initial_state(2))
+    core(*arguments)
+    for parameter in core.parameters():
+        parameter.mul_(1.1)
+        parameter.data.add_(0.01)
+        parameter.data = parameter.data.clone() * 0.9
+    assert_close(core(*arguments), in_torch(core, *arguments))
+
+
+@torch.no_grad()
+def test_spoilt_state_of_a_row_ends_with_its_episode() -> None:
+    core = perturbed("ms")
+    state = core(random(2, 3, 5), core.initial_state(2))[1]
+    for block in state:
+        for leaf in (*block.cell, block.window):
+            leaf[0] = float("nan")
+    y, _ = core(random(2, 1, 5), state, torch.tensor([[True], [False]]))
+    assert bool(y.isfinite().all())
+
+
+@torch.no_grad()
+def test_threads_do_not_change_the_step() -> None:
+    core = perturbed("ms")
+    arguments = (random(70, 1, 5), core.initial_state(70))
+    expected = core(*arguments)
+    torch.set_num_threads(3)
+    try:
+        assert_close(core(*arguments), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@every_block
+def test_step_with_gradients_is_taken_in_torch(blocks: str, compiled_steps: list[str]) -> None:
+    core = perturbed(blocks)
+    core(random(2, 1, 5), core.initial_state(2))[0].sum().backward()
+    assert compiled_steps == []
+    assert all(parameter.grad is not None for parameter in core.parameters())
+
+
+@torch.no_grad()
+def test_step_with_dropout_is_taken_in_torch(compiled_steps: list[str]) -> None:
+    core = perturbed("ms", dropout=0.5)
+    arguments = (random(2, 1, 5), core.initial_state(2))
+    core(*arguments)
+    assert compiled_steps == []
+    core.eval()
+    core(*arguments)
+    assert compiled_steps == ["m", "s"]
+
+
+@torch.no_grad()
+def test_step_of_a_replaced_layer_is_taken_in_torch(compiled_steps: list[str]) -> None:
+    core: Any = perturbed("m")
+    core.blocks[0].down = nn.Sequential(core.blocks[0].down, nn.Identity())
+    core(random(2, 1, 5), core.initial_state(2))
+    assert compiled_steps == []
+
+
+@torch.no_grad()
+def test_state_of_another_dtype_is_refused_as_in_torch(compiled_steps: list[str]) -> None:
+    core = perturbed("m")
+    with pytest.raises((RuntimeError, TypeError)):
+        core(random(2, 1, 5), perturbed("m", torch.float32).initial_state(2))
+    assert compiled_steps == []

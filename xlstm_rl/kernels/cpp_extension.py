@@ -1,0 +1,99 @@
+"""The compiled CPU kernels: loading the build for this machine, and why they cannot run where they cannot."""
+
+import ctypes
+import functools
+import importlib
+import os
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SWITCH = "XLSTM_RL_NATIVE"
+# What the module calls the order of its arguments; a build of other sources has another number.
+INTERFACE = 1
+_DTYPES = (torch.float32, torch.float64)
+_HOW_TO_BUILD = (
+    "install a C++ compiler (g++ or clang) and then xlstm_rl again, or in a checkout run "
+    "`python setup.py build_ext --inplace`"
+)
+
+
+class Extension(NamedTuple):
+    """The compiled module, or why there is none."""
+
+    module: ModuleType | None
+    why_not: str | None
+
+
+@functools.cache
+def extension() -> Extension:
+    """Load the build for this machine; without any, warn once that the torch forms serve."""
+    if os.environ.get(SWITCH) == "0":
+        return Extension(None, f"{SWITCH}=0 switches the compiled kernels off")
+    for name in _builds():
+        try:
+            module = importlib.import_module(f"xlstm_rl.kernels._cpp_{name}")
+        except ImportError:
+            continue
+        if module.INTERFACE != INTERFACE:
+            return _missing("the compiled kernels were built from other sources")
+        _use_threads_of_torch(module)
+        return Extension(module, None)
+    return _missing("the compiled kernels were not built")
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """Why the compiled kernels cannot compute with tensors like this one, or None if they can."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return "the compiled kernels cannot be traced, compiled or transformed by torch.func"
+    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        return f"the compiled kernels take plain tensors, not {type(tensor).__name__}"
+    if not tensor.is_cpu:
+        return f"the compiled kernels run on the CPU, not on {tensor.device.type}"
+    if tensor.dtype not in _DTYPES:
+        return f"the compiled kernels take float32 and float64, not {tensor.dtype}"
+    return extension().why_not
+
+
+def compiled() -> ModuleType:
+    """The compiled module; ask `why_not` first."""
+    module = extension().module
+    assert module is not None
+    return module
+
+
+def _builds() -> list[str]:
+    """Names of the builds that the machine can run, fastest first."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability.startswith(("AVX512", "AVX10")):
+        return ["avx512", "avx2", "base"]
+    return ["avx2", "base"] if capability == "AVX2" else ["base"]
+
+
+def _missing(reason: str) -> Extension:
+    warnings.warn(
+        f"{reason}: the torch forms serve, which are 2 to 5 times slower on CPUs. For the fast ones, {_HOW_TO_BUILD}; "
+        f"{SWITCH}=0 silences this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Extension(None, f"{reason}; {_HOW_TO_BUILD}")
+
+
+def _use_threads_of_torch(module: ModuleType) -> None:
+    """Let the module run on torch's threads where torch exports them; elsewhere it runs on one."""
+    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+    for library in libraries:
+        try:
+            pool = ctypes.CDLL(str(library)).torch_parallel_for
+        except (OSError, AttributeError):
+            continue
+        module.use_pool(ctypes.cast(pool, ctypes.c_void_p).value)
