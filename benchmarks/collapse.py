@@ -1,9 +1,9 @@
-"""The collapse of PPO on a solved sparse task, with stock advantage normalisation and with the floor.
+"""The collapse of PPO on a solved sparse task: stock PPO, each of the two cures alone, and both.
 
     python -m benchmarks.collapse        # T-maze of length 10, constant learning rate, three seeds each
 
-Stock normalisation divides every rollout's advantages by their standard deviation. After the task is solved that
-deviation is the critic's error, and noise becomes full-size updates.
+Stock PPO divides every rollout's advantages by their standard deviation, which is the critic's error once the task is
+solved, and lets one rare gradient through to an Adam that has forgotten what large gradients are.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.learning import RESULTS, Job, draw, read, render, run_all
+from benchmarks.learning import FIGURES, Job, draw, read, render, run_all
 
 SETTING = ("total_steps=400000", "ppo.lr_schedule=constant", "eval.every_steps=4000", "eval.n_episodes=100")
-FLOORS = {"stock normalisation": "ppo.advantage_floor=0.0", "with the floor": "ppo.advantage_floor=0.1"}
+CURES = {
+    "stock": ("ppo.advantage_floor=0.0", "ppo.grad_spike_factor=null"),
+    "floor": ("ppo.advantage_floor=0.1", "ppo.grad_spike_factor=null"),
+    "spike bound": ("ppo.advantage_floor=0.0", "ppo.grad_spike_factor=5"),
+    "both": ("ppo.advantage_floor=0.1", "ppo.grad_spike_factor=5"),
+}
 
 
 def main() -> None:
@@ -22,16 +27,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--figure", type=Path, default=RESULTS.parent / "collapse.png")
+    parser.add_argument("--figure", type=Path, default=FIGURES / "collapse.png")
     args = parser.parse_args()
     jobs = [
-        Job("tmaze", "xlstm", seed, (*SETTING, floor), label) for label, floor in FLOORS.items() for seed in args.seeds
+        Job("tmaze", "xlstm", seed, (*SETTING, *cure), label) for label, cure in CURES.items() for seed in args.seeds
     ]
     run_all(jobs, args.workers)
     results = read(jobs)
     print(render(results))
     draw(results, args.figure, columns=1)
-    for label in FLOORS:
+    for label in CURES:
         print(f"{label}: {_dips([result['curve'] for result in results if result['label'] == label])}")
 
 

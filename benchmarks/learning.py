@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results" / "learning"
+FIGURES = Path(__file__).parents[1] / "docs"
 TASKS = ("cartpole-no-velocity", "tmaze", "repeat-previous", "parity", "key-value-recall")
 TITLES = {
     "cartpole-no-velocity": "CartPole without velocities",
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("--label", default="", help="names the runs made with --set")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one core each")
     parser.add_argument("--render", action="store_true", help="run nothing")
-    parser.add_argument("--figure", type=Path, default=RESULTS / "learning.png")
+    parser.add_argument("--figure", type=Path, default=FIGURES / "learning.png")
     args = parser.parse_args()
     if args.set and not args.label:
         parser.error("--set needs --label, or the runs could not be told from the preset's own")

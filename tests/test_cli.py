@@ -46,14 +46,31 @@ def test_list_shows_presets_environments_and_memories(
         (["train", "tmze"], "did you mean 'tmaze'?"),
         (["train", "tmaze", "ppo.gama=1"], "did you mean 'gamma'?"),
         (["train", "tmaze", "env.kwargs.corridor_length=0"], "corridor_length"),
+        (["train", "tmaze", "policy.kwargs.foo=1"], "unknown key policy.kwargs.foo"),
+        (["train", "tmaze", "policy.kwargs.use_sde=true"], "use ppo.use_sde"),
+        (["train", "tmaze", "device=meta"], "device='meta' cannot be used here"),
+        (["train", "Blackjack-v1"], "'Blackjack-v1' has Tuple observations"),
+        (["train", "tmaze", "--run-dir", "README.md/run"], "README.md/run cannot be written"),
+        (["train", "no_such_module:Env-v0"], "module 'no_such_module'"),
         (["evaluate", "nowhere"], "nowhere is no run folder"),
     ],
 )
 def test_mistake_exits_with_code_2_and_a_message(
-    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(ROOT)
     assert cli.main(arguments) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_runs_without_a_folder_get_one_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    overrides = ["seed=3", "total_steps=32", "env.n_envs=2", "ppo.n_steps=16", "ppo.batch_size=32", "eval.n_episodes=1"]
+    for _ in range(2):
+        assert cli.main(["train", "cue-recall", *overrides]) == 0
+    assert {path.name for path in Path("runs").iterdir()} == {"cue-recall-seed3-now", "cue-recall-seed3-now-2"}
+    assert cli.main(["evaluate", "runs/cue-recall-seed3-now-2", "--episodes", "1", "--device", "cpu"]) == 0
 
 
 def test_mistake_shows_no_traceback() -> None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import pytest
+import torch
+from gymnasium import spaces
 from rich.console import Console
 
-from xlstm_rl.configs import ConfigError, TrainConfig, load, load_file
+from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.configs import ConfigError, TrainConfig, dump, load, load_file
 from xlstm_rl.report import read_returns
 from xlstm_rl.training import RunResult, evaluate_run, train
 
@@ -20,13 +28,15 @@ TINY = [
     "ppo.batch_size=64",
     "ppo.n_epochs=1",
     "memory.hidden_size=8",
-    "memory.num_heads=2",
     "eval.n_episodes=4",
     "eval.interim_episodes=2",
     "eval.every_steps=128",
     "checkpoint.every_steps=64",
     "checkpoint.keep=2",
 ]
+
+
+SHORT = ["total_steps=64", "eval.every_steps=null"]
 
 
 def tiny(name: str, *overrides: str) -> TrainConfig:
@@ -128,11 +138,145 @@ def test_baseline_memories_train(memory: str, tmp_path: Path) -> None:
     assert result.scores[0].episodes == 4
 
 
-def test_normalisation_is_saved_and_used_again(tmp_path: Path) -> None:
-    config = tiny("pendulum-no-velocity", "env.normalize_observation=true", "total_steps=128", "eval.every_steps=null")
-    result = train(config, tmp_path / "run")
-    assert (tmp_path / "run" / "model.normalizer.json").is_file()
-    assert evaluate_run(tmp_path / "run")[0] == result.scores[0]
+def test_state_dependent_exploration_trains(tmp_path: Path) -> None:
+    config = tiny("pendulum-no-velocity", "ppo.use_sde=true", "ppo.sde_sample_freq=8", *SHORT)
+    model = RecurrentPPO.load(train(config, tmp_path / "run").model)
+    assert (model.use_sde, model.sde_sample_freq) == (True, 8)
+
+
+@pytest.fixture(scope="module")
+def normalized_run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    config = tiny("pendulum-no-velocity", "env.normalize_observation=true", *SHORT)
+    return train(config, tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_normalisation_is_saved_and_used_again(normalized_run: RunResult) -> None:
+    assert (normalized_run.folder / "model.normalizer.json").is_file()
+    assert evaluate_run(normalized_run.folder)[0] == normalized_run.scores[0]
+
+
+def test_evaluation_refuses_missing_normalisation(normalized_run: RunResult, tmp_path: Path) -> None:
+    shutil.copytree(normalized_run.folder, tmp_path / "run")
+    (tmp_path / "run" / "model.normalizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"model\.normalizer\.json is missing.*normalize_observation=True"):
+        evaluate_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"settings": {', b"[]", b"{}", b"\xff\xfe"])
+def test_damaged_normalisation_is_refused_by_name(normalized_run: RunResult, content: bytes, tmp_path: Path) -> None:
+    shutil.copytree(normalized_run.folder, tmp_path / "run")
+    (tmp_path / "run" / "model.normalizer.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model\.normalizer\.json cannot be used"):
+        evaluate_run(tmp_path / "run")
+
+
+def test_evaluation_refuses_an_environment_with_other_spaces(run: RunResult, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(dump(tiny("CartPole-v1")), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"cannot be loaded: Observation spaces do not match"):
+        evaluate_run(tmp_path / "run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_evaluation_of_a_run_from_a_gpu_goes_to_the_cpu_and_says_so(run: RunResult, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(dump(tiny("cue-recall", "device=cuda")), encoding="utf-8")
+    stream = io.StringIO()
+    assert evaluate_run(tmp_path / "run", console=Console(file=stream))[0] == run.scores[0]
+    assert "device='cuda' of the run cannot be used here" in stream.getvalue()
+
+
+@pytest.mark.parametrize("device", ["meta", "tpu3"])
+def test_evaluation_refuses_a_device_that_is_not_there(run: RunResult, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device='{device}' cannot be used here"):
+        evaluate_run(run.folder, device=device)
+
+
+def test_evaluation_takes_another_device(run: RunResult) -> None:
+    assert evaluate_run(run.folder, device="cpu")[0] == run.scores[0]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "meta",
+        pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+        pytest.param("mps", marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one")),
+    ],
+)
+def test_training_refuses_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"device='{device}' cannot be used here: .*; use auto, cpu"):
+        train(tiny("cue-recall", f"device={device}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("vec", ["dummy", "subproc"])
+def test_environment_of_a_module_trains(vec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import gymnasium\n"
+        'gymnasium.register("FromTraining-v0", entry_point="gymnasium.envs.classic_control.cartpole:CartPoleEnv", '
+        "max_episode_steps=20)\n"
+    )
+    (tmp_path / "environments_for_training.py").write_text(program, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "environments_for_training", raising=False)
+    monkeypatch.delitem(gymnasium.registry, "FromTraining-v0", raising=False)
+    config = tiny("environments_for_training:FromTraining-v0", f"env.vec={vec}", *SHORT)
+    assert train(config, tmp_path / "run").scores[0].episodes == 4
+
+
+class _Mixed(gymnasium.Env[Any, Any]):
+    """Observations of any kind."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, kind: str = "mixed") -> None:
+        box, discrete = spaces.Box(-1, 1, (2,)), spaces.Discrete(3)
+        self.observation_space = {
+            "mixed": spaces.Dict({"position": box, "sign": discrete}),
+            "nested": spaces.Dict({"outer": spaces.Dict({"inner": box})}),
+            "text": spaces.Text(4),
+        }[kind]
+
+
+@pytest.fixture
+def mixed_env() -> Iterator[str]:
+    gymnasium.register("Mixed-v0", entry_point=lambda **kwargs: _Mixed(**kwargs))
+    yield "Mixed-v0"
+    del gymnasium.registry["Mixed-v0"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["env.kwargs.kind=nested"], r"'Mixed-v0' has Dict observations under the key 'outer'; allowed are Box, "),
+        (["env.kwargs.kind=text"], "'Mixed-v0' has Text observations; allowed are Box, "),
+        (["env.kwargs.kind=odd"], r"'Mixed-v0' cannot be built with env.kwargs=\{'kind': 'odd'\}"),
+        (["env.normalize_observation=true"], "needs Box observations.*Discrete observations under the key 'sign'"),
+    ],
+)
+def test_observations_that_cannot_be_used_are_refused(
+    mixed_env: str, overrides: list[str], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        train(tiny(mixed_env, *overrides), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("Blackjack-v1", [], "'Blackjack-v1' has Tuple observations; allowed are Box, "),
+        ("FrozenLake-v1", ["env.normalize_observation=true"], "needs Box observations.*'FrozenLake-v1' has Discrete"),
+        ("tmaze", ["ppo.use_sde=true"], "the agent cannot be built for 'xlstm_rl/TMaze-v0': .*continuous actions"),
+        ("tmaze", ["policy.kwargs.activation_fn=relu"], r"with policy\.kwargs=\{'activation_fn': 'relu'\}"),
+        ("tmaze", ["policy.kwargs.squash_output=true"], r"with policy\.kwargs=\{'squash_output': True\}"),
+        ("tmaze", ["policy.kwargs.net_arch=[-1]"], r"with policy\.kwargs=\{'net_arch': \[-1\]\}"),
+    ],
+)
+def test_agent_that_cannot_be_built_is_refused(name: str, overrides: list[str], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        train(tiny(name, *overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_environments_run_in_processes_of_their_own(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from xlstm_rl._version import __version__
 from xlstm_rl.configs import ConfigError, load, preset_names
-from xlstm_rl.run_folder import new_run_path
+from xlstm_rl.run_folder import default_run_path
 
 # What a shell reports for a program that a signal ended, less the signal's number.
 SIGNAL_EXIT = 128
@@ -49,13 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train an agent and evaluate it", description="Train an agent.")
     train.add_argument("name", metavar="PRESET_OR_ENV_ID", help="a preset, a .yaml file or any gymnasium id")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as memory.hidden_size=128 seed=3")
-    train.add_argument("--run-dir", type=Path, help="a folder that does not exist yet; default runs/NAME-TIME")
+    train.add_argument("--run-dir", type=Path, help="a folder that does not exist yet; default runs/NAME-SEED-TIME")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="evaluate a run", description="Evaluate the last model of a run.")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
     evaluate.add_argument("--episodes", type=_positive, help="default: as configured")
     evaluate.add_argument("--seed", type=_natural, help="of the episodes")
+    evaluate.add_argument("--device", help="default: as trained, or the CPU where that device is missing")
     evaluate.set_defaults(run=_evaluate)
 
     listing = commands.add_parser("list", help="presets, environments, memories", description="What there is.")
@@ -68,8 +69,8 @@ def _train(options: argparse.Namespace) -> int:
     # Loaded only now, so that mistakes in the arguments are told at once.
     from xlstm_rl.training import train
 
-    run_dir = options.run_dir or new_run_path(Path(options.name).name.removesuffix(".yaml"))
-    result = train(config, run_dir, console=Console())
+    run_dir = options.run_dir or default_run_path(Path(options.name).name.removesuffix(".yaml"), config.seed)
+    result = train(config, run_dir, numbered=options.run_dir is None, console=Console())
     return 0 if result.interrupted_by is None else SIGNAL_EXIT + result.interrupted_by
 
 
@@ -77,8 +78,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from xlstm_rl.report import score_table
     from xlstm_rl.training import evaluate_run
 
-    scores = evaluate_run(options.run_dir, n_episodes=options.episodes, seed=options.seed)
-    Console().print(score_table(scores, str(options.run_dir)))
+    console = Console()
+    scores = evaluate_run(
+        options.run_dir, n_episodes=options.episodes, seed=options.seed, device=options.device, console=console
+    )
+    console.print(score_table(scores, str(options.run_dir)))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -41,19 +42,48 @@ class RunFolder:
         self.model = path / "model.zip"
 
     @classmethod
-    def create(cls, path: Path, config: TrainConfig) -> RunFolder:
-        """Make a new folder with the configuration and the versions.
+    def create(cls, path: Path, config: TrainConfig, *, numbered: bool = False) -> RunFolder:
+        """Make a new folder with the configuration and the versions; of several runs at once, each gets its own.
+
+        Args:
+            path: of the folder; must not exist or be empty.
+            config: of the run.
+            numbered: if `path` is taken, take the first free one of `path`-2, `path`-3 and so on.
 
         Raises:
-            ConfigError: the folder exists and is not empty; nothing is ever overwritten.
+            ConfigError: the folder is in use, and not `numbered`, for nothing is ever overwritten; or it cannot be
+                written.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(f"run folder {path} exists already and is kept; choose another --run-dir")
-        folder = cls(path)
-        folder.checkpoints.mkdir(parents=True)
-        folder.config.write_text(dump(config), encoding="utf-8")
-        folder.versions.write_text(json.dumps(_versions(config), indent=2) + "\n", encoding="utf-8")
+        try:
+            folder = cls._claim_numbered(path) if numbered else cls._claim(path)
+            if folder is None:
+                raise ConfigError(f"run folder {path} exists already and is kept; choose another --run-dir")
+            folder.config.write_text(dump(config), encoding="utf-8")
+            folder.versions.write_text(json.dumps(_versions(config), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"run folder {path} cannot be written: {error.strerror}; choose another --run-dir"
+            ) from error
         return folder
+
+    @classmethod
+    def _claim(cls, path: Path) -> RunFolder | None:
+        """The folder made, or None if it is taken."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            return None
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        try:
+            # Of several processes only one can make it.
+            folder.checkpoints.mkdir()
+        except FileExistsError:
+            return None
+        return folder
+
+    @classmethod
+    def _claim_numbered(cls, path: Path) -> RunFolder:
+        candidates = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
+        return next(folder for folder in map(cls._claim, candidates) if folder is not None)
 
     def load_config(self) -> TrainConfig:
         """The configuration of the run.
@@ -108,13 +138,9 @@ def normalizer_path(model: Path) -> Path:
     return model.with_suffix(".normalizer.json")
 
 
-def new_run_path(name: str, parent: Path = Path("runs")) -> Path:
-    """A folder that does not exist yet, named after `name` and the time."""
-    stem = f"{name.replace('/', '-').replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, number = parent / stem, 2
-    while path.exists():
-        path, number = parent / f"{stem}-{number}", number + 1
-    return path
+def default_run_path(name: str, seed: int, parent: Path = Path("runs")) -> Path:
+    """Where a run lies that was given no folder, named after `name`, the seed and the time."""
+    return parent / f"{name.replace('/', '-').replace(':', '-')}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _partial(path: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import torch
+from gymnasium import spaces
 from rich.console import Console
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.env_util import make_vec_env
@@ -17,7 +18,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
-from xlstm_rl.agents import CheckpointError, RecurrentPPO
+from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
 from xlstm_rl.agents.normalization import load_normalizer
 from xlstm_rl.callbacks import EpisodeRecorder, PeriodicCheckpoint, PeriodicEvaluation, StopOnRequest
@@ -28,6 +29,9 @@ from xlstm_rl.report import LiveView, Returns, Row, Score, score_table
 from xlstm_rl.report.curve import plot_curve
 from xlstm_rl.run_folder import RunFolder, normalizer_path
 
+OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
+# What impossible settings lead to in constructors that do not check them.
+_BUILD_ERRORS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 # Distances from the training seed, so that evaluation meets other episodes than training did.
 INTERIM_SEED = 100_000
 FINAL_SEED = 200_000
@@ -51,7 +55,7 @@ class RunResult(NamedTuple):
     interrupted_by: signal.Signals | None
 
 
-def train(config: TrainConfig, run_dir: Path, *, console: Console | None = None) -> RunResult:
+def train(config: TrainConfig, run_dir: Path, *, numbered: bool = False, console: Console | None = None) -> RunResult:
     """Train, save and evaluate an agent.
 
     SIGINT (Ctrl-C) and SIGTERM end training at the next step; the model is saved and the result says so.
@@ -59,19 +63,22 @@ def train(config: TrainConfig, run_dir: Path, *, console: Console | None = None)
     Args:
         config: the run.
         run_dir: where it is written; must not exist or be empty.
+        numbered: if `run_dir` is taken, write to the first free one of `run_dir`-2, `run_dir`-3 and so on.
         console: shows progress and the closing table; None shows nothing.
 
     Raises:
-        ConfigError: the environment or the agent cannot be built as configured, or `run_dir` is in use.
+        ConfigError: the environment or the agent cannot be built as configured, this machine has no such device, or
+            `run_dir` is in use or cannot be written.
     """
     console = console or Console(quiet=True)
+    _check_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     facts = read_facts(config.env)
     with closing(make_env(config, config.env.n_envs, config.seed)) as env:
         model = make_model(config, _normalized(env, config))
-        folder = RunFolder.create(run_dir, config)
-        console.print(f"run folder {run_dir}", highlight=False, soft_wrap=True)
+        folder = RunFolder.create(run_dir, config, numbered=numbered)
+        console.print(f"run folder {folder.path}", highlight=False, soft_wrap=True)
         returns = Returns(folder.returns)
         interruption = _learn(model, config, folder, returns, console)
         folder.save(model, folder.model)
@@ -81,32 +88,42 @@ def train(config: TrainConfig, run_dir: Path, *, console: Console | None = None)
             scores[1:1] = _worst_of_last(returns.of("eval"), 5)
         _draw(folder, config, returns.rows, facts, scores)
         _close(console, folder, config, model, scores)
-    return RunResult(run_dir, folder.model, returns.rows, scores, interruption.signal)
+    return RunResult(folder.path, folder.model, returns.rows, scores, interruption.signal)
 
 
-def evaluate_run(run_dir: Path, *, n_episodes: int | None = None, seed: int | None = None) -> list[Score]:
+def evaluate_run(
+    run_dir: Path,
+    *,
+    n_episodes: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    console: Console | None = None,
+) -> list[Score]:
     """Evaluate the last model of a run folder deterministically.
 
     Args:
         run_dir: as `train` made it.
         n_episodes: None takes the configured number.
         seed: of the episodes; None takes the one of the closing evaluation of `train`.
+        device: as torch knows it, or "auto"; None takes the configured one, or the CPU if this machine lacks it.
+        console: told when the configured device is not taken; None tells nobody.
 
     Raises:
-        ConfigError: this is no run folder, holds no model, or the model is damaged.
+        ConfigError: this is no run folder, it holds no model, the model or its normalisation statistics are missing or
+            damaged, or this machine has no such device.
     """
     folder = RunFolder(run_dir)
     config = folder.load_config()
     path = folder.latest_model()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    device = _evaluation_device(config.device, device, console or Console(quiet=True))
     with closing(make_env(config, 1, config.seed)) as env:
-        saved = normalizer_path(path)
-        if saved.is_file():
-            env = load_normalizer(saved.read_text(encoding="utf-8"), env)
+        env = _normalized_as_saved(env, config, path)
         try:
-            model = RecurrentPPO.load(path, env=env, device=config.device)
-        except CheckpointError as error:
+            model = RecurrentPPO.load(path, env=env, device=device)
+        # A damaged file, or spaces other than those of the environment.
+        except ValueError as error:
             raise ConfigError(f"the model cannot be loaded: {error}") from error
         seed = config.seed + FINAL_SEED if seed is None else seed
         return final_scores(model, config, read_facts(config.env), n_episodes or config.eval.n_episodes, seed)
@@ -122,7 +139,7 @@ def make_env(config: TrainConfig, n_envs: int, seed: int, *, here: bool = False)
         here: in this process even if the configuration says "subproc".
 
     Raises:
-        ConfigError: the environment refuses its keyword arguments.
+        ConfigError: as for `read_facts`.
     """
     read_facts(config.env)
     subproc = config.env.vec == "subproc" and not here
@@ -134,13 +151,18 @@ def read_facts(config: EnvConfig) -> TaskFacts | None:
     """What is known about the task, None if nothing.
 
     Raises:
-        ConfigError: the environment cannot be built with its keyword arguments.
+        ConfigError: the environment cannot be built with its keyword arguments, or its observations cannot be used as
+            configured.
     """
     try:
-        with closing(gymnasium.make(config.id, **config.kwargs)) as env:
-            return task_facts(env)
-    except (TypeError, ValueError, gymnasium.error.Error) as error:
-        raise ConfigError(f"environment {config.id!r} refuses env.kwargs={dict(config.kwargs)}: {error}") from error
+        env = gymnasium.make(config.id, **config.kwargs)
+    except (*_BUILD_ERRORS, gymnasium.error.Error) as error:
+        raise ConfigError(
+            f"environment {config.id!r} cannot be built with env.kwargs={dict(config.kwargs)}: {error}"
+        ) from error
+    with closing(env):
+        _check_observations(env.observation_space, config)
+        return task_facts(env)
 
 
 def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
@@ -157,6 +179,7 @@ def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
     }
     if config.policy.net_arch is not None:
         policy_kwargs["net_arch"] = list(config.policy.net_arch)
+    with_kwargs = f" with policy.kwargs={dict(config.policy.kwargs)}" if config.policy.kwargs else ""
     try:
         return RecurrentPPO(
             _policy_name(env.observation_space),
@@ -166,8 +189,8 @@ def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
             device=config.device,
             **config.ppo.model_arguments(),
         )
-    except ValueError as error:
-        raise ConfigError(f"the agent cannot be built for {config.env.id!r}: {error}") from error
+    except _BUILD_ERRORS as error:
+        raise ConfigError(f"the agent cannot be built{with_kwargs} for {config.env.id!r}: {error}") from error
 
 
 def final_scores(
@@ -271,8 +294,73 @@ def _make_one(env_id: str, kwargs: dict[str, Any], ignore_interrupts: bool) -> g
     return gymnasium.make(env_id, **kwargs)
 
 
+def _check_device(device: str) -> None:
+    problem = _why_missing(device)
+    if problem is not None:
+        raise ConfigError(f"device={device!r} cannot be used here: {problem}; use auto, cpu or another that is there")
+
+
+def _evaluation_device(configured: str, asked: str | None, console: Console) -> str:
+    if asked is not None:
+        _check_device(asked)
+        return asked
+    problem = _why_missing(configured)
+    if problem is None:
+        return configured
+    text = f"device={configured!r} of the run cannot be used here: {problem}; evaluating on the CPU"
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    return "cpu"
+
+
+def _why_missing(device: str) -> str | None:
+    """Why torch cannot compute on a device here, None if it can."""
+    if device == "auto":
+        return None
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError) as error:
+        return str(error).partition("\n")[0].partition(". ")[0]
+    return None
+
+
+def _check_observations(space: spaces.Space[Any], config: EnvConfig) -> None:
+    parts = space.spaces if isinstance(space, spaces.Dict) else {None: space}
+    for key, part in parts.items():
+        kind = f"{type(part).__name__} observations" + ("" if key is None else f" under the key {key!r}")
+        if not isinstance(part, OBSERVATIONS):
+            known = ", ".join(option.__name__ for option in OBSERVATIONS)
+            raise ConfigError(
+                f"environment {config.id!r} has {kind}; allowed are {known} and a flat Dict of these: register it with "
+                "a gymnasium wrapper that converts them"
+            )
+        if config.normalize_observation and not isinstance(part, spaces.Box):
+            raise ConfigError(
+                f"env.normalize_observation=True needs Box observations, but environment {config.id!r} has {kind}; "
+                "leave it false"
+            )
+
+
+def _normalizes(config: EnvConfig) -> bool:
+    return config.normalize_observation or config.normalize_reward
+
+
+def _normalized_as_saved(env: VecEnv, config: TrainConfig, model: Path) -> VecEnv:
+    if not _normalizes(config.env):
+        return env
+    path = normalizer_path(model)
+    try:
+        return load_normalizer(path.read_text(encoding="utf-8"), env)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} is missing, and the run normalises (env.normalize_observation={config.env.normalize_observation}, "
+            f"env.normalize_reward={config.env.normalize_reward}); put back the file saved together with {model.name}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be used: {error}; put back the one saved with {model.name}") from error
+
+
 def _normalized(env: VecEnv, config: TrainConfig) -> VecEnv:
-    if not (config.env.normalize_observation or config.env.normalize_reward):
+    if not _normalizes(config.env):
         return env
     return VecNormalize(
         env,

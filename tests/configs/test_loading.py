@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import pytest
 
 from xlstm_rl.configs import ConfigError, load, load_file, preset_names
@@ -56,9 +59,104 @@ def test_environment_arguments_are_free() -> None:
     assert load("tmaze", ["env.kwargs.corridor_length=30"]).env.kwargs == {"corridor_length": 30}
 
 
-def test_another_memory_drops_the_settings_of_the_first_but_its_width() -> None:
-    config = load("tmaze", ["memory.hidden_size=32", "memory.num_heads=2", "memory.name=lstm", "memory.num_layers=2"])
-    assert config.memory.settings == {"hidden_size": 32, "num_layers": 2}
+@pytest.mark.parametrize("override", ["memory.num_heads=2", "memory={num_heads: 2}"])
+def test_override_of_one_memory_setting_keeps_the_others(override: str) -> None:
+    before = load("parity").memory.settings
+    assert {"blocks", "conv_kernel", "ffn_factor", "recurrent_std", "slstm_forget_bias"} <= set(before)
+    assert load("parity", [override]).memory.settings == {**before, "num_heads": 2}
+
+
+def test_overrides_of_one_section_all_stay() -> None:
+    before = load("parity").memory.settings
+    config = load("parity", ["memory.hidden_size=32", "memory.num_heads=2"])
+    assert config.memory.settings == {**before, "hidden_size": 32, "num_heads": 2}
+
+
+def test_memory_named_as_it_is_keeps_its_settings() -> None:
+    assert load("parity", ["memory.name=xlstm"]).memory == load("parity").memory
+
+
+def test_another_memory_drops_the_settings_of_the_first_but_its_width(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("env: {id: CartPole-v1}\nmemory: {hidden_size: 32, blocks: s, num_heads: 2}\n", encoding="utf-8")
+    memory = load(str(path), ["memory.name=lstm"]).memory
+    assert (memory.name, memory.settings) == ("lstm", {"hidden_size": 32})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["memory.num_layers=2", "memory.name=lstm"],
+        ["memory.name=lstm", "memory.num_layers=2"],
+        ["memory={name: lstm, num_layers: 2}"],
+        ["memory.name=gru", "memory.num_layers=2", "memory.name=lstm"],
+    ],
+    ids=str,
+)
+def test_overrides_stay_wherever_the_memory_is_named(overrides: list[str]) -> None:
+    memory = load("parity", overrides).memory
+    assert (memory.name, memory.settings) == ("lstm", {"num_layers": 2})
+
+
+def test_override_that_another_memory_does_not_know_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key memory\.num_heads for memory 'lstm'"):
+        load("parity", ["memory.num_heads=2", "memory.name=lstm"])
+
+
+@pytest.fixture
+def module_of_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = "environments_for_loading"
+    program = (
+        "import gymnasium\n"
+        'gymnasium.register("FromLoading-v0", entry_point="gymnasium.envs.classic_control.cartpole:CartPoleEnv")\n'
+    )
+    (tmp_path / f"{name}.py").write_text(program, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delitem(gymnasium.registry, "FromLoading-v0", raising=False)
+    return name
+
+
+def test_module_of_an_environment_id_is_imported(module_of_environments: str) -> None:
+    env_id = f"{module_of_environments}:FromLoading-v0"
+    assert load(env_id).env.id == env_id
+
+
+def test_module_of_an_environment_id_in_a_file_is_imported(module_of_environments: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f'env: {{id: "{module_of_environments}:FromLoading-v0"}}\n', encoding="utf-8")
+    assert load_file(tmp_path / "config.yaml").env.id.endswith(":FromLoading-v0")
+
+
+@pytest.mark.parametrize(
+    ("env_id", "expected"),
+    [
+        ("no_such_module:Env-v0", ["module 'no_such_module'", "PYTHONPATH"]),
+        ("gymnasium:Nowhere-v0", ["'gymnasium:Nowhere-v0'", "neither a preset nor a registered environment"]),
+        ("a:b:Env-v0", ["'a:b:Env-v0'", "must be a module"]),
+        (":Env-v0", ["':Env-v0'", "must be a module"]),
+        (".relative:Env-v0", ["'.relative:Env-v0'", "must be a module"]),
+    ],
+)
+def test_wrong_module_of_an_environment_id_is_refused_by_name(env_id: str, expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(env_id)
+    assert all(part in str(caught.value) for part in expected), str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps"])
+def test_device_of_another_machine_can_be_read(device: str) -> None:
+    assert load("tmaze", [f"device={device}"]).device == device
+
+
+def test_layers_may_differ_for_actor_and_critic() -> None:
+    kwargs: dict[str, Any] = {"net_arch": {"pi": [8], "vf": [16]}}
+    assert load("tmaze", ["policy.kwargs.net_arch={pi: [8], vf: [16]}"]).policy.kwargs == kwargs
+
+
+def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"mine\.yaml is no YAML"):
+        load(str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +169,25 @@ def test_another_memory_drops_the_settings_of_the_first_but_its_width() -> None:
         ("tmaze", "memory.hidden=3", ["memory.hidden", "did you mean 'hidden_size'?"]),
         ("tmaze", "memory.name=lstn", ["memory.name='lstn'", "did you mean 'lstm'?"]),
         ("tmaze", "memory.hidden_size=66", ["hidden_size=66", "multiple of num_heads=4"]),
-        ("tmaze", "memory.hidden_size=wide", ["wide"]),
+        ("tmaze", "memory.hidden_size=wide", ["hidden_size='wide'", "a whole number of at least 1"]),
+        ("tmaze", "memory.hidden_size=64.0", ["hidden_size=64.0", "a whole number of at least 1"]),
+        ("tmaze", "memory.hidden_size=.inf", ["hidden_size=inf", "a whole number of at least 1"]),
+        ("tmaze", "memory.hidden_size=10000000000000000000000", ["memory 'xlstm'"]),
+        ("tmaze", "memory.norm_eps=-1", ["norm_eps=-1", "greater than 0"]),
+        ("tmaze", "memory.bias=maybe", ["bias='maybe'", "true or false"]),
+        ("tmaze", "memory.mlstm_forget_bias=3", ["mlstm_forget_bias=3", "a pair of finite numbers"]),
+        ("tmaze", "memory={3: 4}", ["unknown key memory.3"]),
+        ("tmaze", "memory={name: lstm, hidden_size: wide}", ["hidden_size='wide'", "a whole number"]),
+        ("tmaze", "memory={name: gru, num_layers: 1.5}", ["num_layers=1.5", "a whole number"]),
+        ("tmaze", "memory={name: none, hidden_size: null}", ["hidden_size=None", "a whole number"]),
+        ("tmaze", "policy.kwargs.foo=1", ["policy.kwargs.foo"]),
+        ("tmaze", "policy.kwargs.ortho_int=true", ["policy.kwargs.ortho_int", "did you mean 'ortho_init'?"]),
+        ("tmaze", "policy.kwargs.use_sde=true", ["policy.kwargs.use_sde", "use ppo.use_sde"]),
+        ("tmaze", "policy.kwargs.memory=gru", ["policy.kwargs.memory", "use memory.name"]),
+        ("tmaze", "policy={net_arch: [8], kwargs: {net_arch: [4]}}", ["use policy.net_arch"]),
+        ("tmaze", "ppo.sde_sample_freq=0", ["ppo.sde_sample_freq=0", "at least 1"]),
+        ("tmaze", f"seed=1{'0' * 400}", ["seed"]),
+        ("tmaze", "ppo.gamma=2024-13-45", ["override 'ppo.gamma=2024-13-45'"]),
         ("tmaze", "ppo.gamma=1.5", ["ppo.gamma=1.5", "between 0 and 1"]),
         ("tmaze", "ppo.gamma=.nan", ["ppo.gamma=nan"]),
         ("tmaze", "ppo.n_steps=12.5", ["ppo.n_steps=12.5", "a whole number"]),

@@ -53,6 +53,24 @@ def test_table_shows_success_where_it_is_known() -> None:
     assert "success" in text
 
 
+@pytest.mark.parametrize(
+    ("mean", "error", "expected"),
+    [
+        (-1283.4, 233.0, "-1,283 ± 233"),
+        (-1_234_567.8, 12_345.6, "-1,234,568 ± 12,346"),
+        (475.3, 99.6, "475 ± 100"),
+        (99.5, 9.96, "99.50 ± 10.0"),
+        (0.5, 0.00002, "0.50 ± 0.000020"),
+        (0.5, 1e-12, "0.50 ± 0.000000"),
+        (1.0, 0.0, "1.00 ± 0"),
+        (float("nan"), float("nan"), "nan ± nan"),
+    ],
+)
+def test_table_writes_numbers_without_exponents(mean: float, error: float, expected: str) -> None:
+    row = printed([Score("trained agent", mean, error)]).splitlines()[-2]
+    assert expected in row
+
+
 def test_live_view_prints_plain_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
     with LiveView(100, Console(file=stream, width=100)) as view:

@@ -18,6 +18,7 @@ from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spac
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents.checkpoint import load_model, load_parameters, save_model
+from xlstm_rl.agents.gradient_clip import clip_gradients
 from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, PolicyState, XLSTMPolicy
@@ -74,6 +75,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         refresh_state: run the memory anew with the current weights before every epoch but the first, so that chunks
             start from fresh states and not from those of the rollout.
         advantage_floor: see `AdvantageScale`; 0 is stock PPO.
+        grad_spike_factor: see `clip_gradients`; None is stock PPO.
         rollout_buffer_class: a `ChunkedRolloutBuffer` class.
         rollout_buffer_kwargs: further arguments of its constructor.
 
@@ -122,6 +124,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         seq_len: int | None = None,
         refresh_state: bool = False,
         advantage_floor: float = 0.1,
+        grad_spike_factor: float | None = 5.0,
         rollout_buffer_class: type[ChunkedRolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -158,6 +161,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
         self.refresh_state = refresh_state
         self.advantage_floor = advantage_floor
         self._advantage_scale = AdvantageScale(advantage_floor)
+        self.grad_spike_factor = grad_spike_factor
+        self._gradient_norm: float | None = None
         self._last_state: PolicyState | None = None
         self._check_sizes()
         if _init_setup_model:
@@ -167,6 +172,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
         for name in ("n_steps", "batch_size", "n_epochs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.grad_spike_factor is not None and self.grad_spike_factor <= 1:
+            raise ValueError(f"grad_spike_factor={self.grad_spike_factor} must be above 1, or None for no bound")
         if self.seq_len is None:
             return
         if not 1 <= self.seq_len <= self.n_steps:
@@ -336,7 +343,12 @@ class RecurrentPPO(OnPolicyAlgorithm):
                     break
                 self.policy.optimizer.zero_grad()
                 loss.total.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+                self._gradient_norm = clip_gradients(
+                    self.policy.parameters(),
+                    max_norm=self.max_grad_norm,
+                    spike_factor=self.grad_spike_factor,
+                    running_norm=self._gradient_norm,
+                )
                 self.policy.optimizer.step()
             self._n_updates += 1
             if not keep_going:
@@ -385,6 +397,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         record("train/clip_fraction", mean.clip_fraction)
         record("train/loss", float(parts[-1].total))
         record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        record("train/gradient_norm", self._gradient_norm)
         record("train/advantage_std", float(buffer.advantages.std()))
         if hasattr(self.policy, "log_std"):
             record("train/std", torch.exp(self.policy.log_std).mean().item())

@@ -39,7 +39,8 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    # A timestamp such as 2024-13-01 is a ValueError of its own.
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{source} is no YAML that can be read: {error}") from error
 
 
@@ -85,7 +86,7 @@ def convert(kind: Any, value: Any, name: str, source: str) -> Any:
     for option in get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,):
         try:
             return _convert_one(option, value)
-        except TypeError:
+        except (TypeError, OverflowError):
             continue
     raise ConfigError(f"{name}={value!r} in {source} must be {_spell(kind)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from xlstm_rl.configs.conversion import build, check_mapping, flatten, parse_yaml
 from xlstm_rl.configs.errors import ConfigError, nearest
-from xlstm_rl.configs.schema import TrainConfig
+from xlstm_rl.configs.schema import MemoryConfig, TrainConfig
 
 
 def preset_names() -> list[str]:
@@ -24,9 +25,11 @@ def load(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     """The configuration of `name`, changed by overrides.
 
     Args:
-        name: a preset, a path ending in ".yaml", or any gymnasium id (then with the defaults).
-        overrides: "a.b=value" each, the value spelled as in YAML; later ones win. Changing `memory.name` drops the
-            settings of the memory that was there, `hidden_size` excepted, because another memory has others.
+        name: a preset, a path ending in ".yaml", or any gymnasium id (then with the defaults). The module of an id
+            such as "module:Env-v0" is imported, as `gymnasium.make` does.
+        overrides: "a.b=value" each, the value spelled as in YAML; later ones win. Another `memory.name` than the one
+            of `name` drops the memory settings there, `hidden_size` excepted, because another memory has others; the
+            overrides all stay, in whatever order they are given.
 
     Raises:
         ConfigError: the name or a key is unknown, or a value is impossible; the message names it, where it stands and
@@ -40,13 +43,21 @@ def load(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     else:
         _check_registered(name, "neither a preset nor a registered environment", preset_names())
         values = {"env": {"id": name}}
+    changes: dict[str, Any] = {}
     for override in overrides:
-        values = _merge(values, _parse_override(override))
-    return _build(values, name)
+        changes = _merge(changes, _parse_override(override))
+    return _build(_merge(_for_memory(values, changes), changes), name)
 
 
 def load_file(path: Path) -> TrainConfig:
-    """The configuration in a YAML file, such as the config.yaml of a run folder."""
+    """The configuration in a YAML file, such as the config.yaml of a run folder.
+
+    An `env.id` such as "module:Env-v0" imports the module, here too: a configuration is trusted as much as the command
+    that names it.
+
+    Raises:
+        ConfigError: as for `load`.
+    """
     return _build(_read(path), str(path))
 
 
@@ -64,6 +75,8 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no YAML that can be read: it is no UTF-8 text ({error.reason})") from error
     return _check(parse_yaml(text, str(path)), str(path))
 
 
@@ -72,11 +85,26 @@ def _check(values: object, source: str) -> dict[str, Any]:
 
 
 def _check_registered(env_id: str, complaint: str, also_known: Iterable[str] = ()) -> None:
+    module, colon, registered_id = env_id.rpartition(":")
+    if colon:
+        _import_module(module, env_id)
     try:
-        gymnasium.spec(env_id)
+        gymnasium.spec(registered_id)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         ours = [key for key in gymnasium.registry if key.startswith("xlstm_rl/")]
         raise ConfigError(f"{env_id!r} is {complaint}; {nearest(env_id, [*also_known, *ours])}") from error
+
+
+def _import_module(module: str, env_id: str) -> None:
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ConfigError(f"{env_id!r} is no environment id: what stands before ':' must be a module, such as my.envs")
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"module {module!r} of environment {env_id!r} cannot be imported: {error}; install it or put its folder "
+            "on PYTHONPATH"
+        ) from error
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -95,10 +123,16 @@ def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     merged = dict(values)
     for key, change in changes.items():
         before = merged.get(key, {})
-        if key == "memory" and change.get("name", before.get("name")) != before.get("name", "xlstm"):
-            before = {name: value for name, value in before.items() if name == "hidden_size"}
         merged[key] = _merge(before, change) if isinstance(change, Mapping) and isinstance(before, Mapping) else change
     return merged
+
+
+def _for_memory(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    before = values.get("memory", {})
+    name = before.get("name", MemoryConfig.name)
+    if changes.get("memory", {}).get("name", name) == name:
+        return values
+    return {**values, "memory": {key: value for key, value in before.items() if key == "hidden_size"}}
 
 
 def _build(values: Mapping[str, Any], source: str) -> TrainConfig:

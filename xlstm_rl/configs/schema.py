@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from stable_baselines3.common.utils import LinearSchedule
 
+from xlstm_rl.agents import XLSTMPolicy
 from xlstm_rl.configs.errors import ConfigError, nearest
 from xlstm_rl.memory import make_memory, memory_names
 
@@ -55,18 +56,20 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.name not in memory_names():
             raise ConfigError(f"memory.name={self.name!r} is no memory; {nearest(self.name, memory_names())}")
+        width = self.settings.get("hidden_size")
         try:
-            make_memory(self.name, int(self.settings.get("hidden_size", 64)), **self.settings)
+            make_memory(self.name, width if isinstance(width, int) else 64, **self.settings)
         except TypeError as error:
             raise ConfigError(self._explain(error)) from error
-        except ValueError as error:
+        # Widths beyond the address space or the memory are a RuntimeError of torch.
+        except (RuntimeError, ValueError) as error:
             raise ConfigError(f"memory {self.name!r}: {error}") from error
 
     def _explain(self, error: TypeError) -> str:
         known = _settings_of(self.name)
-        unknown = [key for key in self.settings if key not in known]
+        unknown = [str(key) for key in self.settings if key not in known]
         if not unknown:
-            return f"memory {self.name!r} cannot be built with {dict(self.settings)}: {error}"
+            return f"memory {self.name!r}: {error}"
         return f"unknown key memory.{unknown[0]} for memory {self.name!r}; {nearest(unknown[0], known)}"
 
 
@@ -78,7 +81,8 @@ class PolicyConfig:
         critic_memory: "shared" uses the actor's memory for values, "separate" adds a second one, "none" gives the
             critic the observation only.
         net_arch: hidden layers after the memory, for actor and critic each; None takes the policy's default.
-        kwargs: further keyword arguments of the policy.
+        kwargs: further keyword arguments of the policy, other than those that have a place of their own: the memory
+            (`memory`), `critic_memory` (here) and `use_sde` (`ppo`).
     """
 
     critic_memory: Literal["shared", "separate", "none"] = "shared"
@@ -89,6 +93,22 @@ class PolicyConfig:
         _one_of("policy", self, "critic_memory", ("shared", "separate", "none"))
         if any(width < 1 for width in self.net_arch or ()):
             raise ConfigError(f"policy.net_arch={list(self.net_arch or ())} must hold widths of at least 1")
+        for key in self.kwargs:
+            self._check_free(str(key))
+
+    def _check_free(self, key: str) -> None:
+        elsewhere = {
+            "memory": "memory.name",
+            "memory_kwargs": "memory",
+            "critic_memory": "policy.critic_memory",
+            "use_sde": "ppo.use_sde",
+            "lr_schedule": "ppo.lr_schedule",
+        } | ({} if self.net_arch is None else {"net_arch": "policy.net_arch"})
+        if key in elsewhere:
+            raise ConfigError(f"policy.kwargs.{key} is set elsewhere; use {elsewhere[key]}")
+        known = set(inspect.signature(XLSTMPolicy).parameters) - {*elsewhere, "observation_space", "action_space"}
+        if key not in known:
+            raise ConfigError(f"unknown key policy.kwargs.{key}; {nearest(key, known)}")
 
 
 @dataclass(frozen=True)
@@ -106,11 +126,14 @@ class PPOConfig:
         clip_range: of the probability ratio; clip_range_vf: of the value, in units of return, None for none.
         normalize_advantage: divide advantages by their deviation.
         advantage_floor: least divisor, against noise when all returns are nearly equal.
+        grad_spike_factor: largest gradient norm as a multiple of the usual one; None for no such bound.
         ent_coef: weight of the entropy term; ent_schedule: "linear" lets it fall to 0 over the run.
         vf_coef: weight of the value term.
         max_grad_norm: gradients are scaled down to this norm.
         target_kl: stop a rollout's updates above 1.5 times this divergence; None never.
         refresh_state: recompute memory states at chunk starts between epochs.
+        use_sde: state dependent exploration, for Box actions.
+        sde_sample_freq: steps between new noise of it; None: once a rollout.
     """
 
     n_steps: int = 128
@@ -125,15 +148,18 @@ class PPOConfig:
     clip_range_vf: float | None = None
     normalize_advantage: bool = True
     advantage_floor: float = 0.1
+    grad_spike_factor: float | None = 5.0
     ent_coef: float = 0.01
     ent_schedule: Literal["constant", "linear"] = "constant"
     vf_coef: float = 0.5
     max_grad_norm: float = 0.5
     target_kl: float | None = None
     refresh_state: bool = False
+    use_sde: bool = False
+    sde_sample_freq: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("ppo", self, 1, "n_steps", "seq_len", "batch_size", "n_epochs")
+        _at_least("ppo", self, 1, "n_steps", "seq_len", "batch_size", "n_epochs", "sde_sample_freq")
         _above("ppo", self, 0, "learning_rate", "clip_range", "clip_range_vf", "max_grad_norm", "target_kl")
         _at_least("ppo", self, 0, "advantage_floor", "ent_coef", "vf_coef")
         _one_of("ppo", self, "lr_schedule", ("constant", "linear"))
@@ -153,6 +179,8 @@ class PPOConfig:
         for schedule, name in (("lr_schedule", "learning_rate"), ("ent_schedule", "ent_coef")):
             if arguments.pop(schedule) == "linear":
                 arguments[name] = LinearSchedule(arguments[name], 0.0, 1.0)
+        # SB3's word for "once a rollout".
+        arguments["sde_sample_freq"] = -1 if self.sde_sample_freq is None else self.sde_sample_freq
         return arguments
 
 
@@ -202,7 +230,7 @@ class TrainConfig:
         description: one line for `xlstm-rl list`.
         total_steps: environment steps, rounded up to whole rollouts.
         seed: of the model, and of the environments with offsets.
-        device: as torch knows it, or "auto".
+        device: as torch knows it, or "auto"; whether this machine has it is checked by training.
         threads: torch threads; None leaves torch's choice.
     """
 
@@ -229,13 +257,9 @@ class TrainConfig:
         if self.device == "auto":
             return
         try:
-            kind = torch.device(self.device).type
+            torch.device(self.device)
         except RuntimeError as error:
             raise ConfigError(f"device={self.device!r} is none that torch knows; use auto, cpu or cuda") from error
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                f"device={self.device!r} cannot be used: torch sees no GPU; use device=auto or device=cpu"
-            )
 
     def _check_batch(self) -> None:
         rollout, chunk = self.ppo.n_steps * self.env.n_envs, self.ppo.seq_len or 1

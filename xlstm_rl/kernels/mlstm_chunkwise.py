@@ -9,8 +9,6 @@ from torch.nn.functional import pad
 
 from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, emptied, empty_mlstm_state, least_divisor, log_forget
 
-# One decay matrix carries the state over this many chunks; it is quadratic in them, so longer sequences take several.
-CHUNKS_PER_GROUP = 16
 NEVER = float("-inf")
 
 
@@ -39,24 +37,24 @@ def mlstm_chunkwise(
     length, count = _chunk_shape(T, K)
     N = B * H * count
     gates = _gates(input_gate, forget_gate, reset, forget_activation, length, count)
-    q, k = _split(q, length, count), _split(k, length, count)  # [N, L, K]
-    # The normalizer is the memory of one more value, the constant one.
-    v = _split(torch.cat((v, v.new_ones(B, T, H, 1)), -1), length, count)  # [N, L, V + 1]
+    q, k, v = _split(q, length, count), _split(k, length, count), _split(v, length, count)  # [N, L, K or V]
 
     log_scale = -0.5 * math.log(K)
-    write = torch.exp(gates.to_end - (gates.end_stabilizer - log_scale)[..., None])  # [B, H, C, L]
-    updates = torch.bmm((k * write.view(N, length, 1)).transpose(1, 2), v).view(B * H, count, K * (V + 1))
-    before, before_stabilizer, final = _carry(updates, gates, state)
+    before, after = _chunk_stabilizers(gates, state.stabilizer)
+    write = k * torch.exp(gates.to_end - (after - log_scale)[..., None]).view(N, length, 1)
+    keep = torch.exp(gates.over + before - after).view(B * H, count, 1, 1)
+    cell, last_cell = _carry(state.cell.reshape(B * H, K, V), keep, torch.bmm(write.transpose(1, 2), v))
+    normalizer, last_normalizer = _carry(state.normalizer.reshape(B * H, K), keep[..., 0], write.sum(1))
 
-    from_start = gates.from_start + before_stabilizer[..., None]  # [B, H, C, L]
+    from_start = gates.from_start + before[..., None]  # [B, H, C, L]
     stabilizer = torch.maximum(gates.stabilizer, from_start.detach())
     weight = torch.exp(gates.log_weight - (stabilizer - log_scale)[..., None])  # [B, H, C, L, L]
     weight = torch.bmm(q, k.transpose(1, 2)) * weight.view(N, length, length)
     q = q * torch.exp(from_start - stabilizer).view(N, length, 1)
-    read = torch.baddbmm(torch.bmm(weight, v), q, before.reshape(N, K, V + 1))
-
-    total = torch.maximum(read[..., V:].abs(), least_divisor(stabilizer).view(N, length, 1))
-    hidden = read[..., :V] / total
+    read = torch.baddbmm(torch.bmm(weight, v), q, cell)
+    total = weight.sum(-1, keepdim=True) + torch.bmm(q, normalizer[..., None])
+    hidden = read / torch.maximum(total.abs(), least_divisor(stabilizer).view(N, length, 1))
+    final = MLSTMState(last_cell.view(B, H, K, V), last_normalizer.view(B, H, K), after[..., -1].clone())
     return _join(hidden, B, H, T), final
 
 
@@ -67,8 +65,7 @@ class _Gates(NamedTuple):
         log_weight: [B, H, C, L, L], of the input of step j (last) in the memory after step t.
         from_start: [B, H, C, L], of the memory before the chunk in the memory after step t.
         to_end: [B, H, C, L], of the input of step j in the memory after the chunk.
-        over: [B, H, C], of the memory before the chunk in the memory after it; finite, see `breaks`.
-        breaks: [B, 1, C] bool or None, whether an episode starts inside the chunk.
+        over: [B, H, C], of the memory before the chunk in the memory after it.
         stabilizer: [B, H, C, L], after step t had the memory before the chunk been empty; no gradient.
         end_stabilizer: [B, H, C], the same after the chunk; no gradient.
     """
@@ -77,7 +74,6 @@ class _Gates(NamedTuple):
     from_start: Tensor
     to_end: Tensor
     over: Tensor
-    breaks: Tensor | None
     stabilizer: Tensor
     end_stabilizer: Tensor
 
@@ -133,13 +129,10 @@ def _gates(
 
     from_start = log_decay @ (step[:, None] <= step).to(log_decay.dtype)
     to_end = log_decay @ (step[:, None] > step).to(log_decay.dtype) + log_input
-    over, breaks = from_start[..., -1], None
     if segment is not None:
-        breaks = segment[..., -1] > 0
         from_start = from_start.masked_fill(segment > 0, NEVER)
         to_end = to_end.masked_fill(segment != segment[..., -1:], NEVER)
-        over = over.masked_fill(breaks, 0.0)
-    return _Gates(log_weight, from_start, to_end, over, breaks, stabilizer, stabilizer[..., -1])
+    return _Gates(log_weight, from_start, to_end, from_start[..., -1], stabilizer, stabilizer[..., -1])
 
 
 def _segment_sums(x: Tensor) -> Tensor:
@@ -162,40 +155,31 @@ def _floor(sums: Tensor, log_decay: Tensor, hides: Tensor, segment: Tensor | Non
     return sums.masked_fill(hides, NEVER).amax(-1)
 
 
-def _carry(updates: Tensor, gates: _Gates, state: MLSTMState) -> tuple[Tensor, Tensor, MLSTMState]:
-    """The memory before each chunk [B * H, C, K * (V + 1)], its stabilizer [B, H, C], and the final state."""
-    B, H, K, V = state.cell.shape
-    memory = torch.cat((state.cell, state.normalizer[..., None]), -1).view(B * H, 1, K * (V + 1))
-    stabilizer = state.stabilizer.detach()[..., None]  # [B, H, 1]
-    before, before_stabilizer = [], []
-    for first in range(0, updates.shape[1], CHUNKS_PER_GROUP):
-        group = slice(first, first + CHUNKS_PER_GROUP)
-        source_stabilizer = torch.cat((stabilizer, gates.end_stabilizer[..., group]), -1)
-        log_weight = _segment_sums(pad(gates.over[..., group], (1, 0)))  # [B, H, C + 1, C + 1]
-        log_weight = log_weight + source_stabilizer[..., None, :]
-        log_weight = log_weight.masked_fill(_hidden_sources(log_weight, gates.breaks, group), NEVER)
-        stabilizer = log_weight.detach().amax(-1)
-        weight = torch.exp(log_weight - stabilizer[..., None]).flatten(0, 1)
-        memory = torch.bmm(weight, torch.cat((memory, updates[:, group]), 1))
-        before.append(memory[:, :-1])
-        before_stabilizer.append(stabilizer[..., :-1])
-        memory, stabilizer = memory[:, -1:], stabilizer[..., -1:]
-    memory = memory.view(B, H, K, V + 1)
-    # Copies, so that a carried state does not keep the memories of all chunks alive.
-    final = MLSTMState(memory[..., :V].contiguous(), memory[..., V].contiguous(), stabilizer[..., 0].clone())
-    if len(before) == 1:
-        return before[0], before_stabilizer[0], final
-    return torch.cat(before, 1), torch.cat(before_stabilizer, -1), final
+@torch.no_grad()
+def _chunk_stabilizers(gates: _Gates, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Stabilizers [B, H, C] before and after every chunk, from that of the state [B, H] on."""
+    stabilizers = [first]
+    for over, end in zip(gates.over.unbind(-1), gates.end_stabilizer.unbind(-1), strict=True):
+        stabilizers.append(torch.maximum(over + stabilizers[-1], end))
+    every = torch.stack(stabilizers, -1)
+    return every[..., :-1], every[..., 1:]
 
 
-def _hidden_sources(log_weight: Tensor, breaks: Tensor | None, group: slice) -> Tensor:
-    """Which sources j (the carried memory, then each chunk) do not reach the memory before chunk t."""
-    source = torch.arange(log_weight.shape[-1], device=log_weight.device)
-    hides = source > source[:, None]
-    if breaks is None:
-        return hides
-    segment = pad(breaks[..., group], (1, 0)).cumsum(-1)  # [B, 1, C + 1]
-    return hides | (segment[..., :, None] != segment[..., None, :])
+def _carry(memory: Tensor, keep: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:
+    """Carry a memory over the chunks.
+
+    Args:
+        memory: [B * H, ...], before the first chunk.
+        keep: [B * H, C, 1, ...], what is kept of it over each chunk.
+        updates: [B * H * C, ...], what each chunk adds.
+
+    Returns:
+        The memory before each chunk [B * H * C, ...], and after the last [B * H, ...].
+    """
+    memories = [memory]
+    for kept, update in zip(keep.unbind(1), updates.view(*keep.shape[:2], *updates.shape[1:]).unbind(1), strict=True):
+        memories.append(torch.addcmul(update, kept, memories[-1]))
+    return torch.stack(memories[:-1], 1).flatten(0, 1), memories[-1]
 
 
 def _single_step(

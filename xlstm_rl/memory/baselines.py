@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from xlstm_rl.memory.checks import check_flag, check_number, check_whole
 from xlstm_rl.memory.core import MemoryCore
 from xlstm_rl.memory.state import map_leaves, zeros_where
 
@@ -33,6 +34,10 @@ class TorchRNN(MemoryCore):
         num_layers: stacked layers.
         bias: whether the layers have biases.
         dropout: between the layers, in training mode.
+
+    Raises:
+        TypeError: a setting is of the wrong kind; the message names it.
+        ValueError: a setting has an impossible value; the message names it.
     """
 
     def __init__(
@@ -45,9 +50,10 @@ class TorchRNN(MemoryCore):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_whole("hidden_size", hidden_size, 1)
+        check_whole("num_layers", num_layers, 1)
+        check_flag("bias", bias)
+        check_number("dropout", dropout, least=0, below=1)
         self.input_size, self.output_size, self.num_layers = input_size, hidden_size, num_layers
         self.has_cell = kind == "lstm"
         self.rnn: nn.LSTM | nn.GRU = (
@@ -135,12 +141,15 @@ class Memoryless(MemoryCore):
     Args:
         input_size: features per step.
         hidden_size: units of the layer.
+
+    Raises:
+        TypeError: `hidden_size` is no whole number.
+        ValueError: `hidden_size` is not positive.
     """
 
     def __init__(self, input_size: int, hidden_size: int = 64) -> None:
         super().__init__()
-        if hidden_size < 1:
-            raise ValueError(f"hidden_size={hidden_size} must be at least 1")
+        check_whole("hidden_size", hidden_size, 1)
         self.input_size, self.output_size = input_size, hidden_size
         self.layer = nn.Sequential(nn.Linear(input_size, hidden_size), nn.Tanh())
 

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from xlstm_rl.memory.checks import check_flag, check_number, check_pair, check_whole, check_word
 from xlstm_rl.memory.core import MemoryCore
 from xlstm_rl.memory.mlstm_block import MLSTMBlock, MLSTMBlockState
 from xlstm_rl.memory.slstm_block import SLSTMBlock, SLSTMBlockState
@@ -43,6 +45,10 @@ class XLSTMConfig:
         bias: biases in the up and down projections.
         post_norm: layer norm after the last block.
         norm_eps: added to the variance in every norm.
+
+    Raises:
+        TypeError: a field is of the wrong kind; the message names it.
+        ValueError: a field has an impossible value; the message names it.
     """
 
     hidden_size: int = 64
@@ -66,25 +72,32 @@ class XLSTMConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        if not isinstance(self.blocks, str):
+            raise TypeError(f"blocks={self.blocks!r} must be a word of 'm' (mLSTM) and 's' (sLSTM), such as 'ms'")
         if not self.blocks or set(self.blocks) - set("ms"):
             raise ValueError(f"blocks={self.blocks!r} must be a word of 'm' (mLSTM) and 's' (sLSTM), such as 'ms'")
         for name in ("hidden_size", "num_heads", "round_to", "qkv_block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            check_whole(name, getattr(self, name), 1)
+        check_whole("conv_kernel", self.conv_kernel, 0)
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
-        if self.proj_factor <= 0 or self.ffn_factor < 0 or self.conv_kernel < 0 or self.recurrent_std < 0:
-            raise ValueError(
-                f"proj_factor={self.proj_factor} must be positive; ffn_factor={self.ffn_factor}, "
-                f"conv_kernel={self.conv_kernel} and recurrent_std={self.recurrent_std} must not be negative"
-            )
-        if self.gate_soft_cap is not None and self.gate_soft_cap <= 0:
-            raise ValueError(f"gate_soft_cap={self.gate_soft_cap} must be positive, or None for no cap")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        for name, allowed in (("forget_activation", ("sigmoid", "exp")), ("input_activation", ("exp", "sigmoid"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
+        for name in ("input_projection", "bias", "post_norm"):
+            check_flag(name, getattr(self, name))
+        for name in ("forget_activation", "input_activation"):
+            check_word(name, getattr(self, name), ("sigmoid", "exp"))
+        check_pair("mlstm_forget_bias", self.mlstm_forget_bias)
+        if self.slstm_forget_bias is not None:
+            check_pair("slstm_forget_bias", self.slstm_forget_bias)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for name in ("proj_factor", "norm_eps"):
+            check_number(name, getattr(self, name), above=0)
+        for name in ("ffn_factor", "recurrent_std"):
+            check_number(name, getattr(self, name), least=0)
+        check_number("dropout", self.dropout, least=0, below=1)
+        if self.gate_soft_cap is not None:
+            check_number("gate_soft_cap", self.gate_soft_cap, above=0)
 
     @property
     def inner_size(self) -> int:
@@ -108,7 +121,7 @@ class XLSTM(MemoryCore):
 
     Raises:
         ValueError: a setting does not fit; the message names it.
-        TypeError: a field is unknown.
+        TypeError: a field is unknown or of the wrong kind.
     """
 
     def __init__(self, input_size: int, config: XLSTMConfig | None = None, **fields: Any) -> None:
@@ -135,12 +148,24 @@ class XLSTM(MemoryCore):
 
     def forward(self, x: Tensor, state: XLSTMState, reset: Tensor | None = None) -> tuple[Tensor, XLSTMState]:
         """See `MemoryCore.forward`."""
+        if reset is not None and _starts_nowhere(reset):
+            reset = None
         x = self.input_projection(x)
         states = []
         for block, block_state in zip(self.blocks, state, strict=True):
             x, block_state = block(x, block_state, reset)
             states.append(block_state)
         return self.post_norm(x), tuple(states)
+
+
+def _starts_nowhere(reset: Tensor) -> bool:
+    """Whether it is known, at little cost, that no episode starts: then no mask needs to be applied.
+
+    A device would have to be waited for, and a trace would keep the answer of one call for all.
+    """
+    if reset.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return False
+    return not bool(reset.any())
 
 
 def _as_tuples(fields: dict[str, Any]) -> dict[str, Any]:

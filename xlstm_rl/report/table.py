@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,11 +35,19 @@ def score_table(scores: Sequence[Score], title: str) -> Table:
     for column in ("return", *(("success",) if show_success else ()), "episodes"):
         table.add_column(column, justify="right")
     for score in scores:
-        mean = f"{score.mean_return:.3g}" if abs(score.mean_return) >= 100 else f"{score.mean_return:.2f}"
-        error = "" if score.standard_error is None else f" ± {score.standard_error:.2g}"
+        mean = f"{score.mean_return:,.0f}" if abs(score.mean_return) >= 100 else f"{score.mean_return:.2f}"
+        error = "" if score.standard_error is None else f" ± {_two_digits(score.standard_error)}"
         success = [_or_dash(score.success, ".2f")] if show_success else []
         table.add_row(score.agent, mean + error, *success, _or_dash(score.episodes, "d"))
     return table
+
+
+def _two_digits(value: float) -> str:
+    """A number with two significant digits and no exponent."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.2g}"
+    decimals = min(max(1 - math.floor(math.log10(abs(value))), 0), 6)
+    return f"{value:,.{decimals}f}"
 
 
 def _or_dash(value: float | None, spec: str) -> str:
