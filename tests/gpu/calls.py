@@ -1,0 +1,40 @@
+"""Calls of the launchers on small tensors of any width and dtype, for compiling."""
+
+import torch
+from torch import Tensor
+
+from xlstm_rl.kernels import mlstm_triton, mlstm_triton_backward, slstm_triton
+
+KERNELS = ("mlstm_forward", "mlstm_step", "mlstm_backward", "slstm_forward", "slstm_acting", "slstm_backward")
+
+
+def call(kernel: str, D: int, dtype: torch.dtype, forget_activation: str = "sigmoid", B: int = 3, T: int = 33) -> None:
+    """Launch a kernel once."""
+    operation, direction = kernel.split("_")
+    {"mlstm": _mlstm, "slstm": _slstm}[operation](direction, D, dtype, forget_activation, B, T)
+
+
+def _mlstm(direction: str, D: int, dtype: torch.dtype, forget_activation: str, B: int, T: int) -> None:
+    H = 2
+    T = 1 if direction == "step" else T
+    q, k, v = (torch.zeros(B, T, H, D, dtype=dtype) for _ in range(3))
+    gates = [torch.zeros(B, T, H, dtype=dtype) for _ in range(2)]
+    state = torch.zeros(B, H, D, D), torch.zeros(B, H, D), torch.zeros(B, H)
+    inputs = (q, k, v, *gates, *state, torch.zeros(B, T, dtype=torch.bool))
+    if direction == "backward":
+        mlstm_triton_backward.backward(v, *state[:2], *inputs, v, *state[:2], forget_activation)
+    else:
+        mlstm_triton.forward(*inputs, forget_activation)
+
+
+def _slstm(direction: str, D: int, dtype: torch.dtype, forget_activation: str, B: int, T: int) -> None:
+    H = 2
+    T = 1 if direction == "acting" else T
+    gates, recurrent = torch.zeros(B, T, 4, H, D, dtype=dtype), torch.zeros(4, H, D, D, dtype=dtype)
+    state: list[Tensor] = [torch.zeros(B, H, D) for _ in range(4)]
+    inputs = (gates, recurrent, *state, torch.zeros(B, T, dtype=torch.bool))
+    if direction == "backward":
+        output, trace = torch.zeros(B, T, H, D, dtype=dtype), torch.zeros(3, B, T, H, D)
+        slstm_triton.backward(output, *state[:3], *inputs, output, trace, forget_activation)
+    else:
+        slstm_triton.forward(*inputs, forget_activation, direction == "forward")

@@ -1,0 +1,183 @@
+"""The mLSTM forward on a GPU: one launch per sequence, the matrix memory on chip from the first step to the last."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xlstm_rl.kernels.gates_triton import chunk_weights, least_divisor, load_gates, log_forget
+
+
+class Launch(NamedTuple):
+    """Static shape of a kernel: steps per chunk (or columns of the memory per program of a step) and warps."""
+
+    tile: int
+    warps: int
+
+
+# By head width and whether the inputs are bfloat16.
+SEQUENCE = {
+    (16, False): Launch(16, 1),
+    (32, False): Launch(16, 2),
+    (64, False): Launch(16, 4),
+    (128, False): Launch(16, 8),
+    (16, True): Launch(16, 1),
+    (32, True): Launch(16, 2),
+    (64, True): Launch(16, 4),
+    (128, True): Launch(16, 8),
+}
+STEP = {16: Launch(16, 1), 32: Launch(32, 1), 64: Launch(32, 2), 128: Launch(32, 4)}
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    cell: Tensor,
+    normalizer: Tensor,
+    stabilizer: Tensor,
+    reset: Tensor,
+    forget_activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden [B, T, H, D] in the dtype of q, and cell, normalizer and stabilizer in float32; T at least 1.
+
+    Inputs are contiguous, q, k and v of one width, the state in float32, reset bool.
+    """
+    B, T, H, D = q.shape
+    hidden = torch.empty_like(v)
+    final = torch.empty_like(cell), torch.empty_like(normalizer), torch.empty_like(stabilizer)
+    inputs = (q, k, v, input_gate, forget_gate, reset.view(torch.uint8), cell, normalizer, stabilizer)
+    exponential = forget_activation == "exp"
+    with torch.cuda.device_of(q):
+        if T == 1:
+            launch = STEP[D]
+            _step[(B * H, D // launch.tile)](
+                *inputs, hidden, *final, H, D, launch.tile, exponential, num_warps=launch.warps, enable_fp_fusion=True
+            )
+        else:
+            launch = SEQUENCE[D, q.dtype == torch.bfloat16]
+            _sequence[(B * H,)](
+                *(*inputs, hidden, *final, T, H, D, launch.tile, exponential, dot_precision(D, q.dtype)),
+                num_warps=launch.warps,
+                num_stages=1,
+                enable_fp_fusion=True,
+            )
+    return hidden, *final
+
+
+def dot_precision(D: int, dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: wide float32 tiles need the tensor cores, in three products that keep the digits."""
+    # AMD has float32 matrix instructions and no three-product mode.
+    return "tf32x3" if dtype == torch.float32 and D >= 64 and torch.version.hip is None else "ieee"
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def _sequence(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    input_ptr,
+    forget_ptr,
+    reset_ptr,
+    cell_ptr,
+    normalizer_ptr,
+    stabilizer_ptr,
+    hidden_ptr,
+    last_cell_ptr,
+    last_normalizer_ptr,
+    last_stabilizer_ptr,
+    T,
+    H,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    EXP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program per row and head walks its chunks in order."""
+    head = tl.program_id(0).to(tl.int64)
+    b = head // H
+    d = tl.arange(0, D)
+    square = head * D * D + d[:, None] * D + d[None, :]
+    C = tl.load(cell_ptr + square)
+    n = tl.load(normalizer_ptr + head * D + d)
+    m = tl.load(stabilizer_ptr + head)
+    scale: tl.constexpr = D**-0.5
+
+    for start in range(0, T, L):
+        t = start + tl.arange(0, L)
+        valid = t < T
+        row = (b * T + t) * H + head % H
+        at = row[:, None] * D + d[None, :]
+        q = tl.load(q_ptr + at, mask=valid[:, None], other=0.0)
+        k = tl.load(k_ptr + at, mask=valid[:, None], other=0.0)
+        v = tl.load(v_ptr + at, mask=valid[:, None], other=0.0)
+        input_gate, _, log_decay, reset = load_gates(input_ptr, forget_ptr, reset_ptr, row, b * T + t, valid, EXP)
+        inside, read, write, keep, stabilizer, m = chunk_weights(input_gate, log_decay, reset, m, L, EXP)
+
+        weight = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inside * scale
+        total = tl.dot(q, C.to(q.dtype), input_precision=PRECISION) * read[:, None]
+        total = tl.dot(weight.to(v.dtype), v, acc=total, input_precision=PRECISION)
+        divisor = tl.sum(weight, 1) + tl.sum(q.to(tl.float32) * n[None, :], 1) * read
+        divisor = tl.maximum(tl.abs(divisor), least_divisor(stabilizer))
+        tl.store(hidden_ptr + at, (total / divisor[:, None]).to(hidden_ptr.dtype.element_ty), mask=valid[:, None])
+
+        written = k.to(tl.float32) * (write * scale)[:, None]
+        C = tl.dot(tl.trans(written.to(v.dtype)), v, acc=C * keep, input_precision=PRECISION)
+        n = n * keep + tl.sum(written, 0)
+
+    tl.store(last_cell_ptr + square, C)
+    tl.store(last_normalizer_ptr + head * D + d, n)
+    tl.store(last_stabilizer_ptr + head, m)
+
+
+@triton.jit(do_not_specialize=["H"])
+def _step(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    input_ptr,
+    forget_ptr,
+    reset_ptr,
+    cell_ptr,
+    normalizer_ptr,
+    stabilizer_ptr,
+    hidden_ptr,
+    last_cell_ptr,
+    last_normalizer_ptr,
+    last_stabilizer_ptr,
+    H,
+    D: tl.constexpr,
+    BV: tl.constexpr,
+    EXP: tl.constexpr,
+):
+    """T = 1: one program per row, head and BV columns of the memory, without matrix products."""
+    head = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D)
+    column = tl.program_id(1) * BV + tl.arange(0, BV)
+    at = head * D * D + d[:, None] * D + column[None, :]
+    C = tl.load(cell_ptr + at)
+    n = tl.load(normalizer_ptr + head * D + d)
+    fresh = tl.load(reset_ptr + head // H) != 0
+    m = tl.where(fresh, 0.0, tl.load(stabilizer_ptr + head))
+    q = tl.load(q_ptr + head * D + d).to(tl.float32)
+    k = tl.load(k_ptr + head * D + d).to(tl.float32)
+    v = tl.load(v_ptr + head * D + column).to(tl.float32)
+    input_gate = tl.load(input_ptr + head).to(tl.float32)
+    decayed = log_forget(tl.load(forget_ptr + head).to(tl.float32), EXP) + m
+
+    m = tl.maximum(tl.maximum(decayed, input_gate), 0.0)
+    keep = tl.where(fresh, 0.0, tl.exp(decayed - m))
+    written = k * (tl.exp(input_gate - m) * D**-0.5)
+    C = C * keep + written[:, None] * v[None, :]
+    n = n * keep + written
+    divisor = tl.maximum(tl.abs(tl.sum(q * n, 0)), least_divisor(m))
+    hidden = tl.sum(q[:, None] * C, 0) / divisor
+    tl.store(hidden_ptr + head * D + column, hidden.to(hidden_ptr.dtype.element_ty))
+    tl.store(last_cell_ptr + at, C)
+    first = tl.program_id(1) == 0
+    tl.store(last_normalizer_ptr + head * D + d, n, mask=first & (d < D))
+    tl.store(last_stabilizer_ptr + head, m, mask=first)

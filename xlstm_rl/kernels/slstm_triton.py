@@ -1,0 +1,312 @@
+"""The sLSTM on a GPU: one launch walks all the steps of 16 rows and a head, the recurrent weights on chip."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xlstm_rl.kernels.gates_triton import forget_slope, log_forget
+
+# The smallest side of a matrix product on the tensor cores.
+ROWS = 16
+
+
+class Launch(NamedTuple):
+    """Warps of a kernel, and whether the recurrent weights stay on chip or are read from the cache every step."""
+
+    warps: int
+    on_chip: bool = True
+
+
+# By head width and whether the inputs are bfloat16.
+FORWARD = {
+    (16, False): Launch(1),
+    (32, False): Launch(2),
+    (64, False): Launch(4),
+    (16, True): Launch(1),
+    (32, True): Launch(2),
+    (64, True): Launch(4),
+    (128, True): Launch(8),
+}
+BACKWARD = dict(FORWARD)
+
+
+def forward(
+    gates: Tensor,
+    recurrent: Tensor,
+    cell: Tensor,
+    normalizer: Tensor,
+    hidden: Tensor,
+    stabilizer: Tensor,
+    reset: Tensor,
+    forget_activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden [B, T, H, D] in the dtype of the gates, the float32 leaves of the state, and the trace for `backward`.
+
+    The trace is float32 [3, B, T, H, D], cell, normalizer and stabilizer after every step; without `keep` its T is 0.
+    Inputs are contiguous, the state in float32, reset bool; T is at least 1.
+    """
+    B, T, _, H, D = gates.shape
+    output = gates.new_empty(B, T, H, D)
+    final = tuple(torch.empty_like(cell) for _ in range(4))
+    trace = cell.new_empty(3, B, T if keep else 0, H, D)
+    launch = FORWARD[D, gates.dtype == torch.bfloat16]
+    with torch.cuda.device_of(gates):
+        _forward[(triton.cdiv(B, ROWS), H)](
+            *(gates, recurrent, cell, normalizer, hidden, stabilizer, reset.view(torch.uint8), output, *final, trace),
+            *(B, T, H, D, ROWS, forget_activation == "exp", keep, _dot_precision(D, gates.dtype), launch.on_chip),
+            num_warps=launch.warps,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+    return output, *final, trace  # type: ignore[return-value]
+
+
+def backward(
+    d_output: Tensor,
+    d_cell: Tensor,
+    d_normalizer: Tensor,
+    d_hidden: Tensor,
+    gates: Tensor,
+    recurrent: Tensor,
+    cell: Tensor,
+    normalizer: Tensor,
+    hidden: Tensor,
+    stabilizer: Tensor,
+    reset: Tensor,
+    output: Tensor,
+    trace: Tensor,
+    forget_activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of gates, recurrent weights, cell, normalizer and hidden; all inputs contiguous, T at least 1."""
+    B, T, _, H, D = gates.shape
+    d_gates = torch.empty_like(gates)
+    by_state = tuple(torch.empty_like(cell) for _ in range(3))
+    launch = BACKWARD[D, gates.dtype == torch.bfloat16]
+    with torch.cuda.device_of(gates):
+        _backward[(triton.cdiv(B, ROWS), H)](
+            *(gates, recurrent, cell, normalizer, hidden, stabilizer, reset.view(torch.uint8), output, trace),
+            *(d_output, d_cell, d_normalizer, d_hidden, d_gates, *by_state),
+            *(B, T, H, D, ROWS, forget_activation == "exp", _dot_precision(D, gates.dtype), launch.on_chip),
+            num_warps=launch.warps,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+    return d_gates, _recurrent_gradient(d_gates, output, hidden, reset), *by_state  # type: ignore[return-value]
+
+
+def _recurrent_gradient(d_gates: Tensor, output: Tensor, hidden: Tensor, reset: Tensor) -> Tensor:
+    """Gradient [4, H, D, D] of the recurrent weights, one matrix product over all steps of all rows."""
+    B, T, _, H, D = d_gates.shape
+    before = torch.cat((hidden[:, None].to(output.dtype), output[:, :-1]), 1).masked_fill(reset[..., None, None], 0.0)
+    left = d_gates.permute(3, 2, 4, 0, 1).reshape(H, 4 * D, B * T)
+    right = before.permute(2, 0, 1, 3).reshape(H, B * T, D)
+    return torch.bmm(left, right).view(H, 4, D, D).transpose(0, 1).contiguous()
+
+
+def _dot_precision(D: int, dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: wide float32 tiles need the tensor cores, in three products that keep the digits."""
+    return "tf32x3" if dtype == torch.float32 and D >= 64 and torch.version.hip is None else "ieee"
+
+
+@triton.jit
+def _tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def _load_weights(recurrent_ptr, H, D: tl.constexpr):
+    """The weights of the four gates [D (in), D (out)] each."""
+    d = tl.arange(0, D)
+    at = recurrent_ptr + tl.program_id(1) * D * D + d[None, :] * D + d[:, None]
+    gate = H * D * D
+    return tl.load(at), tl.load(at + gate), tl.load(at + 2 * gate), tl.load(at + 3 * gate)
+
+
+@triton.jit
+def _pre_activations(gates_ptr, at, rows, hidden, weights, H, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Gates [ROWS, D] of a step with the feedback added."""
+    gate = H * D
+    x = hidden.to(gates_ptr.dtype.element_ty)
+    i = tl.load(gates_ptr + at, mask=rows, other=0.0).to(tl.float32)
+    f = tl.load(gates_ptr + at + gate, mask=rows, other=0.0).to(tl.float32)
+    z = tl.load(gates_ptr + at + 2 * gate, mask=rows, other=0.0).to(tl.float32)
+    o = tl.load(gates_ptr + at + 3 * gate, mask=rows, other=0.0).to(tl.float32)
+    i = tl.dot(x, weights[0], acc=i, input_precision=PRECISION)
+    f = tl.dot(x, weights[1], acc=f, input_precision=PRECISION)
+    z = tl.dot(x, weights[2], acc=z, input_precision=PRECISION)
+    o = tl.dot(x, weights[3], acc=o, input_precision=PRECISION)
+    return i, f, z, o
+
+
+@triton.jit(do_not_specialize=["B", "T", "H"])
+def _forward(
+    gates_ptr,
+    recurrent_ptr,
+    cell_ptr,
+    normalizer_ptr,
+    hidden_ptr,
+    stabilizer_ptr,
+    reset_ptr,
+    output_ptr,
+    last_cell_ptr,
+    last_normalizer_ptr,
+    last_hidden_ptr,
+    last_stabilizer_ptr,
+    trace_ptr,
+    B,
+    T,
+    H,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXP: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+):
+    """One program per 16 rows and head walks all steps."""
+    never: tl.constexpr = -float("inf")
+    head = tl.program_id(1)
+    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    rows = (b < B)[:, None]
+    leaf = (b[:, None] * H + head) * D + d[None, :]
+    field = B.to(tl.int64) * T * H * D
+    c = tl.load(cell_ptr + leaf, mask=rows, other=0.0)
+    n = tl.load(normalizer_ptr + leaf, mask=rows, other=0.0)
+    hidden = tl.load(hidden_ptr + leaf, mask=rows, other=0.0)
+    # Minus infinity makes the forget factor of an empty unit exactly zero.
+    m = tl.where(n == 0.0, never, tl.load(stabilizer_ptr + leaf, mask=rows, other=0.0))
+    weights = _load_weights(recurrent_ptr, H, D)
+
+    for t in range(0, T):
+        step = b * T + t
+        kept = (tl.load(reset_ptr + step, mask=b < B, other=0) == 0)[:, None]
+        if not ON_CHIP:
+            weights = _load_weights(recurrent_ptr, H, D)
+        at = (step[:, None] * 4 * H + head) * D + d[None, :]
+        hidden = tl.where(kept, hidden, 0.0)
+        i, f, z, o = _pre_activations(gates_ptr, at, rows, hidden, weights, H, D, PRECISION)
+        decayed = tl.where(kept, log_forget(f, EXP) + m, never)
+        m = tl.maximum(decayed, i)
+        forget = tl.exp(decayed - m)
+        write = tl.exp(i - m)
+        c = forget * c + write * _tanh(z)
+        n = forget * n + write
+        hidden = tl.sigmoid(o) * c / n
+        out = (step[:, None] * H + head) * D + d[None, :]
+        tl.store(output_ptr + out, hidden.to(output_ptr.dtype.element_ty), mask=rows)
+        if KEEP:
+            tl.store(trace_ptr + out, c, mask=rows)
+            tl.store(trace_ptr + field + out, n, mask=rows)
+            tl.store(trace_ptr + 2 * field + out, m, mask=rows)
+
+    tl.store(last_cell_ptr + leaf, c, mask=rows)
+    tl.store(last_normalizer_ptr + leaf, n, mask=rows)
+    tl.store(last_hidden_ptr + leaf, hidden, mask=rows)
+    tl.store(last_stabilizer_ptr + leaf, m, mask=rows)
+
+
+@triton.jit
+def _load_before(first_ptr, later_ptr, leaf, before, is_first, rows):
+    """What a leaf was before a step: the initial state before the first one, the trace elsewhere."""
+    initial = tl.load(first_ptr + leaf, mask=rows & is_first, other=0.0).to(tl.float32)
+    return initial + tl.load(later_ptr + before, mask=rows & (is_first == 0), other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["B", "T", "H"])
+def _backward(
+    gates_ptr,
+    recurrent_ptr,
+    cell_ptr,
+    normalizer_ptr,
+    hidden_ptr,
+    stabilizer_ptr,
+    reset_ptr,
+    output_ptr,
+    trace_ptr,
+    d_output_ptr,
+    d_last_cell_ptr,
+    d_last_normalizer_ptr,
+    d_last_hidden_ptr,
+    d_gates_ptr,
+    d_cell_ptr,
+    d_normalizer_ptr,
+    d_hidden_ptr,
+    B,
+    T,
+    H,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+):
+    """Reverse order, the gates computed again from the trace; the stabilizer is a constant, as it cancels exactly."""
+    never: tl.constexpr = -float("inf")
+    head = tl.program_id(1)
+    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    rows = (b < B)[:, None]
+    leaf = (b[:, None] * H + head) * D + d[None, :]
+    field = B.to(tl.int64) * T * H * D
+    d_c = tl.load(d_last_cell_ptr + leaf, mask=rows, other=0.0)
+    d_n = tl.load(d_last_normalizer_ptr + leaf, mask=rows, other=0.0)
+    d_h = tl.load(d_last_hidden_ptr + leaf, mask=rows, other=0.0)
+    weights = _load_weights(recurrent_ptr, H, D)
+
+    for back in range(0, T):
+        step = b * T + (T - 1 - back)
+        # Not a comparison of scalars: a loop variable of the interpreter is a plain number.
+        is_first = (step == b * T)[:, None]
+        kept = (tl.load(reset_ptr + step, mask=b < B, other=0) == 0)[:, None]
+        if not ON_CHIP:
+            weights = _load_weights(recurrent_ptr, H, D)
+        out = (step[:, None] * H + head) * D + d[None, :]
+        before = out - H * D
+        c = tl.load(trace_ptr + out, mask=rows, other=0.0)
+        n = tl.load(trace_ptr + field + out, mask=rows, other=1.0)
+        m = tl.load(trace_ptr + 2 * field + out, mask=rows, other=0.0)
+        old_c = _load_before(cell_ptr, trace_ptr, leaf, before, is_first, rows)
+        old_n = _load_before(normalizer_ptr, trace_ptr + field, leaf, before, is_first, rows)
+        old_m = _load_before(stabilizer_ptr, trace_ptr + 2 * field, leaf, before, is_first, rows)
+        hidden = _load_before(hidden_ptr, output_ptr, leaf, before, is_first, rows)
+        at = (step[:, None] * 4 * H + head) * D + d[None, :]
+        i, f, z, o = _pre_activations(
+            gates_ptr, at, rows, tl.where(kept, hidden, 0.0), weights, H, D, PRECISION
+        )
+        forget = tl.exp(tl.where(kept & (old_n != 0.0), log_forget(f, EXP) + old_m, never) - m)
+        write = tl.exp(i - m)
+        z = _tanh(z)
+        o = tl.sigmoid(o)
+
+        d_h += tl.load(d_output_ptr + out, mask=rows, other=0.0).to(tl.float32)
+        ratio = c / n
+        by_cell = d_h * o / n
+        d_c += by_cell
+        d_n -= by_cell * ratio
+        d_o = d_h * ratio * o * (1.0 - o)
+        d_z = d_c * write * (1.0 - z * z)
+        d_f = (d_c * old_c + d_n * old_n) * forget * forget_slope(f, EXP)
+        d_i = (d_c * z + d_n) * write
+        kind: tl.constexpr = d_gates_ptr.dtype.element_ty
+        gate = H * D
+        tl.store(d_gates_ptr + at, d_i.to(kind), mask=rows)
+        tl.store(d_gates_ptr + at + gate, d_f.to(kind), mask=rows)
+        tl.store(d_gates_ptr + at + 2 * gate, d_z.to(kind), mask=rows)
+        tl.store(d_gates_ptr + at + 3 * gate, d_o.to(kind), mask=rows)
+
+        d_h = tl.dot(d_i.to(kind), tl.trans(weights[0]), input_precision=PRECISION)
+        d_h = tl.dot(d_f.to(kind), tl.trans(weights[1]), acc=d_h, input_precision=PRECISION)
+        d_h = tl.dot(d_z.to(kind), tl.trans(weights[2]), acc=d_h, input_precision=PRECISION)
+        d_h = tl.dot(d_o.to(kind), tl.trans(weights[3]), acc=d_h, input_precision=PRECISION)
+        d_h = tl.where(kept, d_h, 0.0)
+        d_c = d_c * forget
+        d_n = d_n * forget
+
+    tl.store(d_cell_ptr + leaf, d_c, mask=rows)
+    tl.store(d_normalizer_ptr + leaf, d_n, mask=rows)
+    tl.store(d_hidden_ptr + leaf, d_h, mask=rows)
