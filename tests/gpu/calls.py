@@ -22,9 +22,9 @@ def _mlstm(direction: str, D: int, dtype: torch.dtype, forget_activation: str, B
     state = torch.zeros(B, H, D, D), torch.zeros(B, H, D), torch.zeros(B, H)
     inputs = (q, k, v, *gates, *state, torch.zeros(B, T, dtype=torch.bool))
     if direction == "backward":
-        mlstm_triton_backward.backward(v, *state[:2], *inputs, v, *state[:2], forget_activation)
+        mlstm_triton_backward.backward(v, *state[:2], *inputs, v, *state[:2], torch.zeros(2, B, T, H), forget_activation)
     else:
-        mlstm_triton.forward(*inputs, forget_activation)
+        mlstm_triton.forward(*inputs, forget_activation, direction == "forward")
 
 
 def _slstm(direction: str, D: int, dtype: torch.dtype, forget_activation: str, B: int, T: int) -> None:

@@ -72,7 +72,7 @@ def compiling(target: Target) -> Iterator[list[Any]]:
         return lambda *arguments, **options: compiled.append(kernel.warmup(*arguments, grid=grid, **options))
 
     # The cache of each kernel knows devices by number only.
-    for function in [x for x in gc.get_objects() if isinstance(x, JITFunction)]:
+    for function in [x for x in gc.get_objects() if type(x) is JITFunction]:
         function.device_caches.clear()
     hip = "6.0" if target.gpu.backend == "hip" else None
     with (

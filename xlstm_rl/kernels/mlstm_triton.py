@@ -11,24 +11,25 @@ from xlstm_rl.kernels.gates_triton import chunk_weights, least_divisor, load_gat
 
 
 class Launch(NamedTuple):
-    """Static shape of a kernel: steps per chunk (or columns of the memory per program of a step) and warps."""
+    """Static shape of a kernel: steps per chunk, columns of the memory per program, warps."""
 
-    tile: int
+    chunk: int
+    columns: int
     warps: int
 
 
 # By head width and whether the inputs are bfloat16.
 SEQUENCE = {
-    (16, False): Launch(16, 1),
-    (32, False): Launch(16, 2),
-    (64, False): Launch(16, 4),
-    (128, False): Launch(16, 8),
-    (16, True): Launch(16, 1),
-    (32, True): Launch(16, 2),
-    (64, True): Launch(16, 4),
-    (128, True): Launch(16, 8),
+    (16, False): Launch(16, 16, 1),
+    (32, False): Launch(16, 32, 4),
+    (64, False): Launch(16, 32, 4),
+    (128, False): Launch(16, 16, 4),
+    (16, True): Launch(16, 16, 1),
+    (32, True): Launch(16, 32, 2),
+    (64, True): Launch(16, 64, 4),
+    (128, True): Launch(16, 64, 8),
 }
-STEP = {16: Launch(16, 1), 32: Launch(32, 1), 64: Launch(32, 2), 128: Launch(32, 4)}
+STEP = {16: Launch(1, 16, 1), 32: Launch(1, 32, 1), 64: Launch(1, 32, 2), 128: Launch(1, 32, 4)}
 
 
 def forward(
@@ -42,31 +43,37 @@ def forward(
     stabilizer: Tensor,
     reset: Tensor,
     forget_activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden [B, T, H, D] in the dtype of q, and cell, normalizer and stabilizer in float32; T at least 1.
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden [B, T, H, D] in the dtype of q, the float32 leaves of the state, and the trace for the backward pass.
 
-    Inputs are contiguous, q, k and v of one width, the state in float32, reset bool.
+    The trace is float32 [2, B, T, H], stabilizer and `n . q` of every step; without `keep` its T is 0.
+    Inputs are contiguous, q, k and v of one width, the state in float32, reset bool; T is at least 1.
     """
     B, T, H, D = q.shape
     hidden = torch.empty_like(v)
     final = torch.empty_like(cell), torch.empty_like(normalizer), torch.empty_like(stabilizer)
+    trace = stabilizer.new_empty(2, B, T if keep else 0, H)
     inputs = (q, k, v, input_gate, forget_gate, reset.view(torch.uint8), cell, normalizer, stabilizer)
     exponential = forget_activation == "exp"
     with torch.cuda.device_of(q):
         if T == 1:
             launch = STEP[D]
-            _step[(B * H, D // launch.tile)](
-                *inputs, hidden, *final, H, D, launch.tile, exponential, num_warps=launch.warps, enable_fp_fusion=True
+            _step[(B * H, D // launch.columns)](
+                *(*inputs, hidden, *final, trace, H, D, launch.columns, exponential, keep),
+                num_warps=launch.warps,
+                enable_fp_fusion=True,
             )
         else:
             launch = SEQUENCE[D, q.dtype == torch.bfloat16]
-            _sequence[(B * H,)](
-                *(*inputs, hidden, *final, T, H, D, launch.tile, exponential, dot_precision(D, q.dtype)),
+            _sequence[(B * H, D // launch.columns)](
+                *(*inputs, hidden, *final, trace, T, H, D, launch.columns, launch.chunk),
+                *(exponential, keep, dot_precision(D, q.dtype)),
                 num_warps=launch.warps,
                 num_stages=1,
                 enable_fp_fusion=True,
             )
-    return hidden, *final
+    return hidden, *final, trace
 
 
 def dot_precision(D: int, dtype: torch.dtype) -> str:
@@ -90,48 +97,58 @@ def _sequence(
     last_cell_ptr,
     last_normalizer_ptr,
     last_stabilizer_ptr,
+    trace_ptr,
     T,
     H,
     D: tl.constexpr,
+    BV: tl.constexpr,
     L: tl.constexpr,
     EXP: tl.constexpr,
+    KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per row and head walks its chunks in order."""
+    """One program per row, head and BV columns of the memory walks the chunks in order."""
     head = tl.program_id(0).to(tl.int64)
     b = head // H
     d = tl.arange(0, D)
-    square = head * D * D + d[:, None] * D + d[None, :]
-    C = tl.load(cell_ptr + square)
+    column = tl.program_id(1) * BV + tl.arange(0, BV)
+    # What does not belong to columns is stored by the first program of a head.
+    first = tl.program_id(1) == 0
+    tile = head * D * D + d[:, None] * D + column[None, :]
+    C = tl.load(cell_ptr + tile)
     n = tl.load(normalizer_ptr + head * D + d)
     m = tl.load(stabilizer_ptr + head)
     scale: tl.constexpr = D**-0.5
+    field = tl.num_programs(0).to(tl.int64) * T
 
     for start in range(0, T, L):
         t = start + tl.arange(0, L)
         valid = t < T
         row = (b * T + t) * H + head % H
-        at = row[:, None] * D + d[None, :]
-        q = tl.load(q_ptr + at, mask=valid[:, None], other=0.0)
-        k = tl.load(k_ptr + at, mask=valid[:, None], other=0.0)
-        v = tl.load(v_ptr + at, mask=valid[:, None], other=0.0)
+        at = row[:, None] * D
+        q = tl.load(q_ptr + at + d[None, :], mask=valid[:, None], other=0.0)
+        k = tl.load(k_ptr + at + d[None, :], mask=valid[:, None], other=0.0)
+        v = tl.load(v_ptr + at + column[None, :], mask=valid[:, None], other=0.0)
         input_gate, _, log_decay, reset = load_gates(input_ptr, forget_ptr, reset_ptr, row, b * T + t, valid, EXP)
         inside, read, write, keep, stabilizer, m = chunk_weights(input_gate, log_decay, reset, m, L, EXP)
 
         weight = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inside * scale
         total = tl.dot(q, C.to(q.dtype), input_precision=PRECISION) * read[:, None]
         total = tl.dot(weight.to(v.dtype), v, acc=total, input_precision=PRECISION)
-        divisor = tl.sum(weight, 1) + tl.sum(q.to(tl.float32) * n[None, :], 1) * read
-        divisor = tl.maximum(tl.abs(divisor), least_divisor(stabilizer))
-        tl.store(hidden_ptr + at, (total / divisor[:, None]).to(hidden_ptr.dtype.element_ty), mask=valid[:, None])
+        product = tl.sum(weight, 1) + tl.sum(q.to(tl.float32) * n[None, :], 1) * read
+        hidden = total / tl.maximum(tl.abs(product), least_divisor(stabilizer))[:, None]
+        tl.store(hidden_ptr + at + column[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=valid[:, None])
+        if KEEP:
+            tl.store(trace_ptr + row, stabilizer, mask=valid & first)
+            tl.store(trace_ptr + field + row, product, mask=valid & first)
 
         written = k.to(tl.float32) * (write * scale)[:, None]
         C = tl.dot(tl.trans(written.to(v.dtype)), v, acc=C * keep, input_precision=PRECISION)
         n = n * keep + tl.sum(written, 0)
 
-    tl.store(last_cell_ptr + square, C)
-    tl.store(last_normalizer_ptr + head * D + d, n)
-    tl.store(last_stabilizer_ptr + head, m)
+    tl.store(last_cell_ptr + tile, C)
+    tl.store(last_normalizer_ptr + head * D + d, n, mask=first & (d < D))
+    tl.store(last_stabilizer_ptr + head, m, mask=first)
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -149,10 +166,12 @@ def _step(
     last_cell_ptr,
     last_normalizer_ptr,
     last_stabilizer_ptr,
+    trace_ptr,
     H,
     D: tl.constexpr,
     BV: tl.constexpr,
     EXP: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """T = 1: one program per row, head and BV columns of the memory, without matrix products."""
     head = tl.program_id(0).to(tl.int64)
@@ -174,10 +193,13 @@ def _step(
     written = k * (tl.exp(input_gate - m) * D**-0.5)
     C = C * keep + written[:, None] * v[None, :]
     n = n * keep + written
-    divisor = tl.maximum(tl.abs(tl.sum(q * n, 0)), least_divisor(m))
-    hidden = tl.sum(q[:, None] * C, 0) / divisor
+    product = tl.sum(q * n, 0)
+    hidden = tl.sum(q[:, None] * C, 0) / tl.maximum(tl.abs(product), least_divisor(m))
     tl.store(hidden_ptr + head * D + column, hidden.to(hidden_ptr.dtype.element_ty))
     tl.store(last_cell_ptr + at, C)
     first = tl.program_id(1) == 0
     tl.store(last_normalizer_ptr + head * D + d, n, mask=first & (d < D))
     tl.store(last_stabilizer_ptr + head, m, mask=first)
+    if KEEP:
+        tl.store(trace_ptr + head, m, mask=first)
+        tl.store(trace_ptr + tl.num_programs(0) + head, product, mask=first)

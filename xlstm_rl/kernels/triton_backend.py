@@ -67,6 +67,7 @@ def mlstm_fused(
     if T == 0:
         return torch.zeros_like(v), state
     reset = q.new_zeros(B, T, dtype=torch.bool) if reset is None else reset
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, input_gate, forget_gate, *state[:2]))
     # The columns of the memory are independent but for their divisor: other widths of values go in portions of K.
     portions = []
     for first in range(0, V, K):
@@ -75,8 +76,9 @@ def mlstm_fused(
         missing = K - part.shape[-1]
         if missing:
             part, cell = pad(part, (0, missing)), pad(cell, (0, missing))
-        hidden, cell, normalizer, stabilizer = triton_operators.mlstm(
-            q, k, part, input_gate, forget_gate, cell, state.normalizer, state.stabilizer, reset, forget_activation
+        hidden, cell, normalizer, stabilizer, _ = triton_operators.mlstm(
+            *(q, k, part, input_gate, forget_gate, cell, state.normalizer, state.stabilizer, reset),
+            *(forget_activation, keep),
         )
         portions.append((hidden, cell, normalizer, stabilizer))
     if V == K:

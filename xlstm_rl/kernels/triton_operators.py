@@ -14,12 +14,13 @@ _NAMESPACE = "xlstm_rl"
 _library = torch.library.Library(_NAMESPACE, "DEF")
 _library.define(
     "mlstm(Tensor q, Tensor k, Tensor v, Tensor input_gate, Tensor forget_gate, Tensor cell, Tensor normalizer, "
-    "Tensor stabilizer, Tensor reset, str forget_activation) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor stabilizer, Tensor reset, str forget_activation, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "mlstm_backward(Tensor d_hidden, Tensor d_cell, Tensor d_normalizer, Tensor q, Tensor k, Tensor v, "
     "Tensor input_gate, Tensor forget_gate, Tensor cell, Tensor normalizer, Tensor stabilizer, Tensor reset, "
-    "Tensor hidden, Tensor last_cell, Tensor last_normalizer, str forget_activation) "
+    "Tensor hidden, Tensor last_cell, Tensor last_normalizer, Tensor trace, str forget_activation) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -33,9 +34,9 @@ _library.define(
 )
 
 
-def mlstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden [B, T, H, D] and the final cell, normalizer and stabilizer; arguments in the order of the schema."""
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.xlstm_rl.mlstm(*arguments)
+def mlstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden [B, T, H, D], the three leaves of the final state and what the backward pass needs (if `keep`)."""
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.xlstm_rl.mlstm(*arguments)
     return result
 
 
@@ -93,8 +94,10 @@ def _mlstm_shapes(
     stabilizer: Tensor,
     reset: Tensor,
     forget_activation: str,
+    keep: bool,
 ) -> tuple[Tensor, ...]:
-    return _empty_like(v, cell, normalizer, stabilizer)
+    B, T, H, _ = q.shape
+    return *_empty_like(v, cell, normalizer, stabilizer), stabilizer.new_empty(2, B, T if keep else 0, H)
 
 
 def _mlstm_backward_shapes(
@@ -126,18 +129,18 @@ def _slstm_backward_shapes(
 
 
 def _save_mlstm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:-1], *output[:-1])
-    ctx.forget_activation = inputs[-1]
-    ctx.mark_non_differentiable(output[-1])
+    ctx.save_for_backward(*inputs[:-2], *output[:3], output[-1])
+    ctx.forget_activation = inputs[-2]
+    ctx.mark_non_differentiable(*output[-2:])
 
 
 def _differentiate_mlstm(
-    ctx: Any, d_hidden: Tensor, d_cell: Tensor, d_normalizer: Tensor, d_stabilizer: Tensor
+    ctx: Any, d_hidden: Tensor, d_cell: Tensor, d_normalizer: Tensor, d_stabilizer: Tensor, d_trace: Tensor
 ) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.xlstm_rl.mlstm_backward(
         d_hidden, d_cell, d_normalizer, *ctx.saved_tensors, ctx.forget_activation
     )
-    return (*gradients, None, None, None)
+    return (*gradients, None, None, None, None)
 
 
 def _save_slstm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
