@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels import mlstm_triton, mlstm_triton_backward, slstm_triton
+from xlstm_rl.kernels import mlstm_triton, mlstm_triton_backward, slstm_triton, triton_operators
 
 KERNELS = ("mlstm_forward", "mlstm_step", "mlstm_backward", "slstm_forward", "slstm_acting", "slstm_backward")
 
@@ -34,7 +34,8 @@ def _slstm(direction: str, D: int, dtype: torch.dtype, forget_activation: str, B
     state: list[Tensor] = [torch.zeros(B, H, D) for _ in range(4)]
     inputs = (gates, recurrent, *state, torch.zeros(B, T, dtype=torch.bool))
     if direction == "backward":
-        output, trace = torch.zeros(B, T, H, D, dtype=dtype), torch.zeros(3, B, T, H, D)
+        output = torch.zeros(B, T, H, D, dtype=dtype)
+        trace = torch.zeros(triton_operators.slstm_trace_fields(gates), B, T, H, D)
         slstm_triton.backward(output, *state[:3], *inputs, output, trace, forget_activation)
     else:
         slstm_triton.forward(*inputs, forget_activation, direction == "forward")

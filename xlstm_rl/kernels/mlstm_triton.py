@@ -11,19 +11,29 @@ from xlstm_rl.kernels.gates_triton import chunk_weights, least_divisor, load_gat
 
 
 class Launch(NamedTuple):
-    """Static shape of a kernel: steps per chunk, columns of the memory per program, warps."""
+    """Static shape of a kernel: steps per chunk, share of the memory's columns (or rows) per program, warps, dots.
+
+    `dots` is how `tl.dot` multiplies float32: "ieee" without tensor cores, "tf32x3" with them in three products that
+    keep the digits. bfloat16 always takes the tensor cores.
+    """
 
     chunk: int
-    columns: int
+    share: int
     warps: int
+    dots: str = "ieee"
+
+    @property
+    def precision(self) -> str:
+        """`dots` as this machine has it: AMD has matrix instructions for float32 and no three-product mode."""
+        return self.dots if torch.version.hip is None else "ieee"
 
 
 # By head width and whether the inputs are bfloat16.
 SEQUENCE = {
     (16, False): Launch(16, 16, 1),
     (32, False): Launch(16, 32, 4),
-    (64, False): Launch(16, 32, 4),
-    (128, False): Launch(16, 16, 4),
+    (64, False): Launch(16, 16, 4, "tf32x3"),
+    (128, False): Launch(16, 16, 8),
     (16, True): Launch(16, 16, 1),
     (32, True): Launch(16, 32, 2),
     (64, True): Launch(16, 64, 4),
@@ -59,27 +69,21 @@ def forward(
     with torch.cuda.device_of(q):
         if T == 1:
             launch = STEP[D]
-            _step[(B * H, D // launch.columns)](
-                *(*inputs, hidden, *final, trace, H, D, launch.columns, exponential, keep),
+            _step[(B * H, D // launch.share)](
+                *(*inputs, hidden, *final, trace, H, D, launch.share, exponential, keep),
                 num_warps=launch.warps,
                 enable_fp_fusion=True,
             )
         else:
             launch = SEQUENCE[D, q.dtype == torch.bfloat16]
-            _sequence[(B * H, D // launch.columns)](
-                *(*inputs, hidden, *final, trace, T, H, D, launch.columns, launch.chunk),
-                *(exponential, keep, dot_precision(D, q.dtype)),
+            _sequence[(B * H, D // launch.share)](
+                *(*inputs, hidden, *final, trace, T, H, D, launch.share, launch.chunk),
+                *(exponential, keep, launch.precision),
                 num_warps=launch.warps,
                 num_stages=1,
                 enable_fp_fusion=True,
             )
     return hidden, *final, trace
-
-
-def dot_precision(D: int, dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: wide float32 tiles need the tensor cores, in three products that keep the digits."""
-    # AMD has float32 matrix instructions and no three-product mode.
-    return "tf32x3" if dtype == torch.float32 and D >= 64 and torch.version.hip is None else "ieee"
 
 
 @triton.jit(do_not_specialize=["T", "H"])

@@ -5,31 +5,21 @@ Where a memory is too large for one program, several take some rows of it each (
 columns (for values); what they contribute to a gate is added up afterwards.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from xlstm_rl.kernels.gates_triton import chunk_decays, forget_slope, least_divisor, load_gates
-from xlstm_rl.kernels.mlstm_triton import dot_precision
+from xlstm_rl.kernels.mlstm_triton import Launch
 
 
-class Launch(NamedTuple):
-    """Static shape: steps per chunk, rows (or columns) of the memory per program, warps."""
-
-    chunk: int
-    part: int
-    warps: int
-
-
-# By head width and whether the inputs are bfloat16.
+# By head width and whether the inputs are bfloat16; the share is of the memory's rows or columns.
 BACKWARD = {
     (16, False): Launch(16, 16, 1),
     (32, False): Launch(16, 32, 4),
-    (64, False): Launch(16, 32, 4),
-    (128, False): Launch(16, 16, 4),
+    (64, False): Launch(16, 32, 8, "tf32x3"),
+    (128, False): Launch(16, 16, 8),
     (16, True): Launch(16, 16, 1),
     (32, True): Launch(16, 32, 2),
     (64, True): Launch(16, 64, 4),
@@ -59,14 +49,14 @@ def backward(
     """Gradients of q, k, v, input gate, forget gate, cell and normalizer; all inputs contiguous, T at least 1."""
     B, T, H, D = q.shape
     launch = BACKWARD[D, q.dtype == torch.bfloat16]
-    parts = D // launch.part
+    parts = D // launch.share
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     d_cell_before, d_normalizer_before = torch.empty_like(cell), torch.empty_like(normalizer)
     kind = q.dtype if parts == 1 else torch.float32
     d_input, d_forget = (torch.empty(parts, B, T, H, device=q.device, dtype=kind) for _ in range(2))
     slope, from_queries = torch.empty_like(trace[0]), trace.new_empty(parts, B, T, H)
     gates = (input_gate, forget_gate, reset.view(torch.uint8))
-    fixed = (launch.chunk, forget_activation == "exp", dot_precision(D, q.dtype))
+    fixed = (launch.chunk, forget_activation == "exp", launch.precision)
     options = {"num_warps": launch.warps, "num_stages": 1, "enable_fp_fusion": True}
 
     def others(rows: int, columns: int, keys: bool, values: bool) -> None:
@@ -81,14 +71,14 @@ def backward(
     with torch.cuda.device_of(q):
         _queries[(B * H, parts)](
             *(q, k, v, *gates, hidden, d_hidden, cell, normalizer, stabilizer, trace, d_q, slope, from_queries),
-            *(T, H, D, launch.part, *fixed),
+            *(T, H, D, launch.share, *fixed),
             **options,
         )
         if parts == 1:
             others(D, D, True, True)
         else:
-            others(launch.part, D, True, False)
-            others(D, launch.part, False, True)
+            others(launch.share, D, True, False)
+            others(D, launch.share, False, True)
     by_gates = [x[0] if parts == 1 else x.sum(0).to(q.dtype) for x in (d_input, d_forget)]
     return d_q, d_k, d_v, by_gates[0], by_gates[1], d_cell_before, d_normalizer_before
 

@@ -1,4 +1,7 @@
-"""The sLSTM on a GPU: one launch walks all the steps of 16 rows and a head, the recurrent weights on chip."""
+"""The sLSTM on a GPU: one launch walks all the steps of 16 rows and a head, the recurrent weights on chip.
+
+Acting is the same launch with T = 1.
+"""
 
 from typing import NamedTuple
 
@@ -8,23 +11,29 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_rl.kernels.gates_triton import forget_slope, log_forget
+from xlstm_rl.kernels.triton_operators import slstm_trace_fields
 
 # The smallest side of a matrix product on the tensor cores.
 ROWS = 16
 
 
 class Launch(NamedTuple):
-    """Warps of a kernel, and whether the recurrent weights stay on chip or are read from the cache every step."""
+    """Warps of a kernel, and how `tl.dot` multiplies float32: see the mLSTM."""
 
     warps: int
-    on_chip: bool = True
+    dots: str = "ieee"
+
+    @property
+    def precision(self) -> str:
+        """`dots` as this machine has it: AMD has matrix instructions for float32 and no three-product mode."""
+        return self.dots if torch.version.hip is None else "ieee"
 
 
-# By head width and whether the inputs are bfloat16.
+# By head width and whether the inputs are bfloat16. Float32 weights of width 128 do not fit on any chip.
 FORWARD = {
-    (16, False): Launch(1),
-    (32, False): Launch(2),
-    (64, False): Launch(4),
+    (16, False): Launch(2),
+    (32, False): Launch(4),
+    (64, False): Launch(8, "tf32x3"),
     (16, True): Launch(1),
     (32, True): Launch(2),
     (64, True): Launch(4),
@@ -46,18 +55,19 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Hidden [B, T, H, D] in the dtype of the gates, the float32 leaves of the state, and the trace for `backward`.
 
-    The trace is float32 [3, B, T, H, D], cell, normalizer and stabilizer after every step; without `keep` its T is 0.
+    The trace is float32 [F, B, T, H, D], see `slstm_trace_fields`; without `keep` its T is 0.
     Inputs are contiguous, the state in float32, reset bool; T is at least 1.
     """
     B, T, _, H, D = gates.shape
     output = gates.new_empty(B, T, H, D)
     final = tuple(torch.empty_like(cell) for _ in range(4))
-    trace = cell.new_empty(3, B, T if keep else 0, H, D)
+    fields = slstm_trace_fields(gates)
+    trace = cell.new_empty(fields, B, T if keep else 0, H, D)
     launch = FORWARD[D, gates.dtype == torch.bfloat16]
     with torch.cuda.device_of(gates):
         _forward[(triton.cdiv(B, ROWS), H)](
             *(gates, recurrent, cell, normalizer, hidden, stabilizer, reset.view(torch.uint8), output, *final, trace),
-            *(B, T, H, D, ROWS, forget_activation == "exp", keep, _dot_precision(D, gates.dtype), launch.on_chip),
+            *(B, T, H, D, ROWS, forget_activation == "exp", fields if keep else 0, launch.precision),
             num_warps=launch.warps,
             num_stages=1,
             enable_fp_fusion=True,
@@ -90,7 +100,7 @@ def backward(
         _backward[(triton.cdiv(B, ROWS), H)](
             *(gates, recurrent, cell, normalizer, hidden, stabilizer, reset.view(torch.uint8), output, trace),
             *(d_output, d_cell, d_normalizer, d_hidden, d_gates, *by_state),
-            *(B, T, H, D, ROWS, forget_activation == "exp", _dot_precision(D, gates.dtype), launch.on_chip),
+            *(B, T, H, D, ROWS, forget_activation == "exp", len(trace), launch.precision),
             num_warps=launch.warps,
             num_stages=1,
             enable_fp_fusion=True,
@@ -105,11 +115,6 @@ def _recurrent_gradient(d_gates: Tensor, output: Tensor, hidden: Tensor, reset: 
     left = d_gates.permute(3, 2, 4, 0, 1).reshape(H, 4 * D, B * T)
     right = before.permute(2, 0, 1, 3).reshape(H, B * T, D)
     return torch.bmm(left, right).view(H, 4, D, D).transpose(0, 1).contiguous()
-
-
-def _dot_precision(D: int, dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: wide float32 tiles need the tensor cores, in three products that keep the digits."""
-    return "tf32x3" if dtype == torch.float32 and D >= 64 and torch.version.hip is None else "ieee"
 
 
 @triton.jit
@@ -163,9 +168,8 @@ def _forward(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     EXP: tl.constexpr,
-    KEEP: tl.constexpr,
+    FIELDS: tl.constexpr,
     PRECISION: tl.constexpr,
-    ON_CHIP: tl.constexpr,
 ):
     """One program per 16 rows and head walks all steps."""
     never: tl.constexpr = -float("inf")
@@ -185,8 +189,6 @@ def _forward(
     for t in range(0, T):
         step = b * T + t
         kept = (tl.load(reset_ptr + step, mask=b < B, other=0) == 0)[:, None]
-        if not ON_CHIP:
-            weights = _load_weights(recurrent_ptr, H, D)
         at = (step[:, None] * 4 * H + head) * D + d[None, :]
         hidden = tl.where(kept, hidden, 0.0)
         i, f, z, o = _pre_activations(gates_ptr, at, rows, hidden, weights, H, D, PRECISION)
@@ -199,10 +201,15 @@ def _forward(
         hidden = tl.sigmoid(o) * c / n
         out = (step[:, None] * H + head) * D + d[None, :]
         tl.store(output_ptr + out, hidden.to(output_ptr.dtype.element_ty), mask=rows)
-        if KEEP:
+        if FIELDS > 0:
             tl.store(trace_ptr + out, c, mask=rows)
             tl.store(trace_ptr + field + out, n, mask=rows)
             tl.store(trace_ptr + 2 * field + out, m, mask=rows)
+        if FIELDS == 7:
+            tl.store(trace_ptr + 3 * field + out, i, mask=rows)
+            tl.store(trace_ptr + 4 * field + out, f, mask=rows)
+            tl.store(trace_ptr + 5 * field + out, z, mask=rows)
+            tl.store(trace_ptr + 6 * field + out, o, mask=rows)
 
     tl.store(last_cell_ptr + leaf, c, mask=rows)
     tl.store(last_normalizer_ptr + leaf, n, mask=rows)
@@ -242,10 +249,10 @@ def _backward(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     EXP: tl.constexpr,
+    FIELDS: tl.constexpr,
     PRECISION: tl.constexpr,
-    ON_CHIP: tl.constexpr,
 ):
-    """Reverse order, the gates computed again from the trace; the stabilizer is a constant, as it cancels exactly."""
+    """Reverse order, the gates from the trace or computed again; the stabilizer is a constant, as it cancels exactly."""
     never: tl.constexpr = -float("inf")
     head = tl.program_id(1)
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -263,8 +270,6 @@ def _backward(
         # Not a comparison of scalars: a loop variable of the interpreter is a plain number.
         is_first = (step == b * T)[:, None]
         kept = (tl.load(reset_ptr + step, mask=b < B, other=0) == 0)[:, None]
-        if not ON_CHIP:
-            weights = _load_weights(recurrent_ptr, H, D)
         out = (step[:, None] * H + head) * D + d[None, :]
         before = out - H * D
         c = tl.load(trace_ptr + out, mask=rows, other=0.0)
@@ -273,11 +278,16 @@ def _backward(
         old_c = _load_before(cell_ptr, trace_ptr, leaf, before, is_first, rows)
         old_n = _load_before(normalizer_ptr, trace_ptr + field, leaf, before, is_first, rows)
         old_m = _load_before(stabilizer_ptr, trace_ptr + 2 * field, leaf, before, is_first, rows)
-        hidden = _load_before(hidden_ptr, output_ptr, leaf, before, is_first, rows)
         at = (step[:, None] * 4 * H + head) * D + d[None, :]
-        i, f, z, o = _pre_activations(
-            gates_ptr, at, rows, tl.where(kept, hidden, 0.0), weights, H, D, PRECISION
-        )
+        if FIELDS == 7:
+            i = tl.load(trace_ptr + 3 * field + out, mask=rows, other=0.0)
+            f = tl.load(trace_ptr + 4 * field + out, mask=rows, other=0.0)
+            z = tl.load(trace_ptr + 5 * field + out, mask=rows, other=0.0)
+            o = tl.load(trace_ptr + 6 * field + out, mask=rows, other=0.0)
+        else:
+            hidden = _load_before(hidden_ptr, output_ptr, leaf, before, is_first, rows)
+            hidden = tl.where(kept, hidden, 0.0)
+            i, f, z, o = _pre_activations(gates_ptr, at, rows, hidden, weights, H, D, PRECISION)
         forget = tl.exp(tl.where(kept & (old_n != 0.0), log_forget(f, EXP) + old_m, never) - m)
         write = tl.exp(i - m)
         z = _tanh(z)

@@ -46,6 +46,15 @@ def slstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tens
     return result
 
 
+def slstm_trace_fields(gates: Tensor) -> int:
+    """How many float32 values per unit and step the sLSTM keeps for its backward pass.
+
+    3 are cell, normalizer and stabilizer. 7 are these and the four pre-activations, where the chip cannot hold the
+    recurrent weights twice, once to compute the gates again and once, turned, for the gradient.
+    """
+    return 3 if gates.dtype == torch.bfloat16 and gates.shape[-1] <= 64 else 7
+
+
 def launch_mlstm(*arguments: Any) -> tuple[Tensor, ...]:
     """Run the mLSTM kernel."""
     from xlstm_rl.kernels import mlstm_triton
@@ -118,7 +127,7 @@ def _slstm_shapes(
     keep: bool,
 ) -> tuple[Tensor, ...]:
     B, T, _, H, D = gates.shape
-    trace = cell.new_empty(3, B, T if keep else 0, H, D)
+    trace = cell.new_empty(slstm_trace_fields(gates), B, T if keep else 0, H, D)
     return gates.new_empty(B, T, H, D), *_empty_like(cell, normalizer, hidden, stabilizer), trace
 
 
