@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, KernelInterface
 
 KIB = 1024
+# For the kernels of one launch; they take two to ten on one core.
+SECONDS = 120
 
 
 class Target(NamedTuple):
@@ -74,19 +77,31 @@ def compiling(target: Target) -> Iterator[list[Any]]:
     # The cache of each kernel knows devices by number only.
     for function in [x for x in gc.get_objects() if type(x) is JITFunction]:
         function.device_caches.clear()
+    slow = signal.signal(signal.SIGALRM, _too_slow)
+    signal.alarm(SECONDS)
     hip = "6.0" if target.gpu.backend == "hip" else None
     with (
         patch.object(driver, "_active", Driver(target.gpu)),
         patch.object(KernelInterface, "__getitem__", launch),
         patch.object(torch.version, "hip", hip),
     ):
-        yield compiled
+        try:
+            yield compiled
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, slow)
+
+
+def _too_slow(number: int, frame: Any) -> None:
+    raise TimeoutError(f"a launch did not compile within {SECONDS} seconds")
 
 
 def usage(kernel: Any, target: Target) -> Usage:
     """Read the resources of a compiled kernel."""
     read = _amd if target.gpu.backend == "hip" else _nvidia
-    return Usage(kernel.metadata.name, *read(kernel), shared=kernel.metadata.shared, matrix_instructions=_matrix(kernel))
+    return Usage(
+        kernel.metadata.name, *read(kernel), shared=kernel.metadata.shared, matrix_instructions=_matrix(kernel)
+    )
 
 
 def _matrix(kernel: Any) -> int:

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import assert_close
 from tests.kernels import cases
-from xlstm_rl.kernels import MLSTMState, backends, mlstm_sequence
+from xlstm_rl.kernels import MLSTMState, mlstm_sequence
 
-every_backend = pytest.mark.parametrize("backend", backends())
+every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
 every_fast_backend = pytest.mark.parametrize("backend", cases.FAST_BACKENDS)
 
 

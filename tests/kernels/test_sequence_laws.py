@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import assert_close
 from tests.kernels import cases
-from xlstm_rl.kernels import ForgetActivation, backends
+from xlstm_rl.kernels import ForgetActivation
 
 every_operation = pytest.mark.parametrize("operation", cases.OPERATIONS)
-every_backend = pytest.mark.parametrize("backend", backends())
+every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
 every_fast_backend = pytest.mark.parametrize("backend", cases.FAST_BACKENDS)
 every_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 

@@ -5,9 +5,9 @@ import torch
 
 from tests.conftest import assert_close
 from tests.kernels import cases
-from xlstm_rl.kernels import SLSTMState, backends, slstm_sequence
+from xlstm_rl.kernels import SLSTMState, slstm_sequence
 
-every_backend = pytest.mark.parametrize("backend", backends())
+every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
 every_fast_backend = pytest.mark.parametrize("backend", cases.FAST_BACKENDS)
 
 

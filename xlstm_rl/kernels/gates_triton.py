@@ -64,7 +64,7 @@ def chunk_weights(input_gate, log_decay, reset, stabilizer, L: tl.constexpr, EXP
     never: tl.constexpr = -float("inf")
     i = tl.arange(0, L)
     between, from_start, to_end, segment, last, sees = chunk_decays(log_decay, reset, L)
-    # A step lifts the stabilizer to its input gate or to zero; one after a reset also to its own decay of an empty memory.
+    # A step lifts the stabilizer to its input gate or to zero, after a reset also to its own decay of nothing.
     source = tl.maximum(input_gate, 0.0)
     if EXP:
         source = tl.where(reset > 0, tl.maximum(source, log_decay), source)

@@ -13,7 +13,6 @@ from torch import Tensor
 from xlstm_rl.kernels.gates_triton import chunk_decays, forget_slope, least_divisor, load_gates
 from xlstm_rl.kernels.mlstm_triton import Launch
 
-
 # By head width and whether the inputs are bfloat16; the share is of the memory's rows or columns.
 BACKWARD = {
     (16, False): Launch(16, 16, 1),
@@ -88,7 +87,9 @@ def _stabilizer_before(stabilizer_ptr, trace_ptr, head, start, b, T, H):
     """The stabilizer after the step before `start`: the initial one, or that of the trace."""
     at = (b * T + start - 1) * H + head % H
     inside = at >= b * T * H
-    return tl.load(stabilizer_ptr + head, mask=at < b * T * H, other=0.0) + tl.load(trace_ptr + at, mask=inside, other=0.0)
+    return tl.load(stabilizer_ptr + head, mask=at < b * T * H, other=0.0) + tl.load(
+        trace_ptr + at, mask=inside, other=0.0
+    )
 
 
 @triton.jit
@@ -125,7 +126,7 @@ def _queries(
     EXP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Forward order, BK rows of the memory per program: d q; per step the slope of the loss by `n . q`, and `q . d q`."""
+    """Forward order, BK rows of the memory per program: d q, and per step the slope by `n . q` and `q . d q`."""
     never: tl.constexpr = -float("inf")
     head = tl.program_id(0).to(tl.int64)
     b = head // H

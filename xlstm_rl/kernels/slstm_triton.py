@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_rl.kernels.gates_triton import forget_slope, log_forget
+from xlstm_rl.kernels.triton_backend import device_facts
 from xlstm_rl.kernels.triton_operators import slstm_trace_fields
 
 # The smallest side of a matrix product on the tensor cores.
@@ -39,7 +40,9 @@ FORWARD = {
     (64, True): Launch(4),
     (128, True): Launch(8),
 }
-BACKWARD = dict(FORWARD)
+# The float32 weights of width 64 split for the tensor cores need 136 KiB, which consumer cards do not have.
+SMALL_CHIP = {(64, False): Launch(8)}
+BACKWARD = {**FORWARD, (32, True): Launch(4)}
 
 
 def forward(
@@ -63,7 +66,7 @@ def forward(
     final = tuple(torch.empty_like(cell) for _ in range(4))
     fields = slstm_trace_fields(gates)
     trace = cell.new_empty(fields, B, T if keep else 0, H, D)
-    launch = FORWARD[D, gates.dtype == torch.bfloat16]
+    launch = _launch(FORWARD, gates)
     with torch.cuda.device_of(gates):
         _forward[(triton.cdiv(B, ROWS), H)](
             *(gates, recurrent, cell, normalizer, hidden, stabilizer, reset.view(torch.uint8), output, *final, trace),
@@ -95,7 +98,7 @@ def backward(
     B, T, _, H, D = gates.shape
     d_gates = torch.empty_like(gates)
     by_state = tuple(torch.empty_like(cell) for _ in range(3))
-    launch = BACKWARD[D, gates.dtype == torch.bfloat16]
+    launch = _launch(BACKWARD, gates)
     with torch.cuda.device_of(gates):
         _backward[(triton.cdiv(B, ROWS), H)](
             *(gates, recurrent, cell, normalizer, hidden, stabilizer, reset.view(torch.uint8), output, trace),
@@ -115,6 +118,15 @@ def _recurrent_gradient(d_gates: Tensor, output: Tensor, hidden: Tensor, reset: 
     left = d_gates.permute(3, 2, 4, 0, 1).reshape(H, 4 * D, B * T)
     right = before.permute(2, 0, 1, 3).reshape(H, B * T, D)
     return torch.bmm(left, right).view(H, 4, D, D).transpose(0, 1).contiguous()
+
+
+def _launch(table: dict[tuple[int, bool], Launch], gates: Tensor) -> Launch:
+    key = gates.shape[-1], gates.dtype == torch.bfloat16
+    return SMALL_CHIP[key] if key in SMALL_CHIP and _is_small_chip(gates.device) else table[key]
+
+
+def _is_small_chip(device: torch.device) -> bool:
+    return device.type == "cuda" and device_facts(device).shared_memory < 137 * 1024
 
 
 @triton.jit
@@ -252,7 +264,7 @@ def _backward(
     FIELDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Reverse order, the gates from the trace or computed again; the stabilizer is a constant, as it cancels exactly."""
+    """Reverse order, the gates from the trace or computed again; the stabilizer is a constant, it cancels."""
     never: tl.constexpr = -float("inf")
     head = tl.program_id(1)
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

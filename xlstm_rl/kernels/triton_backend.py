@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState, em
 WIDTHS = (16, 32, 64, 128)
 _DTYPES = (torch.float32, torch.bfloat16)
 _TRITON_MISSING = find_spec("triton") is None
-# Bytes of shared memory that the sLSTM backward of width 128 needs for its recurrent weights.
-_LARGEST_SHARED = 133 * 1024
+# Bytes of shared memory that some recurrent weights of an sLSTM need; the others fit on every GPU.
+_SHARED = {(64, torch.float32): 81 * 1024, (128, torch.bfloat16): 149 * 1024}
 
 
 def why_not_triton(tensor: Tensor, /) -> str | None:
@@ -23,31 +24,45 @@ def why_not_triton(tensor: Tensor, /) -> str | None:
         return f"the tensor is on {tensor.device.type} and Triton needs a CUDA device"
     if _TRITON_MISSING:
         return "the package triton is not installed"
-    if tensor.dtype not in _DTYPES:
-        return f"dtype {tensor.dtype} is not covered, only {' and '.join(map(str, _DTYPES))}"
-    D = tensor.shape[-1]
+    D, dtype = tensor.shape[-1], tensor.dtype
+    if dtype not in _DTYPES:
+        return f"dtype {dtype} is not covered, only {' and '.join(map(str, _DTYPES))}"
     if D not in WIDTHS:
         return f"head width {D} is not covered, only {WIDTHS}"
-    if tensor.ndim == 5 and D == 128:
-        if tensor.dtype == torch.float32:
-            return "the recurrent weights of an sLSTM head of width 128 in float32 do not fit on the chip"
-        if _shared_memory(tensor.device) < _LARGEST_SHARED:
-            return "the recurrent weights of an sLSTM head of width 128 do not fit on this device"
-    return _why_not_device(tensor.device)
-
-
-@cache
-def _why_not_device(device: torch.device) -> str | None:
-    major, minor = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and major < 8:
-        return f"compute capability {major}.{minor} is below 8.0"
+    if tensor.ndim == 5 and D == 128 and dtype == torch.float32:
+        return "the recurrent weights of an sLSTM head of width 128 in float32 do not fit on a chip"
+    device = _facts_for_trace(tensor.device)
+    if device.capability < (8, 0) and not device.is_amd:
+        return f"compute capability {device.capability} is below (8, 0)"
+    needed = _SHARED.get((D, dtype), 0) if tensor.ndim == 5 else 0
+    if device.shared_memory < needed:
+        return (
+            f"an sLSTM head of width {D} in {dtype} needs {needed} bytes of shared memory, "
+            f"this device has {device.shared_memory}"
+        )
     return None
 
 
+class DeviceFacts(NamedTuple):
+    """What decides which kernels a GPU can run; shared memory in bytes per program."""
+
+    capability: tuple[int, int]
+    shared_memory: int
+    is_amd: bool
+
+
+# A trace of torch.compile takes the answer as given; asking the driver is nothing it can trace.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _facts_for_trace(device: torch.device) -> DeviceFacts:
+    return device_facts(device)
+
+
 @cache
-def _shared_memory(device: torch.device) -> int:
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Ask the driver, once per device."""
     properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return DeviceFacts(torch.cuda.get_device_capability(device), int(shared), torch.version.hip is not None)
 
 
 def mlstm_fused(
@@ -70,7 +85,7 @@ def mlstm_fused(
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, input_gate, forget_gate, *state[:2]))
     # The columns of the memory are independent but for their divisor: other widths of values go in portions of K.
     portions = []
-    for first in range(0, V, K):
+    for first in range(0, max(V, 1), K):
         columns = slice(first, first + K)
         part, cell = v[..., columns], state.cell[..., columns]
         missing = K - part.shape[-1]

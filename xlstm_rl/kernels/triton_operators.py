@@ -1,10 +1,11 @@
-"""The GPU kernels as operators of torch, with shapes for tracing and with gradients, so that `torch.compile` takes them.
+"""The GPU kernels as operators of torch, with shapes for tracing and with gradients, for `torch.compile` too.
 
     xlstm_rl::mlstm, xlstm_rl::mlstm_backward, xlstm_rl::slstm, xlstm_rl::slstm_backward
 
 They compute on CUDA tensors only. The state is float32; reset is bool [B, T]; T is at least 1.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ _LAUNCHES = {
     "slstm": launch_slstm,
     "slstm_backward": launch_slstm_backward,
 }
-_SHAPES = {
+_SHAPES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "mlstm": _mlstm_shapes,
     "mlstm_backward": _mlstm_backward_shapes,
     "slstm": _slstm_shapes,
