@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from xlstm_rl.kernels import mlstm_triton, mlstm_triton_backward, slstm_triton, triton_operators
+from xlstm_rl.kernels import mlstm_triton, mlstm_triton_backward, slstm_triton, triton_configs
 
 KERNELS = ("mlstm_forward", "mlstm_step", "mlstm_backward", "slstm_forward", "slstm_acting", "slstm_backward")
 ONE_STEP = ("mlstm_step", "slstm_acting")
@@ -40,7 +40,7 @@ def _slstm(direction: str, D: int, dtype: torch.dtype, forget_activation: str, B
     inputs: Any = (gates, recurrent, *state, torch.zeros(B, T, dtype=torch.bool))
     if direction == "backward":
         output = torch.zeros(B, T, H, D, dtype=dtype)
-        trace = torch.zeros(triton_operators.slstm_trace_fields(gates), B, T, H, D)
+        trace = torch.zeros(triton_configs.slstm_trace_fields(gates), B, T, H, D)
         arguments: Any = (output, *state[:3], *inputs, output, trace, forget_activation)
         slstm_triton.backward(*arguments)
     else:

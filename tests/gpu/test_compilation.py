@@ -20,10 +20,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from tests.gpu import calls
 from tests.gpu.compiler import KIB, TARGETS, Usage, compiling, usage
-from xlstm_rl.kernels import slstm_triton
-from xlstm_rl.kernels.triton_backend import WIDTHS
+from xlstm_rl.kernels import triton_configs
+from xlstm_rl.kernels.triton_configs import DTYPES, WIDTHS
 
-DTYPES = (torch.float32, torch.bfloat16)
 SMALL = ("sm_86", "sm_120", "gfx942")
 # Recurrent weights that do not fit: `why_not` refuses them there.
 NOWHERE = {("slstm", 128, torch.float32)}
@@ -53,7 +52,7 @@ def test_kernel_fits_the_chip(
     case = kernel.split("_")[0], D, dtype
     if case in NOWHERE or (target in SMALL and case in NOT_ON_SMALL) or (target == "gfx942" and case in NOT_ON_AMD):
         pytest.skip("not covered")
-    monkeypatch.setattr(slstm_triton, "_is_small_chip", lambda device: target in SMALL)
+    monkeypatch.setattr(triton_configs, "is_small_chip", lambda device: target in SMALL)
     with compiling(TARGETS[target]) as compiled:
         calls.call(kernel, D, dtype)
     for used in (usage(x, TARGETS[target]) for x in compiled):

@@ -1,45 +1,12 @@
 """The mLSTM forward on a GPU: one launch per sequence, the matrix memory on chip from the first step to the last."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from xlstm_rl.kernels.gates_triton import chunk_weights, least_divisor, load_gates, log_forget
-
-
-class Launch(NamedTuple):
-    """Static shape of a kernel: steps per chunk, share of the memory's columns (or rows) per program, warps, dots.
-
-    `dots` is how `tl.dot` multiplies float32: "ieee" without tensor cores, "tf32x3" with them in three products that
-    keep the digits. bfloat16 always takes the tensor cores.
-    """
-
-    chunk: int
-    share: int
-    warps: int
-    dots: str = "ieee"
-
-    @property
-    def precision(self) -> str:
-        """`dots` as this machine has it: AMD has matrix instructions for float32 and no three-product mode."""
-        return self.dots if torch.version.hip is None else "ieee"
-
-
-# By head width and whether the inputs are bfloat16.
-SEQUENCE = {
-    (16, False): Launch(16, 16, 1),
-    (32, False): Launch(16, 32, 4),
-    (64, False): Launch(16, 16, 4, "tf32x3"),
-    (128, False): Launch(16, 16, 8),
-    (16, True): Launch(16, 16, 1),
-    (32, True): Launch(16, 32, 2),
-    (64, True): Launch(16, 64, 4),
-    (128, True): Launch(16, 64, 8),
-}
-STEP = {16: Launch(1, 16, 1), 32: Launch(1, 32, 1), 64: Launch(1, 32, 2), 128: Launch(1, 32, 4)}
+from xlstm_rl.kernels.triton_configs import launch_for
 
 
 def forward(
@@ -68,14 +35,14 @@ def forward(
     exponential = forget_activation == "exp"
     with torch.cuda.device_of(q):
         if T == 1:
-            launch = STEP[D]
+            launch = launch_for("mlstm_step", q)
             _step[(B * H, D // launch.share)](
                 *(*inputs, hidden, *final, trace, H, D, launch.share, exponential, keep),
                 num_warps=launch.warps,
                 enable_fp_fusion=True,
             )
         else:
-            launch = SEQUENCE[D, q.dtype == torch.bfloat16]
+            launch = launch_for("mlstm_forward", q)
             _sequence[(B * H, D // launch.share)](
                 *(*inputs, hidden, *final, trace, T, H, D, launch.share, launch.chunk),
                 *(exponential, keep, launch.precision),

@@ -11,19 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_rl.kernels.gates_triton import chunk_decays, forget_slope, least_divisor, load_gates
-from xlstm_rl.kernels.mlstm_triton import Launch
-
-# By head width and whether the inputs are bfloat16; the share is of the memory's rows or columns.
-BACKWARD = {
-    (16, False): Launch(16, 16, 1),
-    (32, False): Launch(16, 32, 4),
-    (64, False): Launch(16, 32, 8, "tf32x3"),
-    (128, False): Launch(16, 16, 8),
-    (16, True): Launch(16, 16, 1),
-    (32, True): Launch(16, 32, 2),
-    (64, True): Launch(16, 64, 4),
-    (128, True): Launch(16, 64, 8),
-}
+from xlstm_rl.kernels.triton_configs import launch_for
 
 
 def backward(
@@ -47,7 +35,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, input gate, forget gate, cell and normalizer; all inputs contiguous, T at least 1."""
     B, T, H, D = q.shape
-    launch = BACKWARD[D, q.dtype == torch.bfloat16]
+    launch = launch_for("mlstm_backward", q)
     parts = D // launch.share
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     d_cell_before, d_normalizer_before = torch.empty_like(cell), torch.empty_like(normalizer)

@@ -3,46 +3,16 @@
 Acting is the same launch with T = 1.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from xlstm_rl.kernels.gates_triton import forget_slope, log_forget
-from xlstm_rl.kernels.triton_backend import device_facts
-from xlstm_rl.kernels.triton_operators import slstm_trace_fields
+from xlstm_rl.kernels.triton_configs import launch_for, slstm_trace_fields
 
 # The smallest side of a matrix product on the tensor cores.
 ROWS = 16
-
-
-class Launch(NamedTuple):
-    """Warps of a kernel, and how `tl.dot` multiplies float32: see the mLSTM."""
-
-    warps: int
-    dots: str = "ieee"
-
-    @property
-    def precision(self) -> str:
-        """`dots` as this machine has it: AMD has matrix instructions for float32 and no three-product mode."""
-        return self.dots if torch.version.hip is None else "ieee"
-
-
-# By head width and whether the inputs are bfloat16. Float32 weights of width 128 do not fit on any chip.
-FORWARD = {
-    (16, False): Launch(2),
-    (32, False): Launch(4),
-    (64, False): Launch(8, "tf32x3"),
-    (16, True): Launch(1),
-    (32, True): Launch(2),
-    (64, True): Launch(4),
-    (128, True): Launch(8),
-}
-# The float32 weights of width 64 split for the tensor cores need 136 KiB, which consumer cards do not have.
-SMALL_CHIP = {(64, False): Launch(8)}
-BACKWARD = {**FORWARD, (32, True): Launch(4)}
 
 
 def forward(
@@ -66,7 +36,7 @@ def forward(
     final = tuple(torch.empty_like(cell) for _ in range(4))
     fields = slstm_trace_fields(gates)
     trace = cell.new_empty(fields, B, T if keep else 0, H, D)
-    launch = _launch(FORWARD, gates)
+    launch = launch_for("slstm_forward", gates)
     with torch.cuda.device_of(gates):
         _forward[(triton.cdiv(B, ROWS), H)](
             *(gates, recurrent, cell, normalizer, hidden, stabilizer, reset.view(torch.uint8), output, *final, trace),
@@ -98,7 +68,7 @@ def backward(
     B, T, _, H, D = gates.shape
     d_gates = torch.empty_like(gates)
     by_state = tuple(torch.empty_like(cell) for _ in range(3))
-    launch = _launch(BACKWARD, gates)
+    launch = launch_for("slstm_backward", gates)
     with torch.cuda.device_of(gates):
         _backward[(triton.cdiv(B, ROWS), H)](
             *(gates, recurrent, cell, normalizer, hidden, stabilizer, reset.view(torch.uint8), output, trace),
@@ -118,15 +88,6 @@ def _recurrent_gradient(d_gates: Tensor, output: Tensor, hidden: Tensor, reset: 
     left = d_gates.permute(3, 2, 4, 0, 1).reshape(H, 4 * D, B * T)
     right = before.permute(2, 0, 1, 3).reshape(H, B * T, D)
     return torch.bmm(left, right).view(H, 4, D, D).transpose(0, 1).contiguous()
-
-
-def _launch(table: dict[tuple[int, bool], Launch], gates: Tensor) -> Launch:
-    key = gates.shape[-1], gates.dtype == torch.bfloat16
-    return SMALL_CHIP[key] if key in SMALL_CHIP and _is_small_chip(gates.device) else table[key]
-
-
-def _is_small_chip(device: torch.device) -> bool:
-    return device.type == "cuda" and device_facts(device).shared_memory < 137 * 1024
 
 
 @triton.jit

@@ -1,8 +1,6 @@
 """The GPU backend as the door sees it: when it can run, and its two entries. Triton is imported at the first launch."""
 
-from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +8,9 @@ from torch.nn.functional import pad
 
 from xlstm_rl.kernels import triton_operators
 from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState, empty_mlstm_state, empty_slstm_state
+from xlstm_rl.kernels.triton_configs import DTYPES, SLSTM_SHARED, WIDTHS, DeviceFacts, device_facts
 
-WIDTHS = (16, 32, 64, 128)
-_DTYPES = (torch.float32, torch.bfloat16)
 _TRITON_MISSING = find_spec("triton") is None
-# Bytes of shared memory that some recurrent weights of an sLSTM need; the others fit on every GPU.
-_SHARED = {(64, torch.float32): 81 * 1024, (128, torch.bfloat16): 149 * 1024}
 
 
 def why_not_triton(tensor: Tensor, /) -> str | None:
@@ -25,8 +20,8 @@ def why_not_triton(tensor: Tensor, /) -> str | None:
     if _TRITON_MISSING:
         return "the package triton is not installed"
     D, dtype = tensor.shape[-1], tensor.dtype
-    if dtype not in _DTYPES:
-        return f"dtype {dtype} is not covered, only {' and '.join(map(str, _DTYPES))}"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not covered, only {' and '.join(map(str, DTYPES))}"
     if D not in WIDTHS:
         return f"head width {D} is not covered, only {WIDTHS}"
     if tensor.ndim == 5 and D == 128 and dtype == torch.float32:
@@ -34,7 +29,7 @@ def why_not_triton(tensor: Tensor, /) -> str | None:
     device = _facts_for_trace(tensor.device)
     if device.capability < (8, 0) and not device.is_amd:
         return f"compute capability {device.capability} is below (8, 0)"
-    needed = _SHARED.get((D, dtype), 0) if tensor.ndim == 5 else 0
+    needed = SLSTM_SHARED.get((D, dtype), 0) if tensor.ndim == 5 else 0
     if device.shared_memory < needed:
         return (
             f"an sLSTM head of width {D} in {dtype} needs {needed} bytes of shared memory, "
@@ -43,26 +38,10 @@ def why_not_triton(tensor: Tensor, /) -> str | None:
     return None
 
 
-class DeviceFacts(NamedTuple):
-    """What decides which kernels a GPU can run; shared memory in bytes per program."""
-
-    capability: tuple[int, int]
-    shared_memory: int
-    is_amd: bool
-
-
 # A trace of torch.compile takes the answer as given; asking the driver is nothing it can trace.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _facts_for_trace(device: torch.device) -> DeviceFacts:
     return device_facts(device)
-
-
-@cache
-def device_facts(device: torch.device) -> DeviceFacts:
-    """Ask the driver, once per device."""
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return DeviceFacts(torch.cuda.get_device_capability(device), int(shared), torch.version.hip is not None)
 
 
 def mlstm_fused(

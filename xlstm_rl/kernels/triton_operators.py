@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xlstm_rl.kernels.triton_configs import slstm_trace_fields
+
 _NAMESPACE = "xlstm_rl"
 _library = torch.library.Library(_NAMESPACE, "DEF")
 _library.define(
@@ -45,15 +47,6 @@ def slstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tens
     """Hidden [B, T, H, D], the four leaves of the final state and what the backward pass needs (if `keep`)."""
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.xlstm_rl.slstm(*arguments)
     return result
-
-
-def slstm_trace_fields(gates: Tensor) -> int:
-    """How many float32 values per unit and step the sLSTM keeps for its backward pass.
-
-    3 are cell, normalizer and stabilizer. 7 are these and the four pre-activations, where the chip cannot hold the
-    recurrent weights twice, once to compute the gates again and once, turned, for the gradient.
-    """
-    return 3 if gates.dtype == torch.bfloat16 and gates.shape[-1] <= 64 else 7
 
 
 def launch_mlstm(*arguments: Any) -> tuple[Tensor, ...]:
