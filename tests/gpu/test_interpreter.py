@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_check
 from tests.conftest import TOLERANCE, assert_close
 from tests.kernels import cases
-from xlstm_rl.kernels import ForgetActivation, dispatch, triton_operators
+from xlstm_rl.kernels import ForgetActivation, dispatch, triton_backend, triton_operators
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -246,6 +247,23 @@ def test_compiled_call_is_one_graph_and_equal(operation: str) -> None:
     actual = torch.compile(loss, fullgraph=True, backend="aot_eager")(*case.sequence)
     assert_close(actual, expected)
     assert_close(torch.autograd.grad(actual, case.sequence), torch.autograd.grad(expected, case.sequence))
+
+
+@every_operation
+@every_dtype
+def test_gpu_check_finds_no_error(operation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+    row = gpu_check._check_case(operation, 16, dtype, 3, "sigmoid")
+    assert not row["skipped"]
+    assert not row["wrong"], row
+
+
+def test_gpu_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+    right = triton_backend.mlstm_fused
+    backend = dispatch._BACKENDS["triton"]._replace(mlstm=lambda q, k, v, *rest: right(q, k, v * 1.01, *rest))
+    monkeypatch.setitem(dispatch._BACKENDS, "triton", backend)
+    assert gpu_check._check_case("mlstm", 16, torch.float32, 3, "sigmoid")["wrong"]
 
 
 @triton.jit

@@ -110,16 +110,18 @@ def _sequence(
         hidden = total / tl.maximum(tl.abs(product), least_divisor(stabilizer))[:, None]
         tl.store(hidden_ptr + at + column[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=valid[:, None])
         if KEEP:
-            tl.store(trace_ptr + row, stabilizer, mask=valid & first)
-            tl.store(trace_ptr + field + row, product, mask=valid & first)
+            if first:
+                tl.store(trace_ptr + row, stabilizer, mask=valid)
+                tl.store(trace_ptr + field + row, product, mask=valid)
 
         written = k.to(tl.float32) * (write * scale)[:, None]
         C = tl.dot(tl.trans(written.to(v.dtype)), v, acc=C * keep, input_precision=PRECISION)
         n = n * keep + tl.sum(written, 0)
 
     tl.store(last_cell_ptr + tile, C)
-    tl.store(last_normalizer_ptr + head * D + d, n, mask=first & (d < D))
-    tl.store(last_stabilizer_ptr + head, m, mask=first)
+    if first:
+        tl.store(last_normalizer_ptr + head * D + d, n)
+        tl.store(last_stabilizer_ptr + head, m)
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -169,8 +171,9 @@ def _step(
     tl.store(hidden_ptr + head * D + column, hidden.to(hidden_ptr.dtype.element_ty))
     tl.store(last_cell_ptr + at, C)
     first = tl.program_id(1) == 0
-    tl.store(last_normalizer_ptr + head * D + d, n, mask=first & (d < D))
-    tl.store(last_stabilizer_ptr + head, m, mask=first)
-    if KEEP:
-        tl.store(trace_ptr + head, m, mask=first)
-        tl.store(trace_ptr + tl.num_programs(0) + head, product, mask=first)
+    if first:
+        tl.store(last_normalizer_ptr + head * D + d, n)
+        tl.store(last_stabilizer_ptr + head, m)
+        if KEEP:
+            tl.store(trace_ptr + head, m)
+            tl.store(trace_ptr + tl.num_programs(0) + head, product)

@@ -139,20 +139,21 @@ def _queries(
         inside = tl.exp(tl.where(sees, between + input_gate[None, :], never) - stabilizer[:, None]) * scale
         read = tl.exp(tl.where(segment == 0, from_start + m, never) - stabilizer)
 
-        q = tl.load(q_ptr + narrow, mask=valid[:, None], other=0.0)
-        k = tl.load(k_ptr + narrow, mask=valid[:, None], other=0.0)
         v = tl.load(v_ptr + wide, mask=valid[:, None], other=0.0)
         d_hidden = tl.load(d_hidden_ptr + wide, mask=valid[:, None], other=0.0).to(tl.float32)
         hidden = tl.load(hidden_ptr + wide, mask=valid[:, None], other=0.0).to(tl.float32)
         slope = -tl.sum(d_hidden * hidden, 1) / divisor * tl.where(product > 0, 1.0, -1.0)
         slope = tl.where(tl.abs(product) > least, slope, 0.0)
 
-        d_total = (d_hidden / divisor[:, None]).to(q.dtype)
+        d_total = (d_hidden / divisor[:, None]).to(v.dtype)
         d_weight = tl.dot(d_total, tl.trans(v), input_precision=PRECISION) + slope[:, None]
-        d_q = tl.dot(d_total, tl.trans(C.to(q.dtype)), input_precision=PRECISION) + slope[:, None] * n[None, :]
-        d_q = tl.dot((d_weight * inside).to(q.dtype), k, acc=d_q * read[:, None], input_precision=PRECISION)
+        d_q = tl.dot(d_total, tl.trans(C.to(v.dtype)), input_precision=PRECISION) + slope[:, None] * n[None, :]
+        q = tl.load(q_ptr + narrow, mask=valid[:, None], other=0.0)
+        k = tl.load(k_ptr + narrow, mask=valid[:, None], other=0.0)
+        d_q = tl.dot((d_weight * inside).to(k.dtype), k, acc=d_q * read[:, None], input_precision=PRECISION)
         tl.store(d_q_ptr + narrow, d_q.to(d_q_ptr.dtype.element_ty), mask=valid[:, None])
-        tl.store(slope_ptr + row, slope, mask=valid & (tl.program_id(1) == 0))
+        if tl.program_id(1) == 0:
+            tl.store(slope_ptr + row, slope, mask=valid)
         part = tl.program_id(1) * field
         tl.store(from_queries_ptr + part + row, tl.sum(d_q * q.to(tl.float32), 1), mask=valid)
 

@@ -271,21 +271,21 @@ def _backward(
         by_cell = d_h * o / n
         d_c += by_cell
         d_n -= by_cell * ratio
-        d_o = d_h * ratio * o * (1.0 - o)
-        d_z = d_c * write * (1.0 - z * z)
-        d_f = (d_c * old_c + d_n * old_n) * forget * forget_slope(f, EXP)
-        d_i = (d_c * z + d_n) * write
+        # Each gradient is stored and multiplied before the next is made: they need not be on chip together.
         kind: tl.constexpr = d_gates_ptr.dtype.element_ty
         gate = H * D
-        tl.store(d_gates_ptr + at, d_i.to(kind), mask=rows)
-        tl.store(d_gates_ptr + at + gate, d_f.to(kind), mask=rows)
-        tl.store(d_gates_ptr + at + 2 * gate, d_z.to(kind), mask=rows)
-        tl.store(d_gates_ptr + at + 3 * gate, d_o.to(kind), mask=rows)
-
-        d_h = tl.dot(d_i.to(kind), tl.trans(weights[0]), input_precision=PRECISION)
-        d_h = tl.dot(d_f.to(kind), tl.trans(weights[1]), acc=d_h, input_precision=PRECISION)
-        d_h = tl.dot(d_z.to(kind), tl.trans(weights[2]), acc=d_h, input_precision=PRECISION)
-        d_h = tl.dot(d_o.to(kind), tl.trans(weights[3]), acc=d_h, input_precision=PRECISION)
+        slope = (d_h * ratio * o * (1.0 - o)).to(kind)
+        tl.store(d_gates_ptr + at + 3 * gate, slope, mask=rows)
+        d_h = tl.dot(slope, tl.trans(weights[3]), input_precision=PRECISION)
+        slope = (d_c * write * (1.0 - z * z)).to(kind)
+        tl.store(d_gates_ptr + at + 2 * gate, slope, mask=rows)
+        d_h = tl.dot(slope, tl.trans(weights[2]), acc=d_h, input_precision=PRECISION)
+        slope = ((d_c * old_c + d_n * old_n) * forget * forget_slope(f, EXP)).to(kind)
+        tl.store(d_gates_ptr + at + gate, slope, mask=rows)
+        d_h = tl.dot(slope, tl.trans(weights[1]), acc=d_h, input_precision=PRECISION)
+        slope = ((d_c * z + d_n) * write).to(kind)
+        tl.store(d_gates_ptr + at, slope, mask=rows)
+        d_h = tl.dot(slope, tl.trans(weights[0]), acc=d_h, input_precision=PRECISION)
         d_h = tl.where(kept, d_h, 0.0)
         d_c = d_c * forget
         d_n = d_n * forget

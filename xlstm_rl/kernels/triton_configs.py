@@ -44,7 +44,7 @@ _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
         (64, False): Launch(4, "tf32x3"),
         (128, False): Launch(8),
         (16, True): Launch(1),
-        (32, True): Launch(2, share=32),
+        (32, True): Launch(4, share=32),
         (64, True): Launch(4, share=64),
         (128, True): Launch(8, share=64),
     },
@@ -61,11 +61,11 @@ _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
     "mlstm_backward": {
         (16, False): Launch(1),
         (32, False): Launch(4, share=32),
-        (64, False): Launch(8, "tf32x3", share=32),
+        (64, False): Launch(8, "tf32x3"),
         (128, False): Launch(8),
-        (16, True): Launch(1),
+        (16, True): Launch(2),
         (32, True): Launch(2, share=32),
-        (64, True): Launch(4, share=64),
+        (64, True): Launch(4, share=32),
         (128, True): Launch(8, share=64),
     },
     "slstm_forward": {
@@ -90,11 +90,7 @@ _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
 # In place of these on chips with less shared memory, consumer and AMD cards.
 _SMALL_CHIP: dict[str, dict[tuple[int, bool], Launch]] = {
     "mlstm_forward": {(32, False): Launch(8, share=32), (64, False): Launch(8, "tf32x3")},
-    "mlstm_backward": {
-        (64, False): Launch(8, "tf32x3"),
-        (64, True): Launch(4, share=32),
-        (128, True): Launch(4),
-    },
+    "mlstm_backward": {(128, True): Launch(4)},
     "slstm_forward": {(64, False): Launch(8)},
     "slstm_backward": {(64, False): Launch(8)},
 }
