@@ -67,10 +67,10 @@ $(TRITON_STAMP): $(STAMP)
 # Two processes: what was imported to be interpreted cannot be compiled.
 test-triton: $(TRITON_STAMP)
 	$(ONE_THREAD) OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q tests/gpu/test_interpreter.py
-	$(ONE_THREAD) PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q tests/gpu/test_compilation.py
+	$(ONE_THREAD) TRITON_INTERPRET=0 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q tests/gpu/test_compilation.py
 
 slow-triton: $(TRITON_STAMP)
-	$(ONE_THREAD) PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q -m slow tests/gpu/test_compilation.py
+	$(ONE_THREAD) TRITON_INTERPRET=0 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q -m slow tests/gpu/test_compilation.py
 
 gpu-check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check

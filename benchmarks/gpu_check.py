@@ -215,7 +215,7 @@ def _interleaved(runs: dict[str, Callable[[bool], None]], rounds: int) -> dict[s
     times: dict[tuple[str, bool], list[float]] = {(label, both): [] for label in runs for both in (False, True)}
     for turn in range(rounds + 3):
         for (label, both), values in times.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             runs[label](both)
             end.record()

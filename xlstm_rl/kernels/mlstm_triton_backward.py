@@ -139,12 +139,12 @@ def _queries(
         inside = tl.exp(tl.where(sees, between + input_gate[None, :], never) - stabilizer[:, None]) * scale
         read = tl.exp(tl.where(segment == 0, from_start + m, never) - stabilizer)
 
-        v = tl.load(v_ptr + wide, mask=valid[:, None], other=0.0)
         d_hidden = tl.load(d_hidden_ptr + wide, mask=valid[:, None], other=0.0).to(tl.float32)
         hidden = tl.load(hidden_ptr + wide, mask=valid[:, None], other=0.0).to(tl.float32)
         slope = -tl.sum(d_hidden * hidden, 1) / divisor * tl.where(product > 0, 1.0, -1.0)
         slope = tl.where(tl.abs(product) > least, slope, 0.0)
 
+        v = tl.load(v_ptr + wide, mask=valid[:, None], other=0.0)
         d_total = (d_hidden / divisor[:, None]).to(v.dtype)
         d_weight = tl.dot(d_total, tl.trans(v), input_precision=PRECISION) + slope[:, None]
         d_q = tl.dot(d_total, tl.trans(C.to(v.dtype)), input_precision=PRECISION) + slope[:, None] * n[None, :]
