@@ -274,18 +274,18 @@ def _backward(
         # Each gradient is stored and multiplied before the next is made: they need not be on chip together.
         kind: tl.constexpr = d_gates_ptr.dtype.element_ty
         gate = H * D
-        slope = (d_h * ratio * o * (1.0 - o)).to(kind)
-        tl.store(d_gates_ptr + at + 3 * gate, slope, mask=rows)
-        d_h = tl.dot(slope, tl.trans(weights[3]), input_precision=PRECISION)
-        slope = (d_c * write * (1.0 - z * z)).to(kind)
-        tl.store(d_gates_ptr + at + 2 * gate, slope, mask=rows)
-        d_h = tl.dot(slope, tl.trans(weights[2]), acc=d_h, input_precision=PRECISION)
-        slope = ((d_c * old_c + d_n * old_n) * forget * forget_slope(f, EXP)).to(kind)
-        tl.store(d_gates_ptr + at + gate, slope, mask=rows)
-        d_h = tl.dot(slope, tl.trans(weights[1]), acc=d_h, input_precision=PRECISION)
-        slope = ((d_c * z + d_n) * write).to(kind)
-        tl.store(d_gates_ptr + at, slope, mask=rows)
-        d_h = tl.dot(slope, tl.trans(weights[0]), acc=d_h, input_precision=PRECISION)
+        d_o = (d_h * ratio * o * (1.0 - o)).to(kind)
+        tl.store(d_gates_ptr + at + 3 * gate, d_o, mask=rows)
+        d_f = ((d_c * old_c + d_n * old_n) * forget * forget_slope(f, EXP)).to(kind)
+        tl.store(d_gates_ptr + at + gate, d_f, mask=rows)
+        d_h = tl.dot(d_f, tl.trans(weights[1]), input_precision=PRECISION)
+        d_h = tl.dot(d_o, tl.trans(weights[3]), acc=d_h, input_precision=PRECISION)
+        d_i = ((d_c * z + d_n) * write).to(kind)
+        tl.store(d_gates_ptr + at, d_i, mask=rows)
+        d_h = tl.dot(d_i, tl.trans(weights[0]), acc=d_h, input_precision=PRECISION)
+        d_z = (d_c * write * (1.0 - z * z)).to(kind)
+        tl.store(d_gates_ptr + at + 2 * gate, d_z, mask=rows)
+        d_h = tl.dot(d_z, tl.trans(weights[2]), acc=d_h, input_precision=PRECISION)
         d_h = tl.where(kept, d_h, 0.0)
         d_c = d_c * forget
         d_n = d_n * forget

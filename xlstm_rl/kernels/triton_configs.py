@@ -40,7 +40,7 @@ class Launch(NamedTuple):
 _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
     "mlstm_forward": {
         (16, False): Launch(1),
-        (32, False): Launch(4, share=32),
+        (32, False): Launch(8, share=32),
         (64, False): Launch(4, "tf32x3"),
         (128, False): Launch(8),
         (16, True): Launch(1),
@@ -89,7 +89,7 @@ _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
 }
 # In place of these on chips with less shared memory, consumer and AMD cards.
 _SMALL_CHIP: dict[str, dict[tuple[int, bool], Launch]] = {
-    "mlstm_forward": {(32, False): Launch(8, share=32), (64, False): Launch(8, "tf32x3")},
+    "mlstm_forward": {(64, False): Launch(8, "tf32x3")},
     "mlstm_backward": {(128, True): Launch(4)},
     "slstm_forward": {(64, False): Launch(8)},
     "slstm_backward": {(64, False): Launch(8)},
