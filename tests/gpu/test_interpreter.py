@@ -122,6 +122,18 @@ def test_forget_gates_above_one_after_a_reset_equal_the_reference() -> None:
     assert_close(cases.evaluate(case, "triton"), reference(case))
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)))
+@pytest.mark.parametrize("open_gates", (3.0, 15.0))
+def test_long_sequence_stays_precise(dtype: torch.dtype, allowed: float, open_gates: float) -> None:
+    case = make("mlstm", B=1, T=400, gate=1.0, reset=0.001)
+    case.sequence[4].add_(open_gates)
+    case = case._replace(sequence=tuple(x.to(dtype) for x in case.sequence))
+    actual, exact = cases.evaluate(case, "triton"), reference(case)
+    pairs = zip((actual.hidden, *actual.sequence_gradient), (exact.hidden, *exact.sequence_gradient), strict=True)
+    errors = [float((a.double() - e).square().mean().sqrt() / e.square().mean().sqrt()) for a, e in pairs]
+    assert max(errors) <= allowed, errors
+
+
 @pytest.mark.parametrize("V", (3, 16, 20, 40))
 def test_other_widths_of_values_equal_the_reference(V: int) -> None:
     case = make("mlstm", V=V, T=18)
