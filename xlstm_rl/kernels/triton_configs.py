@@ -90,7 +90,7 @@ _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
 # In place of these on chips with less shared memory, consumer and AMD cards.
 _SMALL_CHIP: dict[str, dict[tuple[int, bool], Launch]] = {
     "mlstm_forward": {(64, False): Launch(8, "tf32x3")},
-    "mlstm_backward": {(128, True): Launch(4)},
+    "mlstm_backward": {(16, True): Launch(1), (128, True): Launch(4)},
     "slstm_forward": {(64, False): Launch(8)},
     "slstm_backward": {(64, False): Launch(8)},
 }
