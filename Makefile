@@ -6,6 +6,9 @@ PRESET ?= tmaze
 OVERRIDES ?=
 WORKERS ?= 2
 
+TRITON ?= 3.7.1
+TRITON_VENV ?= .venv-triton
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
@@ -13,13 +16,16 @@ STAMP := $(VENV)/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint slow bench clean
+.PHONY: help setup train test test-triton slow-triton gpu-check lint slow bench clean
 
 help:
 	@echo "make train   train an agent (PRESET=$(PRESET), OVERRIDES='a.b=value ...')"
 	@echo "make test    lint, types and the quick tests"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make slow    the slow tests"
+	@echo "make test-triton  the GPU kernels without a GPU: interpreter, then compiler (TRITON=$(TRITON))"
+	@echo "make slow-triton  the compiler for more kinds of GPU"
+	@echo "make gpu-check    correctness and speed of the kernels on this machine's GPU"
 	@echo "make bench   speed and learning benchmarks (about an hour)"
 	@echo "make clean   remove what make created, runs/ excepted"
 
@@ -47,10 +53,34 @@ test: lint
 slow: $(STAMP)
 	$(ONE_THREAD) $(BIN)/pytest -q -m slow
 
+# Triton beside the packages of the first environment; torch for the CPU does not bring it.
+TRITON_STAMP := $(TRITON_VENV)/.installed-$(TRITON)
+
+$(TRITON_STAMP): $(STAMP)
+	test -x $(TRITON_VENV)/bin/python || $(BIN)/python -m venv $(TRITON_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(TRITON_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth"
+	$(TRITON_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps triton==$(TRITON)
+	rm -f $(TRITON_VENV)/.installed-*
+	touch $@
+
+# Two processes: what was imported to be interpreted cannot be compiled.
+test-triton: $(TRITON_STAMP)
+	$(ONE_THREAD) OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q tests/gpu/test_interpreter.py
+	$(ONE_THREAD) TRITON_INTERPRET=0 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q tests/gpu/test_compilation.py
+
+slow-triton: $(TRITON_STAMP)
+	$(ONE_THREAD) TRITON_INTERPRET=0 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q -m slow tests/gpu/test_compilation.py
+
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_check
+
+# gpu_check needs a GPU and has a target of its own.
 bench: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.layers
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.throughput
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.learning
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.collapse
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(TRITON_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -7,7 +7,7 @@ from hypothesis import settings
 from torch import Tensor
 
 # Largest allowed error, relative to the largest expected value of a tensor.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-10}
 # Tensors smaller than this throughout are compared as if they reached it.
 SMALLEST_SCALE = 0.1
 

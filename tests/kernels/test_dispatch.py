@@ -47,7 +47,7 @@ def test_auto_passes_over_a_backend_that_cannot_run(operation: str, broken: str)
 
 @every_operation
 def test_unknown_backend_is_refused(operation: str) -> None:
-    with pytest.raises(ValueError, match=r"backend 'fpga' is unknown; allowed is 'auto' or one of \('cpp', 'torch', "):
+    with pytest.raises(ValueError, match=r"backend 'fpga' is unknown; allowed is 'auto' or one of \('triton', 'cpp', "):
         cases.run(cases.make_case(operation), "fpga")
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState
 
-_FLOATS = (torch.float32, torch.float64)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 _FORGET_ACTIVATIONS = get_args(ForgetActivation)
 
 
@@ -33,9 +33,9 @@ def check_mlstm(
     _check_tensor("input_gate", input_gate, (B, T, H), q)
     _check_tensor("forget_gate", forget_gate, (B, T, H), q)
     if state is not None:
-        _check_tensor("state.cell", state.cell, (B, H, K, V), q)
-        _check_tensor("state.normalizer", state.normalizer, (B, H, K), q)
-        _check_tensor("state.stabilizer", state.stabilizer, (B, H), q)
+        _check_leaf("cell", state.cell, (B, H, K, V), q)
+        _check_leaf("normalizer", state.normalizer, (B, H, K), q)
+        _check_leaf("stabilizer", state.stabilizer, (B, H), q)
     _check_common("q", q, reset, B, T, forget_activation)
 
 
@@ -48,10 +48,10 @@ def check_slstm(
     B, T, _, H, D = gates.shape
     _check_tensor("recurrent", recurrent, (4, H, D, D), gates)
     if state is not None:
-        _check_tensor("state.cell", state.cell, (B, H, D), gates)
-        _check_tensor("state.normalizer", state.normalizer, (B, H, D), gates)
-        _check_tensor("state.hidden", state.hidden, (B, H, D), gates)
-        _check_tensor("state.stabilizer", state.stabilizer, (B, H, D), gates)
+        _check_leaf("cell", state.cell, (B, H, D), gates)
+        _check_leaf("normalizer", state.normalizer, (B, H, D), gates)
+        _check_leaf("hidden", state.hidden, (B, H, D), gates)
+        _check_leaf("stabilizer", state.stabilizer, (B, H, D), gates)
     _check_common("gates", gates, reset, B, T, forget_activation)
 
 
@@ -70,9 +70,20 @@ def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) ->
         raise TypeError(f"{name} has dtype {x.dtype}; allowed is the dtype of the other arguments, {like.dtype}")
 
 
+def _check_leaf(name: str, leaf: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """A leaf of a state: the dtype of the inputs, float32 where these are bfloat16."""
+    if leaf.shape != shape:
+        raise ValueError(f"state.{name} has shape {tuple(leaf.shape)}; allowed is {shape}")
+    dtype = torch.float32 if like.dtype == torch.bfloat16 else like.dtype
+    if leaf.dtype != dtype:
+        raise TypeError(f"state.{name} has dtype {leaf.dtype}; allowed with inputs in {like.dtype} is {dtype}")
+
+
 def _check_common(name: str, x: Tensor, reset: Tensor | None, B: int, T: int, forget_activation: str) -> None:
     if x.dtype not in _FLOATS:
-        raise TypeError(f"{name} has dtype {x.dtype}; allowed are torch.float32 and torch.float64")
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; allowed are torch.float32 and torch.float64, and torch.bfloat16 on a GPU"
+        )
     if reset is not None:
         check_reset(reset, B, T)
     if forget_activation not in _FORGET_ACTIVATIONS:

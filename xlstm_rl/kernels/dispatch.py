@@ -1,5 +1,7 @@
 """The one door to the kernels: a name per operation, and behind it the backends that can compute it."""
 
+import warnings
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,6 +15,7 @@ from xlstm_rl.kernels.mlstm_reference import mlstm_recurrence
 from xlstm_rl.kernels.slstm_reference import slstm_recurrence
 from xlstm_rl.kernels.slstm_scan import slstm_scan
 from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState
+from xlstm_rl.kernels.triton_backend import mlstm_fused, slstm_fused, why_not_triton
 
 
 def mlstm_sequence(
@@ -33,7 +36,8 @@ def mlstm_sequence(
     `m = max(log f + m, i, 0)`, without output gate or norm.
 
     Args:
-        q: [B, T, H, K], float32 or float64 like all the others; T may be zero or one.
+        q: [B, T, H, K], float32 or float64 like all the others, or bfloat16 on a GPU (then with float32 states);
+            T may be zero or one.
         k: [B, T, H, K].
         v: [B, T, H, V].
         input_gate: [B, T, H], before its exponential activation.
@@ -50,8 +54,8 @@ def mlstm_sequence(
         ValueError: if shapes do not fit together, or the backend is unknown or cannot run here.
         TypeError: if a dtype is not allowed.
     """
-    check_mlstm(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
     run = _choose(backend, q).mlstm
+    check_mlstm(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
     return run(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
 
 
@@ -69,7 +73,8 @@ def slstm_sequence(
     Gate `a` of step t sees `gates[:, t, a] + recurrent[a] @ hidden[:, t - 1]`, head by head.
 
     Args:
-        gates: [B, T, 4, H, D], float32 or float64, pre-activations of i, f, z, o with bias; T may be zero or one.
+        gates: [B, T, 4, H, D], float32 or float64, or bfloat16 on a GPU (then with float32 states), pre-activations of
+            i, f, z, o with bias; T may be zero or one.
         recurrent: [4, H, D, D], recurrent weights as (out, in), the same dtype.
         state: memory before the first step; None or zeros is the empty memory.
         reset: [B, T] bool or None, true where the memory of a row is emptied before the step.
@@ -83,8 +88,8 @@ def slstm_sequence(
         ValueError: if shapes do not fit together, or the backend is unknown or cannot run here.
         TypeError: if a dtype is not allowed.
     """
-    check_slstm(gates, recurrent, state, reset, forget_activation)
     run = _choose(backend, gates).slstm
+    check_slstm(gates, recurrent, state, reset, forget_activation)
     return run(gates, recurrent, state, reset, forget_activation)
 
 
@@ -154,15 +159,18 @@ class BackendInfo(NamedTuple):
     unusable: dict[str, str]
 
 
-def _runs_everywhere(tensor: Tensor, /) -> None:
+def _why_not_torch(tensor: Tensor, /) -> str | None:
+    if tensor.dtype == torch.bfloat16:
+        return "it computes in the dtype of its arguments, and bfloat16 is too coarse for that"
     return None
 
 
 # "auto" takes the first that can run; the reference comes last and is there to be compared with.
 _BACKENDS: dict[str, Backend] = {
+    "triton": Backend(mlstm_fused, slstm_fused, why_not_triton),
     "cpp": Backend(mlstm_cpp, slstm_cpp, cpp_extension.why_not),
-    "torch": Backend(mlstm_chunkwise, slstm_scan, _runs_everywhere),
-    "reference": Backend(mlstm_recurrence, slstm_recurrence, _runs_everywhere),
+    "torch": Backend(mlstm_chunkwise, slstm_scan, _why_not_torch),
+    "reference": Backend(mlstm_recurrence, slstm_recurrence, _why_not_torch),
 }
 
 
@@ -196,9 +204,29 @@ def _info(tensor: Tensor) -> BackendInfo:
 
 def _choose(name: str, tensor: Tensor) -> Backend:
     if name == "auto":
-        return next(backend for backend in _BACKENDS.values() if backend.why_not(tensor) is None)
+        return _first_that_can(tensor)
     reason = why_not(name, tensor)
     if reason is not None:
         usable = tuple(other for other, backend in _BACKENDS.items() if backend.why_not(tensor) is None)
         raise ValueError(f"backend {name!r} cannot run here: {reason}; use backend='auto' or one of {usable}")
     return _BACKENDS[name]
+
+
+def _first_that_can(tensor: Tensor) -> Backend:
+    reasons: dict[str, str] = {}
+    for name, backend in _BACKENDS.items():
+        reason = backend.why_not(tensor)
+        if reason is None:
+            if tensor.is_cuda and "triton" in reasons and not torch.compiler.is_compiling():
+                _warn_once(name, reasons["triton"])
+            return backend
+        reasons[name] = reason
+    raise TypeError(
+        f"no backend computes in {tensor.dtype} here, allowed are torch.float32 and torch.float64: "
+        + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    )
+
+
+@cache
+def _warn_once(name: str, reason: str) -> None:
+    warnings.warn(f"backend 'triton' cannot run here: {reason}; using {name!r}", RuntimeWarning, stacklevel=5)

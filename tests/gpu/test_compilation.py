@@ -1,0 +1,91 @@
+"""The GPU kernels compiled through their launchers, for several GPUs and without any; `make test-triton` runs it.
+
+Needs a process of its own with TRITON_INTERPRET=0. TRITON_USAGE=file.md writes what every kernel uses as a table.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") != "0":
+    pytest.skip("compiling needs a process with TRITON_INTERPRET=0", allow_module_level=True)
+
+import triton
+
+from tests.gpu import calls
+from tests.gpu.compiler import KIB, TARGETS, Usage, compiling, usage
+from xlstm_rl.kernels import triton_configs
+from xlstm_rl.kernels.triton_configs import DTYPES, WIDTHS
+
+SMALL = ("sm_86", "sm_120", "gfx942")
+# Recurrent weights that do not fit: `why_not` refuses them there.
+NOWHERE = {("slstm", 128, torch.float32)}
+NOT_ON_SMALL = {("slstm", 128, torch.bfloat16)}
+NOT_ON_AMD = {("slstm", 64, torch.float32), ("slstm", 64, torch.bfloat16)}
+# Instructions that may spill: newer compilers than the one that torch pins put two into the widest float32 kernel.
+SPILLS = {} if triton.__version__.startswith("3.7") else {("mlstm_backward", 128, torch.float32): 2}
+
+_rows: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    yield
+    if "TRITON_USAGE" in os.environ:
+        header = "| GPU | launch | width | dtype | kernel | registers | shared KiB | spills | matrix instructions |"
+        Path(os.environ["TRITON_USAGE"]).write_text("\n".join([header, "|---" * 9 + "|", *_rows]) + "\n")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("D", WIDTHS)
+@pytest.mark.parametrize("kernel", calls.KERNELS)
+@pytest.mark.parametrize(
+    "target", [name if name not in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in TARGETS]
+)
+def test_kernel_fits_the_chip(
+    target: str, kernel: str, D: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = kernel.split("_")[0], D, dtype
+    if case in NOWHERE or (target in SMALL and case in NOT_ON_SMALL) or (target == "gfx942" and case in NOT_ON_AMD):
+        pytest.skip("not covered")
+    monkeypatch.setattr(triton_configs, "is_small_chip", lambda device: target in SMALL)
+    with compiling(TARGETS[target]) as compiled:
+        calls.call(kernel, D, dtype)
+    for used in (usage(x, TARGETS[target]) for x in compiled):
+        _rows.append(_row(target, kernel, D, dtype, used))
+        allowed = SPILLS.get((kernel, D, dtype), 0)
+        assert used.spills <= allowed, used
+        assert used.stack == 0 or allowed > 0, used
+        assert used.shared <= TARGETS[target].shared, used
+        if dtype == torch.bfloat16 and kernel != "mlstm_step":
+            assert used.matrix_instructions > 0, used
+
+
+def _row(target: str, kernel: str, D: int, dtype: torch.dtype, used: Usage) -> str:
+    cells = (target, kernel, D, str(dtype)[6:], used.kernel, used.registers, f"{used.shared / KIB:.1f}")
+    return "| " + " | ".join(map(str, (*cells, used.spills, used.matrix_instructions))) + " |"
+
+
+@pytest.mark.parametrize("kernel", [name for name in calls.KERNELS if name.endswith("ward")])
+def test_exponential_forget_gate_fits_the_chip(kernel: str) -> None:
+    with compiling(TARGETS["sm_80"]) as compiled:
+        calls.call(kernel, 32, torch.bfloat16, "exp")
+    assert all(usage(x, TARGETS["sm_80"]).spills == 0 for x in compiled)
+
+
+@pytest.mark.parametrize("kernel", calls.KERNELS)
+def test_batch_size_and_length_do_not_compile_again(kernel: str) -> None:
+    with compiling(TARGETS["sm_80"]) as compiled:
+        calls.call(kernel, 16, torch.float32, B=3, T=33)
+        launches = len(compiled)
+        for B, T in ((1, 2), (16, 48), (64, 1)):
+            calls.call(kernel, 16, torch.float32, B=B, T=1 if kernel in calls.ONE_STEP else T + (T == 1))
+    assert len({id(x) for x in compiled}) == launches
