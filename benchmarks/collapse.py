@@ -35,7 +35,7 @@ def main() -> None:
     run_all(jobs, args.workers)
     results = read(jobs)
     print(render(results))
-    draw(results, args.figure, columns=1)
+    draw(results, args.figure, columns=1, panel_width=8.0)
     for label in CURES:
         print(f"{label}: {_dips([result['curve'] for result in results if result['label'] == label])}")
 

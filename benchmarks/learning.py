@@ -137,16 +137,17 @@ def _solved_at(result: dict[str, Any]) -> str:
     return next((f"{step / 1000:.0f}" for step in good), "-")
 
 
-def draw(results: Sequence[dict[str, Any]], path: Path, columns: int = 3) -> None:
+def draw(results: Sequence[dict[str, Any]], path: Path, columns: int = 3, panel_width: float = 4.0) -> None:
     """Evaluation returns over steps, one panel per task: every seed a thin line, their mean a thick one."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     tasks = list(dict.fromkeys(result["task"] for result in results))
     agents = list(dict.fromkeys(f"{result['agent']} {result['label']}".strip() for result in results))
     rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(4.0 * min(columns, len(tasks)), 2.9 * rows), layout="constrained")
+    figure = Figure(figsize=(panel_width * min(columns, len(tasks)), 2.9 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, min(columns, len(tasks)), squeeze=False).flatten()
     for panel, task in zip(panels, tasks, strict=False):
@@ -166,6 +167,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path, columns: int = 3) -> Non
             panel.axhline(scores[name]["mean_return"], color="0.4", linestyle=style, linewidth=1, label=name)
         panel.set_title(TITLES.get(task, task), fontsize="medium")
         panel.set_xlabel("environment steps")
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("evaluation return")
     panels[0].legend(fontsize="x-small")

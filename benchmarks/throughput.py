@@ -78,7 +78,7 @@ def contenders(args: argparse.Namespace) -> dict[str, BaseAlgorithm]:
             "memory_kwargs": {"hidden_size": args.width, **memory_kwargs},
             "critic_memory": critic_memory,
         }
-        return RecurrentPPO("MlpXLSTMPolicy", vec_env(), seq_len=64, policy_kwargs=policy_kwargs, **settings)
+        return RecurrentPPO("MlpXLSTMPolicy", vec_env(), seq_len=args.seq_len, policy_kwargs=policy_kwargs, **settings)
 
     stock = {"lstm_hidden_size": args.width}
     return {
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--episode-steps", type=int, help="mean episode length of a synthetic task instead of CartPole")
+    parser.add_argument("--seq-len", type=int, default=64, help="steps of our training sequences")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)

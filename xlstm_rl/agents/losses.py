@@ -28,12 +28,10 @@ def gae(
     """
     delta = reward + gamma * next_value.masked_fill(terminated, 0.0) - value
     keep = gamma * lam * (~ended).to(delta.dtype)
-    advantage = torch.empty_like(delta)
-    following = torch.zeros_like(delta[:, 0])
-    for t in range(delta.shape[1] - 1, -1, -1):
-        following = delta[:, t] + keep[:, t] * following
-        advantage[:, t] = following
-    return advantage
+    advantages = [torch.zeros_like(delta[:, 0])]
+    for step_delta, step_keep in zip(reversed(delta.unbind(1)), reversed(keep.unbind(1)), strict=True):
+        advantages.append(torch.addcmul(step_delta, step_keep, advantages[-1]))
+    return torch.stack(advantages[:0:-1], dim=1)
 
 
 class AdvantageScale:

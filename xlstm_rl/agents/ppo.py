@@ -302,9 +302,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
 
     def _truncation(self, dones: np.ndarray, infos: list[dict[str, Any]], state: PolicyState) -> Truncation:
         """Which episodes a time limit cut in this step, and the value of where they were cut."""
-        told = (info.get("TimeLimit.truncated", False) and "terminal_observation" in info for info in infos)
-        cut = dones & np.fromiter(told, bool, len(infos))
-        values = np.zeros(len(dones), np.float32)
+        cut, values = np.zeros(len(dones), bool), np.zeros(len(dones), np.float32)
+        for row in np.flatnonzero(dones):
+            cut[row] = infos[row].get("TimeLimit.truncated", False) and "terminal_observation" in infos[row]
         if cut.any():
             rows = np.flatnonzero(cut)
             final = [infos[row]["terminal_observation"] for row in rows]

@@ -53,7 +53,8 @@ def mlstm_chunkwise(
     q = q * torch.exp(from_start - stabilizer).view(N, length, 1)
     read = torch.baddbmm(torch.bmm(weight, v), q, cell)
     total = weight.sum(-1, keepdim=True) + torch.bmm(q, normalizer[..., None])
-    hidden = read / torch.maximum(total.abs(), least_divisor(stabilizer).view(N, length, 1))
+    # A product has a cheaper gradient than a quotient.
+    hidden = read * torch.maximum(total.abs(), least_divisor(stabilizer).view(N, length, 1)).reciprocal()
     final = MLSTMState(last_cell.view(B, H, K, V), last_normalizer.view(B, H, K), after[..., -1].clone())
     return _join(hidden, B, H, T), final
 

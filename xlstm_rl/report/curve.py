@@ -41,11 +41,14 @@ def plot_curve(rows: Sequence[Row], path: Path, title: str, references: Mapping[
 
 
 def _draw(axes: Any, points: Sequence[tuple[Row, float]], label: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
     for kind, style in (("train", {"color": "C0", "alpha": 0.5}), ("eval", {"color": "C1", "marker": "o", "ms": 3})):
         chosen = [(row.step, value) for row, value in points if row.kind == kind]
         if chosen:
             name = "training" if kind == "train" else "evaluation"
             axes.plot(*zip(*chosen, strict=True), label=name, linewidth=1.2, **style)
     axes.set_xlabel("environment steps")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
