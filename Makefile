@@ -26,7 +26,7 @@ help:
 	@echo "make test-triton  the GPU kernels without a GPU: interpreter, then compiler (TRITON=$(TRITON))"
 	@echo "make slow-triton  the compiler for more kinds of GPU"
 	@echo "make gpu-check    correctness and speed of the kernels on this machine's GPU"
-	@echo "make bench   speed and learning benchmarks (about an hour)"
+	@echo "make bench   speed and learning benchmarks"
 	@echo "make clean   remove what make created, runs/ excepted"
 
 setup: $(STAMP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -104,8 +105,9 @@ class Periodic(BaseCallback):
             self._next = (self.num_timesteps // self._every_steps + 1) * self._every_steps
             self._act()
 
+    @abstractmethod
     def _act(self) -> None:
-        raise NotImplementedError
+        """What is done each time."""
 
 
 class PeriodicCheckpoint(Periodic):

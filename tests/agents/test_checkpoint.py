@@ -115,7 +115,7 @@ def test_other_policy_arguments_are_refused(saved: Path) -> None:
 
 
 def test_equal_policy_arguments_are_accepted(saved: Path) -> None:
-    RecurrentPPO.load(saved, policy_kwargs=SMALL)
+    assert RecurrentPPO.load(saved, policy_kwargs=SMALL).policy_kwargs == SMALL
 
 
 @pytest.mark.parametrize("argument", [{"observation": "image"}, {"action": "box"}])
