@@ -97,7 +97,7 @@ def test_threads_do_not_change_the_result(operation: str, B: int, H: int) -> Non
 def test_second_derivative_is_refused(operation: str) -> None:
     case = cases.leaves(cases.make_case(operation, T=3))
     hidden, _ = cases.run(case, "cpp")
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice; use backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice; .* backend='reference'"):
         torch.autograd.grad(hidden.sum(), case.sequence, create_graph=True)
 
 

@@ -28,6 +28,7 @@ every_block = pytest.mark.parametrize("blocks", ["m", "s", "ms"])
 
 def perturbed(blocks: str, dtype: torch.dtype = torch.float64, **config: Any) -> MemoryCore:
     """A core with every parameter moved, so that no zero init hides a mistake."""
+    torch.manual_seed(0)
     core = make_memory("xlstm", 5, blocks=blocks, **({"hidden_size": 24, "num_heads": 2} | config)).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -226,5 +226,8 @@ def minibatches(chunks: RolloutChunks, batch_size: int) -> Iterator[RolloutChunk
     total, length = chunks.weights.shape
     number = min(max(1, round(total * length / batch_size)), total)
     chunks = chunks._replace(weights=chunks.weights * (number / chunks.weights.sum()))
-    for rows in torch.randperm(total).tensor_split(number):
-        yield take(chunks, rows.to(chunks.weights.device))
+    # shuffled at once: minibatches are then views
+    chunks = take(chunks, torch.randperm(total).to(chunks.weights.device))
+    bounds = [total * index // number for index in range(number + 1)]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        yield take(chunks, slice(start, end))

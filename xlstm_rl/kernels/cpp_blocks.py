@@ -88,9 +88,9 @@ def mlstm_block_step(
     N, H = weights.down.shape[1], weights.gates_bias.shape[0] // 2
     W = 0 if weights.conv is None else weights.conv.shape[1]
     K = N // H
-    addresses = _weight_addresses(weights, x.dtype)
+    addresses = weight_addresses(weights, x.dtype)
     shapes = ((B, H, K, K), (B, H, K), (B, H), (B, max(W - 1, 0), N))
-    if addresses is None or not _fit(x, (*state, window), shapes, reset):
+    if addresses is None or not state_fits(x, (*state, window), shapes, reset):
         return None
     tensors = [leaf.contiguous() for leaf in (x, *state, window)]
     new = [torch.empty_like(leaf) for leaf in tensors]
@@ -120,9 +120,9 @@ def slstm_block_step(
     H = weights.recurrent.shape[1]
     W = 0 if weights.conv is None else weights.conv.shape[1]
     F = 0 if weights.ffn_down is None else weights.ffn_down.shape[1]
-    addresses = _weight_addresses(weights, x.dtype)
+    addresses = weight_addresses(weights, x.dtype)
     shapes = (*((B, H, D // H),) * 4, (B, max(W - 1, 0), D))
-    if addresses is None or not _fit(x, (*state, window), shapes, reset):
+    if addresses is None or not state_fits(x, (*state, window), shapes, reset):
         return None
     tensors = [leaf.contiguous() for leaf in (x, *state, window)]
     new = [torch.empty_like(leaf) for leaf in tensors]
@@ -137,7 +137,7 @@ def slstm_block_step(
     return new[0], SLSTMState(*new[1:5]), new[5]
 
 
-def _weight_addresses(weights: Iterable[Tensor | None], dtype: torch.dtype) -> list[int] | None:
+def weight_addresses(weights: Iterable[Tensor | None], dtype: torch.dtype) -> list[int] | None:
     """Addresses, zero for None; or None if the memory of one may not be read in order as that dtype."""
     addresses = []
     for weight in weights:
@@ -150,7 +150,7 @@ def _weight_addresses(weights: Iterable[Tensor | None], dtype: torch.dtype) -> l
     return addresses
 
 
-def _fit(x: Tensor, state: Iterable[Tensor], shapes: Iterable[tuple[int, ...]], reset: Tensor | None) -> bool:
+def state_fits(x: Tensor, state: Iterable[Tensor], shapes: Iterable[tuple[int, ...]], reset: Tensor | None) -> bool:
     """Whether state and resets have the shapes, dtype and device that belong to x."""
     if reset is not None and not (
         reset.shape == x.shape[:2] and reset.dtype == torch.bool and reset.is_cpu and reset.is_contiguous()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 SWITCH = "XLSTM_RL_NATIVE"
 # What the module calls the order of its arguments; a build of other sources has another number.
-INTERFACE = 1
+INTERFACE = 2
 _DTYPES = (torch.float32, torch.float64)
 _HOW_TO_BUILD = (
     "install a C++ compiler (g++ or clang) and then xlstm_rl again, or in a checkout run "

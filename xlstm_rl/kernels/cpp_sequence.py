@@ -58,7 +58,8 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def dense(x: Tensor | None) -> Tensor | None:
+    """The tensor with all dimensions in order, if there is one."""
     return None if x is None else x.contiguous()
 
 
@@ -72,7 +73,7 @@ def _mlstm_forward(
     q, k, v = (_readable(x) for x in inputs[:3])
     input_gate, forget_gate = inputs[3:5]
     cell, normalizer, stabilizer = (x.contiguous() for x in inputs[5:])
-    reset = _dense(reset)
+    reset = dense(reset)
     hidden = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = MLSTMState(torch.empty_like(cell), torch.empty_like(normalizer), torch.empty_like(stabilizer))
     compiled().mlstm_forward(
@@ -107,10 +108,10 @@ class _MLSTM(torch.autograd.Function):
         ctx: Any, d_hidden: Tensor, d_cell: Tensor, d_normalizer: Tensor, d_stabilizer: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the forward arguments."""
-        _refuse_second_derivative("mLSTM")
+        refuse_second_derivative("mLSTM")
         *inputs, input_gate, forget_gate, reset, hidden, trace = ctx.saved_tensors
         q, k, v = (_readable(x) for x in inputs)
-        reset = _dense(reset)
+        reset = dense(reset)
         outer = (d_hidden.contiguous(), d_cell.contiguous(), d_normalizer.contiguous())
         gradients = [
             torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -138,7 +139,7 @@ def _slstm_forward(
 ) -> tuple[Tensor, SLSTMState]:
     gates = _readable(inputs[0])
     recurrent, *state = (x.contiguous() for x in inputs[1:])
-    reset = _dense(reset)
+    reset = dense(reset)
     B, T, _, H, D = gates.shape
     output = gates.new_empty(B, T, H, D)
     final = SLSTMState(*(torch.empty_like(x) for x in state))
@@ -170,10 +171,10 @@ class _SLSTM(torch.autograd.Function):
         ctx: Any, d_output: Tensor, d_cell: Tensor, d_normalizer: Tensor, d_hidden: Tensor, d_stabilizer: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the forward arguments."""
-        _refuse_second_derivative("sLSTM")
+        refuse_second_derivative("sLSTM")
         gates, *inputs, reset, output, trace = ctx.saved_tensors
         recurrent, *state = (x.contiguous() for x in inputs)
-        reset = _dense(reset)
+        reset = dense(reset)
         outer = (d_output.contiguous(), d_cell.contiguous(), d_normalizer.contiguous(), d_hidden.contiguous())
         # Dense gates keep their order of dimensions, so that what made them takes the gradient without a copy.
         d_gates = _readable(torch.empty_like(gates))
@@ -188,8 +189,10 @@ class _SLSTM(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def _refuse_second_derivative(operation: str) -> None:
+def refuse_second_derivative(operation: str) -> None:
+    """Raise in a backward pass that is itself to be differentiated."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"the compiled {operation} cannot be differentiated twice; use backend='reference' for create_graph"
+            f"the compiled {operation} cannot be differentiated twice; for create_graph call the kernels with "
+            "backend='reference', or set XLSTM_RL_NATIVE=0"
         )

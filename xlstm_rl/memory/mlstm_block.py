@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from xlstm_rl.kernels import MLSTMState, mlstm_sequence
 from xlstm_rl.kernels.cpp_blocks import MLSTMWeights, can_step, mlstm_block_step
+from xlstm_rl.kernels.cpp_mixer import MixerOptions, MixerWeights, can_mix, mlstm_mixer
 from xlstm_rl.memory.layers import BlockLinear, CausalConv, HeadNorm, init_small, init_wang, soft_cap
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ class MLSTMBlock(nn.Module):
             if config.bias:
                 self.up.bias.zero_()
                 self.down.bias.zero_()
+        self._options = MixerOptions(
+            config.norm_eps, config.gate_soft_cap, config.forget_activation, config.input_activation == "sigmoid"
+        )
         self._layer_types = tuple(map(type, self._modules.values()))
 
     def initial_state(self, batch_size: int) -> MLSTMBlockState:
@@ -78,8 +82,16 @@ class MLSTMBlock(nn.Module):
             stepped = self._compiled_step(x, state, reset)
             if stepped is not None:
                 return stepped
+        inner = self.up(self.norm(x))
+        mixed = self._compiled_mix(inner, state, reset) if can_mix(inner) else None
+        hidden, state = self._mix(inner, state, reset) if mixed is None else mixed
+        return x + self.dropout(self.down(hidden)), state
+
+    def _mix(self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None) -> tuple[Tensor, MLSTMBlockState]:
+        """All between the projections, layer by layer: x [B, T, 2 inner] -> [B, T, inner], state."""
+        config = self.config
         heads = (config.num_heads, config.inner_size // config.num_heads)
-        inner, output_gate = self.up(self.norm(x)).chunk(2, dim=-1)
+        inner, output_gate = x.chunk(2, dim=-1)
         window, mixed = state.window, inner
         if self.conv is not None:
             mixed, window = self.conv(inner, window, reset)
@@ -102,7 +114,20 @@ class MLSTMBlock(nn.Module):
             forget_activation=config.forget_activation,
         )
         hidden = self.head_norm(hidden) + self.skip * mixed
-        return x + self.dropout(self.down(hidden * F.silu(output_gate))), MLSTMBlockState(cell, window)
+        return hidden * F.silu(output_gate), MLSTMBlockState(cell, window)
+
+    def _compiled_mix(
+        self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None
+    ) -> tuple[Tensor, MLSTMBlockState] | None:
+        weights = self._weights()
+        if weights is None:
+            return None
+        # in the order of both tuples, from the convolution to the skip
+        mixed = mlstm_mixer(x, MixerWeights(*weights[3:13]), state.cell, state.window, reset, self._options)
+        if mixed is None:
+            return None
+        hidden, cell, window = mixed
+        return hidden, MLSTMBlockState(cell, window)
 
     def _compiled_step(
         self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None

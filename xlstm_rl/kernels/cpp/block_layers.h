@@ -44,8 +44,9 @@ void linear(const T* weight, const T* bias, int64_t out, int64_t in, Features<T>
   if (bias) transform(to, out, [&](Vec<T> y, int64_t f, int64_t) { return y + bias[f]; });
 }
 
-// Layer norm over `features` features with a weight each and no bias; `x` and `to` may be one.
-template <class T> void layer_norm(Features<T> x, const T* weight, T epsilon, int64_t features, Features<T> to) {
+// Layer norm over `features` features, without weight; `factors`, if wanted, are what the centred features were scaled
+// with. `x` and `to` may be one.
+template <class T> void normalize(Features<T> x, T epsilon, int64_t features, Features<T> to, T* factors = nullptr) {
   for (int64_t b = 0; b < x.width; b += WIDTH<T>) {
     Vec<T> mean{}, variance{};
     for (int64_t f = 0; f < features; f++) mean += load(x.data + f * x.width + b);
@@ -58,9 +59,43 @@ template <class T> void layer_norm(Features<T> x, const T* weight, T epsilon, in
     store(deviation, variance / T(features) + epsilon);
     for (T& d : deviation) d = std::sqrt(d);
     const Vec<T> factor = T(1) / load(deviation);
+    if (factors) store(factors + b, factor);
     for (int64_t f = 0; f < features; f++)
-      store(to.data + f * to.width + b, (load(x.data + f * x.width + b) - mean) * factor * weight[f]);
+      store(to.data + f * to.width + b, (load(x.data + f * x.width + b) - mean) * factor);
   }
+}
+
+// Layer norm with a weight for each feature and no bias; `x` and `to` may be one.
+template <class T> void layer_norm(Features<T> x, const T* weight, T epsilon, int64_t features, Features<T> to) {
+  normalize(x, epsilon, features, to);
+  transform(to, features, [&](Vec<T> y, int64_t f, int64_t) { return y * weight[f]; });
+}
+
+// `projections` outputs of each group of features, the first of all groups in front; too small to be a product.
+template <class T>
+void project_groups(const T* weight, const T* bias, int64_t inner, int64_t group, int64_t projections, Features<T> x,
+                    Features<T> to) {
+  for (int64_t first = 0; first < inner; first += group)
+    for (int64_t o = 0; o < projections * group; o++) {
+      const int64_t at = first * projections + o;
+      T* out = to.at(o / group * inner + first + o % group).data;
+      for (int64_t b = 0; b < to.width; b += WIDTH<T>) {
+        Vec<T> y = fill(bias ? bias[at] : T(0));
+        for (int64_t i = 0; i < group; i++) y += weight[at * group + i] * load(x.at(first + i).data + b);
+        store(out + b, y);
+      }
+    }
+}
+
+// Squash gates into (-cap, cap); zero is no cap.
+template <class T> void cap_gates(Features<T> gates, int64_t count, double soft_cap) {
+  const T cap = T(soft_cap);
+  if (cap > 0) transform(gates, count, [&](Vec<T> g, int64_t, int64_t) { return cap * hyperbolic_tangent<T>(g / cap); });
+}
+
+// A sigmoid gate for a cell that takes the exponential of what it is given.
+template <class T> void take_log_sigmoid(Features<T> gates, int64_t count) {
+  transform(gates, count, [&](Vec<T> g, int64_t, int64_t) { return log_sigmoid<T>(g); });
 }
 
 // Causal convolution and SiLU of the newest input; `size` zero means that there is none.

@@ -22,22 +22,6 @@ template <class T> struct MlstmBlock {
   bool exp_forget, sigmoid_input;
 };
 
-// `projections` outputs of each group of features, the first of all groups in front; too small to be a product.
-template <class T>
-void project_groups(const T* weight, const T* bias, int64_t inner, int64_t group, int64_t projections, Features<T> x,
-                    Features<T> to) {
-  for (int64_t first = 0; first < inner; first += group)
-    for (int64_t o = 0; o < projections * group; o++) {
-      const int64_t at = first * projections + o;
-      T* out = to.at(o / group * inner + first + o % group).data;
-      for (int64_t b = 0; b < x.width; b += WIDTH<T>) {
-        Vec<T> y = fill(bias ? bias[at] : T(0));
-        for (int64_t i = 0; i < group; i++) y += weight[at * group + i] * load(x.at(first + i).data + b);
-        store(out + b, y);
-      }
-    }
-}
-
 // Turn input and forget gates [2 H] into the weights of `StepWeights` forget, input and bound [3 H].
 template <class T>
 void weigh_steps(const MlstmBlock<T>& block, int64_t begin, int64_t rows, Features<T> gates, Features<T> stabilizer,
@@ -78,12 +62,8 @@ template <class T> void mlstm_block_rows(const MlstmBlock<T>& block, int64_t beg
   project_groups(block.query_key, block.query_key_bias, N, block.group, 2, mixed, projected);
   project_groups(block.value, block.value_bias, N, block.group, 1, inner, projected.at(2 * N));
   linear(block.gates, block.gates_bias, 2 * H, 3 * N, projected, gates);
-  if (block.soft_cap > 0) {
-    const T cap = T(block.soft_cap);
-    transform(gates, 2 * H, [&](Vec<T> g, int64_t, int64_t) { return cap * hyperbolic_tangent<T>(g / cap); });
-  }
-  // The cell takes the exponential of what it is given.
-  if (block.sigmoid_input) transform(gates, H, [&](Vec<T> g, int64_t, int64_t) { return log_sigmoid<T>(g); });
+  cap_gates(gates, 2 * H, block.soft_cap);
+  if (block.sigmoid_input) take_log_sigmoid(gates, H);
 
   weigh_steps(block, begin, rows, gates, stabilizer, weights);
   scatter(projected, rows, 3 * N, by_row, 3 * N);

@@ -6,7 +6,7 @@
 #include <Python.h>
 
 #include "blocks.h"
-#include "mlstm_backward.h"
+#include "mlstm_mixer_backward.h"
 
 namespace xlstm {
 
@@ -58,6 +58,13 @@ template <class T> struct Call {
                          in.integer(), in.integer(), in.integer(), in.integer(), from(),
                          in.pointer<const uint8_t>(), in.integer() != 0, from(), from(), from(), from()};
   }
+  MlstmMixer<T> mixer() {
+    return MlstmMixer<T>{in.integer(), in.integer(), in.integer(), in.integer(), in.integer(), from(),
+                         in.integer(), from(), from(), from(),
+                         from(), from(), from(), from(), from(), from(), from(), from(),
+                         from(), from(), from(), in.pointer<const uint8_t>(),
+                         in.number(), in.number(), in.integer() != 0, in.integer() != 0};
+  }
   Convolution<T> convolution() { return Convolution<T>{in.integer(), from(), from(), from(), to()}; }
 };
 
@@ -98,6 +105,27 @@ struct SlstmBackward {
     SlstmOuter<T> outer{call.from(), call.from(), call.from(), call.from()};
     SlstmGradient<T> gradient{call.to(), call.to(), call.to(), call.to(), call.to()};
     return [=, threads = in.integer()] { slstm_backward(x, output, trace, outer, gradient, threads); };
+  }
+};
+struct MlstmMixerForward {
+  template <class T> static auto prepare(Arguments& in) {
+    Call<T> call{in};
+    auto x = call.mixer();
+    MixerOutput<T> out{call.to(), call.to(), call.to(), call.to(), call.to()};
+    T* trace = call.to();
+    return [=, threads = in.integer()] { mlstm_mixer_forward(x, out, trace, threads); };
+  }
+};
+struct MlstmMixerBackward {
+  template <class T> static auto prepare(Arguments& in) {
+    Call<T> c{in};
+    auto x = c.mixer();
+    T* trace = c.to();
+    MixerOuter<T> outer{c.from(), c.from(), c.from(), c.from()};
+    MixerGradient<T> gradient{c.to(), c.to(), c.to(), c.to(), c.to(), c.to(), c.to(), c.to(), c.to(), c.to(),
+                              c.to(), c.to(), c.to(), c.to()};
+    T* work = c.to();
+    return [=, threads = in.integer()] { mlstm_mixer_backward(x, trace, outer, gradient, work, threads); };
   }
 };
 struct MlstmBlockStep {
@@ -175,6 +203,17 @@ struct SlstmTrace {
     return rows * steps * heads * FIELDS * padded<T>(in.integer());
   }
 };
+// Given the item size and the arguments of the mixer: numbers in its trace, or in its work.
+struct MixerTraceSize {
+  template <class T> static int64_t size(Arguments& in) {
+    return MixerTrace<T>(Call<T>{in}.mixer(), nullptr).end - static_cast<T*>(nullptr);
+  }
+};
+struct MixerWorkSize {
+  template <class T> static int64_t size(Arguments& in) {
+    return MixerWork<T>(Call<T>{in}.mixer(), nullptr).end - static_cast<T*>(nullptr);
+  }
+};
 template <class Trace> PyObject* trace_size(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return guarded([=] {
     Arguments in(values, count);
@@ -204,6 +243,10 @@ PyMethodDef methods[] = {
     method("slstm_forward", function<SlstmForward>),
     method("slstm_backward", function<SlstmBackward>),
     method("slstm_trace_size", trace_size<SlstmTrace>),
+    method("mlstm_mixer_forward", function<MlstmMixerForward>),
+    method("mlstm_mixer_backward", function<MlstmMixerBackward>),
+    method("mlstm_mixer_trace_size", trace_size<MixerTraceSize>),
+    method("mlstm_mixer_work_size", trace_size<MixerWorkSize>),
     method("mlstm_block_step", function<MlstmBlockStep>),
     method("slstm_block_step", function<SlstmBlockStep>),
     {"use_pool", use_pool, METH_O, nullptr},
@@ -218,6 +261,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cpp", nullptr, -1, methods, nu
 PyMODINIT_FUNC INITIALISER(MODULE_NAME)(void) {
   PyObject* module = PyModule_Create(&xlstm::definition);
   // Raised with every change of the order of arguments, so that a stale build is found out.
-  if (module) PyModule_AddIntConstant(module, "INTERFACE", 1);
+  if (module) PyModule_AddIntConstant(module, "INTERFACE", 2);
   return module;
 }

@@ -132,6 +132,8 @@ template <> INLINE Vec<double> exponential<double>(Vec<double> x) {
 
 template <class T> INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exponential<T>(-x)); }
 template <class T> INLINE Vec<T> silu(Vec<T> x) { return x * sigmoid<T>(x); }
+// The derivative of silu, given the sigmoid.
+template <class T> INLINE Vec<T> silu_slope(Vec<T> x, Vec<T> open) { return open * (T(1) + x * (T(1) - open)); }
 
 template <class T> Vec<T> hyperbolic_tangent(Vec<T> x);
 template <> INLINE Vec<double> hyperbolic_tangent<double>(Vec<double> x) {

@@ -1,0 +1,200 @@
+// The sequence mixer of an mLSTM block: all that lies between its up- and its down-projection, over a sequence.
+//
+// Around the cell, steps are taken in tiles and turned feature by feature (see block_layers.h): the steps of a tile
+// lie in the vector, where convolution, small projections and norms need no sums across it.
+#pragma once
+
+#include "block_layers.h"
+#include "mlstm_forward.h"
+
+namespace xlstm {
+
+// Weights as the modules hold them; a bias may be null. The state like the kernels'.
+template <class T> struct MlstmMixer {
+  int64_t B, steps, N, H, group;  // group: block size of the projections to q, k, v
+  const T* x;                     // [B, T, 2 N]: what is mixed, and the output gate
+  int64_t taps;                   // of the convolution; zero for none
+  const T *conv, *conv_bias, *window;  // [N, taps], [N], [B, taps - 1, N]
+  const T *query_key, *query_key_bias, *value, *value_bias, *gates, *gates_bias, *head_norm, *skip;
+  const T *cell, *normalizer, *stabilizer;
+  const uint8_t* reset;  // [B, T] or null
+  double epsilon, soft_cap;  // soft_cap: zero for none
+  bool exp_forget, sigmoid_input;
+
+  int64_t past() const { return std::max<int64_t>(taps - 1, 0); }
+  int64_t tile() const { return std::min<int64_t>(64, padded<T>(steps)); }
+  int64_t tiles() const { return (steps + tile() - 1) / tile(); }
+  const T* input(int64_t b, int64_t t) const {
+    return t >= 0 ? x + (b * steps + t) * 2 * N : window + (b * past() + t + past()) * N;
+  }
+  bool starts(int64_t b, int64_t t) const { return reset && reset[b * steps + t]; }
+  // How many steps before step t its convolution sees: all of them if no episode starts on the way.
+  int64_t seen(int64_t b, int64_t t) const {
+    for (int64_t back = 0; back < past() && back <= t; back++)
+      if (starts(b, t - back)) return back;
+    return past();
+  }
+};
+
+// What the backward pass needs of the forward pass.
+template <class T> struct MixerTrace {
+  T *projected;    // [B, T, 3 N]: q, k, v
+  T *capped;       // [B, T, 2 H]: gates after the soft cap
+  T *gates;        // [B, T, 2 H]: gates as the cell takes them
+  T *hidden;       // [B, T, N]: output of the cell
+  T *before_silu;  // [B, tiles, N, tile]: output of the convolution
+  T *cell;         // trace of the cell
+  T *end;
+
+  MixerTrace(const MlstmMixer<T>& x, T* data) {
+    const int64_t steps = x.B * x.steps;
+    projected = data;
+    capped = projected + steps * 3 * x.N;
+    gates = capped + steps * 2 * x.H;
+    hidden = gates + steps * 2 * x.H;
+    before_silu = hidden + steps * x.N;
+    cell = before_silu + x.B * x.tiles() * x.N * x.tile();
+    MlstmInput<T> input = cell_input(x);
+    end = cell + x.B * x.H * input.chunks() * input.memory_size();
+  }
+
+  MlstmInput<T> cell_input(const MlstmMixer<T>& x) const {
+    const int64_t T_ = x.steps, N = x.N, H = x.H, K = N / H;
+    auto part = [=](int64_t which) { return Strided<T>{projected + which * N, T_ * 3 * N, 3 * N, K}; };
+    auto gate = [=](int64_t which) { return Strided<T>{gates + which * H, T_ * 2 * H, 2 * H, 1}; };
+    return {x.B, T_, H, K, K, part(0), part(1), part(2), gate(0), gate(1),
+            x.reset, x.exp_forget, x.cell, x.normalizer, x.stabilizer};
+  }
+};
+
+// Results; the state after the last step is contiguous like the one before the first.
+template <class T> struct MixerOutput {
+  T *y, *window, *cell, *normalizer, *stabilizer;  // y [B, T, N]
+};
+
+// A tile of the steps of one row: `length` steps from `start` on, padded to `width`.
+template <class T> struct Tile {
+  int64_t b, index, start, length, width, halo;  // halo: room for the steps before, padded
+
+  Tile(const MlstmMixer<T>& x, int64_t row, int64_t which)
+      : b(row), index(which), start(which * x.tile()), length(std::min(x.tile(), x.steps - start)), width(x.tile()),
+        halo(padded<T>(x.past())) {}
+
+  // From a tensor [B, T, columns] to features and back.
+  void gather_from(const MlstmMixer<T>& x, const T* tensor, int64_t columns, int64_t features, Features<T> to) const {
+    gather(tensor + (b * x.steps + start) * columns, columns, length, features, to);
+  }
+  void scatter_to(const MlstmMixer<T>& x, Features<T> from, int64_t features, T* tensor, int64_t columns) const {
+    scatter(from, length, features, tensor + (b * x.steps + start) * columns, columns);
+  }
+  T* before_silu(const MlstmMixer<T>& x, const MixerTrace<T>& trace) const {
+    return trace.before_silu + (b * x.tiles() + index) * x.N * width;
+  }
+
+  // What the keys are made of: the inputs after convolution and SiLU, or else as they are.
+  void mixed(const MlstmMixer<T>& x, const MixerTrace<T>& trace, Features<T> to) const {
+    if (!x.taps) return gather_from(x, x.x, 2 * x.N, x.N, to);
+    const T* from = before_silu(x, trace);
+    for (int64_t e = 0; e < x.N * width; e += WIDTH<T>) store(to.data + e, silu<T>(load(from + e)));
+  }
+
+  // The inputs [N, halo + width], the steps before the tile in front of it. Rows begin at the halo.
+  Features<T> gather_inputs(const MlstmMixer<T>& x, T* memory) const {
+    const int64_t row = halo + width;
+    Features<T> inputs{memory + halo, row};
+    transpose(length, x.N, x.input(b, start), 2 * x.N, inputs.data, row);
+    for (int64_t f = 0; f < x.N; f++) std::fill(inputs.at(f).data + length, inputs.at(f).data + width, T(0));
+    for (int64_t back = 1; back <= x.past(); back++) {
+      const T* from = x.input(b, start - back);
+      for (int64_t f = 0; f < x.N; f++) inputs.at(f).data[-back] = from[f];
+    }
+    return inputs;
+  }
+
+  // seen() of the steps of the tile and of the `halo` steps after it, as numbers to compare vectors with.
+  void look_back(const MlstmMixer<T>& x, T* seen) const {
+    for (int64_t t = 0; t < width + halo; t++) seen[t] = start + t < x.steps ? T(x.seen(b, start + t)) : T(0);
+  }
+};
+
+// Causal convolution of a tile, before its SiLU.
+template <class T>
+void convolve(const MlstmMixer<T>& x, const Tile<T>& tile, const T* seen, Features<T> inputs, Features<T> to) {
+  for (int64_t f = 0; f < x.N; f++) {
+    const T *taps = x.conv + f * x.taps + x.past(), *in = inputs.at(f).data;
+    for (int64_t t = 0; t < tile.width; t += WIDTH<T>) {
+      Vec<T> y = x.conv_bias[f] + taps[0] * load(in + t);
+      for (int64_t back = 1; back < x.taps; back++)
+        // A forgotten input may hold anything.
+        y += taps[-back] * keep_where<T>(load(seen + t) >= T(back), load(in + t - back));
+      store(to.at(f).data + t, y);
+    }
+  }
+}
+
+// The layers before the cell.
+template <class T> void mixer_enter(const MlstmMixer<T>& x, const MixerTrace<T>& trace, const Tile<T>& tile) {
+  const int64_t N = x.N, H = x.H, width = tile.width;
+  Scratch<T> scratch((N + 1) * (tile.halo + width) + (4 * N + 2 * H) * width);
+  Features<T> inputs = tile.gather_inputs(x, scratch.take(N * (tile.halo + width)));
+  T* seen = scratch.take(width + tile.halo);
+  Features<T> mixed{scratch.take(N * width), width}, projected{scratch.take(3 * N * width), width};
+  Features<T> gates{scratch.take(2 * H * width), width};
+
+  if (x.taps) {
+    Features<T> before_silu{tile.before_silu(x, trace), width};
+    tile.look_back(x, seen);
+    convolve(x, tile, seen, inputs, before_silu);
+  }
+  tile.mixed(x, trace, mixed);
+  project_groups(x.query_key, x.query_key_bias, N, x.group, 2, mixed, projected);
+  project_groups(x.value, x.value_bias, N, x.group, 1, inputs, projected.at(2 * N));
+  linear(x.gates, x.gates_bias, 2 * H, 3 * N, projected, gates);
+  cap_gates(gates, 2 * H, x.soft_cap);
+  tile.scatter_to(x, projected, 3 * N, trace.projected, 3 * N);
+  tile.scatter_to(x, gates, 2 * H, trace.capped, 2 * H);
+  if (x.sigmoid_input) take_log_sigmoid(gates, H);
+  tile.scatter_to(x, gates, 2 * H, trace.gates, 2 * H);
+}
+
+// The layers after the cell.
+template <class T>
+void mixer_leave(const MlstmMixer<T>& x, const MixerTrace<T>& trace, const MixerOutput<T>& out, const Tile<T>& tile) {
+  const int64_t N = x.N, K = N / x.H, width = tile.width;
+  Scratch<T> scratch(3 * N * width);
+  Features<T> hidden{scratch.take(N * width), width}, gate{scratch.take(N * width), width};
+  Features<T> mixed{scratch.take(N * width), width};
+  tile.mixed(x, trace, mixed);
+  tile.gather_from(x, trace.hidden, N, N, hidden);
+  tile.gather_from(x, x.x + N, 2 * N, N, gate);
+  for (int64_t h = 0; h < x.H; h++)
+    layer_norm(hidden.at(h * K), x.head_norm + h * K, T(x.epsilon), K, hidden.at(h * K));
+  transform(hidden, N, [&](Vec<T> y, int64_t f, int64_t t) {
+    return (y + x.skip[f] * load(mixed.at(f).data + t)) * silu<T>(load(gate.at(f).data + t));
+  });
+  tile.scatter_to(x, hidden, N, out.y, N);
+}
+
+// The inputs that the next sequence's convolution sees; an episode start among them hides those before.
+template <class T> void mixer_window(const MlstmMixer<T>& x, T* window, int64_t b) {
+  const int64_t seen = x.seen(b, x.steps - 1);
+  for (int64_t back = 0; back < x.past(); back++) {
+    T* to = window + (b * x.past() + x.past() - 1 - back) * x.N;
+    if (back <= seen)
+      std::memcpy(to, x.input(b, x.steps - 1 - back), x.N * sizeof(T));
+    else
+      std::fill(to, to + x.N, T(0));
+  }
+}
+
+template <class T>
+void mlstm_mixer_forward(const MlstmMixer<T>& x, const MixerOutput<T>& out, T* memory, int64_t threads) {
+  MixerTrace<T> trace(x, memory);
+  const int64_t tiles = x.tiles();
+  for_each(x.B * tiles, threads, [&](int64_t u) { mixer_enter(x, trace, Tile<T>(x, u / tiles, u % tiles)); });
+  mlstm_forward(trace.cell_input(x), {trace.hidden, out.cell, out.normalizer, out.stabilizer}, trace.cell, threads);
+  for_each(x.B * tiles, threads, [&](int64_t u) { mixer_leave(x, trace, out, Tile<T>(x, u / tiles, u % tiles)); });
+  for (int64_t b = 0; b < x.B; b++) mixer_window(x, out.window, b);
+}
+
+}  // namespace xlstm

@@ -1,0 +1,310 @@
+// The backward pass of the mixer of an mLSTM block: tiles after the cell, the cell, and tiles before it.
+#pragma once
+
+#include "mlstm_backward.h"
+#include "mlstm_mixer.h"
+
+namespace xlstm {
+
+// Gradients by the outputs.
+template <class T> struct MixerOuter {
+  const T *y, *window, *cell, *normalizer;
+};
+// Gradients by the inputs, all contiguous; those of absent biases are null.
+template <class T> struct MixerGradient {
+  T *x, *window, *conv, *conv_bias, *query_key, *query_key_bias, *value, *value_bias, *gates, *gates_bias;
+  T *head_norm, *skip, *cell, *normalizer;
+};
+
+// Gradients by the weights from one row of the batch. Rows are added up in order, so that the result does not depend
+// on the number of threads.
+template <class T> struct MixerWeightGradient {
+  int64_t gates_row;  // stride of a row of `gates`, padded
+  T *conv, *conv_bias, *query_key, *query_key_bias, *value, *value_bias, *gates, *gates_bias, *head_norm, *skip, *end;
+
+  MixerWeightGradient(const MlstmMixer<T>& x, T* data) {
+    const int64_t N = x.N, H = x.H;
+    gates_row = padded<T>(3 * N);
+    conv = data;
+    conv_bias = conv + N * x.taps;
+    query_key = conv_bias + N;
+    query_key_bias = query_key + 2 * N * x.group;
+    value = query_key_bias + 2 * N;
+    value_bias = value + N * x.group;
+    gates = value_bias + N;
+    gates_bias = gates + 2 * H * gates_row;
+    head_norm = gates_bias + 2 * H;
+    skip = head_norm + N;
+    end = skip + N;
+  }
+  static int64_t size(const MlstmMixer<T>& x) {
+    MixerWeightGradient<T> layout(x, nullptr);
+    return layout.end - layout.conv;
+  }
+
+  void copy_to(const MlstmMixer<T>& x, const MixerGradient<T>& to) const {
+    auto copy = [](T* target, const T* from, int64_t count) {
+      if (target) std::memcpy(target, from, count * sizeof(T));
+    };
+    copy(to.conv, conv, x.N * x.taps);
+    copy(to.conv_bias, conv_bias, x.N);
+    copy(to.query_key, query_key, 2 * x.N * x.group);
+    copy(to.query_key_bias, query_key_bias, 2 * x.N);
+    copy(to.value, value, x.N * x.group);
+    copy(to.value_bias, value_bias, x.N);
+    for (int64_t g = 0; g < 2 * x.H; g++) copy(to.gates + g * 3 * x.N, gates + g * gates_row, 3 * x.N);
+    copy(to.gates_bias, gates_bias, 2 * x.H);
+    copy(to.head_norm, head_norm, x.N);
+    copy(to.skip, skip, x.N);
+  }
+};
+
+// Memory between the stages of the backward pass.
+template <class T> struct MixerWork {
+  T *hidden, *q, *k, *v;         // gradients [B, T, N]
+  T *input_gate, *forget_gate;   // gradients [B, T, H]
+  T *mixed;                      // gradient by the convolved input after the SiLU [B, tiles, N, tile]
+  T *weights, *end;              // gradients by the weights, row by row
+
+  MixerWork(const MlstmMixer<T>& x, T* data) {
+    const int64_t steps = x.B * x.steps;
+    hidden = data;
+    q = hidden + steps * x.N;
+    k = q + steps * x.N;
+    v = k + steps * x.N;
+    input_gate = v + steps * x.N;
+    forget_gate = input_gate + steps * x.H;
+    mixed = forget_gate + steps * x.H;
+    weights = mixed + x.B * x.tiles() * x.N * x.tile();
+    end = weights + x.B * MixerWeightGradient<T>::size(x);
+  }
+  T* mixed_of(const MlstmMixer<T>& x, const Tile<T>& tile) const {
+    return mixed + (tile.b * x.tiles() + tile.index) * x.N * tile.width;
+  }
+};
+
+// Sums over the steps of a tile: of a feature, and of the products of two.
+template <class T> INLINE T total(Features<T> a, int64_t width) {
+  Vec<T> sums{};
+  for (int64_t t = 0; t < width; t += WIDTH<T>) sums += load(a.data + t);
+  return sum<T>(sums);
+}
+template <class T> INLINE T dot(Features<T> a, Features<T> b, int64_t width) { return dot(a.data, b.data, width); }
+
+// Through a norm: `d`, the gradient by its output, becomes the gradient by its input. `normal` are the normalised
+// features before the weight, `factors` what they were scaled with.
+template <class T>
+void layer_norm_backward(Features<T> normal, const T* factors, const T* weight, int64_t features, T* d_weight,
+                         Features<T> d) {
+  for (int64_t f = 0; f < features; f++) d_weight[f] += dot(d.at(f), normal.at(f), d.width);
+  for (int64_t t = 0; t < d.width; t += WIDTH<T>) {
+    Vec<T> by_mean{}, by_deviation{};
+    for (int64_t f = 0; f < features; f++) {
+      Vec<T> by_normal = load(d.at(f).data + t) * weight[f];
+      by_mean += by_normal;
+      by_deviation += by_normal * load(normal.at(f).data + t);
+    }
+    by_mean /= T(features);
+    by_deviation /= T(features);
+    for (int64_t f = 0; f < features; f++) {
+      T* at = d.at(f).data + t;
+      store(at, (load(at) * weight[f] - by_mean - load(normal.at(f).data + t) * by_deviation) * load(factors + t));
+    }
+  }
+}
+
+// Through project_groups: adds to the gradients by its input and its weights.
+template <class T>
+void project_groups_backward(const T* weight, int64_t features, int64_t group, int64_t projections, Features<T> x,
+                             Features<T> d_y, Features<T> d_x, T* d_weight, T* d_bias) {
+  for (int64_t first = 0; first < features; first += group)
+    for (int64_t o = 0; o < projections * group; o++) {
+      const int64_t at = first * projections + o;
+      Features<T> d = d_y.at(o / group * features + first + o % group);
+      d_bias[at] += total(d, d_y.width);
+      for (int64_t i = 0; i < group; i++) {
+        const T *in = x.at(first + i).data, factor = weight[at * group + i];
+        T* by_in = d_x.at(first + i).data;
+        Vec<T> products{};
+        for (int64_t t = 0; t < d_y.width; t += WIDTH<T>) {
+          Vec<T> by_y = load(d.data + t);
+          products += by_y * load(in + t);
+          store(by_in + t, load(by_in + t) + by_y * factor);
+        }
+        d_weight[at * group + i] += sum<T>(products);
+      }
+    }
+}
+
+// Back through the layers after the cell.
+template <class T>
+void mixer_leave_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, const T* d_y, T* d_x,
+                          const MixerWork<T>& work, const MixerWeightGradient<T>& by_weight, const Tile<T>& tile) {
+  const int64_t N = x.N, K = N / x.H, width = tile.width;
+  Scratch<T> scratch((4 * N + 1) * width);
+  Features<T> normal{scratch.take(N * width), width}, gate{scratch.take(N * width), width};
+  Features<T> d{scratch.take(N * width), width}, mixed{scratch.take(N * width), width};
+  T* factors = scratch.take(width);
+  tile.gather_from(x, trace.hidden, N, N, normal);
+  tile.gather_from(x, x.x + N, 2 * N, N, gate);
+  tile.gather_from(x, d_y, N, N, d);
+  tile.mixed(x, trace, mixed);
+  T* d_mixed = work.mixed_of(x, tile);
+  for (int64_t h = 0; h < x.H; h++) {
+    normalize(normal.at(h * K), T(x.epsilon), K, normal.at(h * K), factors);
+    for (int64_t f = h * K; f < (h + 1) * K; f++) {
+      Vec<T> by_skip{};
+      for (int64_t t = 0; t < width; t += WIDTH<T>) {
+        const int64_t at = f * width + t;
+        Vec<T> skipped = load(mixed.data + at);
+        Vec<T> sum_of_both = x.head_norm[f] * load(normal.data + at) + x.skip[f] * skipped;
+        Vec<T> g = load(gate.data + at), open = sigmoid<T>(g), outer = load(d.data + at), by_sum = outer * g * open;
+        store(gate.data + at, outer * sum_of_both * silu_slope<T>(g, open));
+        store(d.data + at, by_sum);
+        store(d_mixed + at, by_sum * x.skip[f]);
+        by_skip += by_sum * skipped;
+      }
+      by_weight.skip[f] += sum<T>(by_skip);
+    }
+    layer_norm_backward(normal.at(h * K), factors, x.head_norm + h * K, K, by_weight.head_norm + h * K, d.at(h * K));
+  }
+  tile.scatter_to(x, gate, N, d_x + N, 2 * N);
+  tile.scatter_to(x, d, N, work.hidden, N);
+}
+
+// Gradients by the gates as the cell takes them become those by the gates before cap and sigmoid.
+template <class T>
+void mixer_gates_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, const Tile<T>& tile, Features<T> capped,
+                          Features<T> d) {
+  if (!x.sigmoid_input && x.soft_cap == 0) return;
+  const T cap = T(x.soft_cap);
+  tile.gather_from(x, trace.capped, 2 * x.H, 2 * x.H, capped);
+  transform(d, 2 * x.H, [&](Vec<T> by_gate, int64_t g, int64_t t) {
+    Vec<T> value = load(capped.at(g).data + t);
+    if (x.sigmoid_input && g < x.H) by_gate *= sigmoid<T>(-value);
+    if (cap > 0) by_gate *= T(1) - value * value / (cap * cap);
+    return by_gate;
+  });
+}
+
+// Back through the convolution of a tile: `d` [N, width + halo] by its output, with that of the steps after the tile
+// behind it; adds to `d_inputs` and, for the first tile, to the gradient by the window.
+template <class T>
+void convolve_backward(const MlstmMixer<T>& x, const Tile<T>& tile, const T* seen, Features<T> inputs, Features<T> d,
+                       Features<T> d_inputs, T* d_window, const MixerWeightGradient<T>& by_weight) {
+  for (int64_t f = 0; f < x.N; f++) {
+    const T *taps = x.conv + f * x.taps + x.past(), *by_y = d.at(f).data, *in = inputs.at(f).data;
+    T *by_taps = by_weight.conv + f * x.taps + x.past(), *by_in = d_inputs.at(f).data;
+    by_weight.conv_bias[f] += total(d.at(f), tile.width);
+    for (int64_t back = 0; back < x.taps; back++) {
+      Vec<T> products{};
+      for (int64_t t = 0; t < tile.width; t += WIDTH<T>) {
+        products += load(by_y + t) * keep_where<T>(load(seen + t) >= T(back), load(in + t - back));
+        Vec<T> later = keep_where<T>(load(seen + t + back) >= T(back), load(by_y + t + back));
+        store(by_in + t, load(by_in + t) + taps[-back] * later);
+      }
+      by_taps[-back] += sum<T>(products);
+    }
+    if (tile.start > 0) continue;
+    for (int64_t before = 1; before <= x.past(); before++)  // steps before the sequence
+      for (int64_t back = before; back < x.taps && back - before < tile.length; back++)
+        if (seen[back - before] >= T(back))
+          d_window[(tile.b * x.past() + x.past() - before) * x.N + f] += taps[-back] * by_y[back - before];
+  }
+}
+
+// Back through the layers before the cell. `later` [N, halo] is the gradient by the convolution's output of the steps
+// after the tile, and becomes that of the first steps of this one.
+template <class T>
+void mixer_enter_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, T* d_x, T* d_window,
+                          const MixerWork<T>& work, const MixerWeightGradient<T>& by_weight, const Tile<T>& tile,
+                          T* later) {
+  const int64_t N = x.N, H = x.H, width = tile.width, halo = tile.halo, row = width + halo;
+  const int64_t projected_row = padded<T>(3 * N);
+  Scratch<T> scratch((2 * N + 1) * row + (5 * N + 4 * H) * width + width * projected_row);
+  Features<T> inputs = tile.gather_inputs(x, scratch.take(N * row));
+  Features<T> d_convolved{scratch.take(N * row), row}, mixed{scratch.take(N * width), width};
+  Features<T> d_projected{scratch.take(3 * N * width), width}, d_inputs{scratch.take(N * width), width};
+  Features<T> d_gates{scratch.take(2 * H * width), width}, capped{scratch.take(2 * H * width), width};
+  T *seen = scratch.take(row), *copy = scratch.take(width * projected_row);
+  Features<T> d_mixed{work.mixed_of(x, tile), width};
+
+  tile.gather_from(x, work.q, N, N, d_projected);
+  tile.gather_from(x, work.k, N, N, d_projected.at(N));
+  tile.gather_from(x, work.v, N, N, d_projected.at(2 * N));
+  tile.gather_from(x, work.input_gate, H, H, d_gates);
+  tile.gather_from(x, work.forget_gate, H, H, d_gates.at(H));
+  mixer_gates_backward(x, trace, tile, capped, d_gates);
+  const Strided<T> projected{trace.projected, x.steps * 3 * N, 3 * N, 0};
+  multiply<T>(2 * H, projected_row, tile.length, {d_gates.data, width, 1},
+              ::xlstm::tile(projected, tile.b, tile.start, 0, tile.length, 3 * N, copy),
+              {by_weight.gates, by_weight.gates_row}, true);
+  for (int64_t g = 0; g < 2 * H; g++) by_weight.gates_bias[g] += total(d_gates.at(g), width);
+  multiply<T>(3 * N, width, 2 * H, {x.gates, 1, 3 * N}, d_gates.right(), d_projected, true);
+
+  std::fill(d_inputs.data, d_inputs.data + N * width, T(0));
+  project_groups_backward(x.value, N, x.group, 1, inputs, d_projected.at(2 * N), d_inputs, by_weight.value,
+                          by_weight.value_bias);
+  tile.mixed(x, trace, mixed);
+  project_groups_backward(x.query_key, N, x.group, 2, mixed, d_projected, d_mixed, by_weight.query_key,
+                          by_weight.query_key_bias);
+  if (x.taps) {
+    const T* before_silu = tile.before_silu(x, trace);
+    for (int64_t f = 0; f < N; f++) {
+      for (int64_t t = 0; t < width; t += WIDTH<T>) {
+        Vec<T> value = load(before_silu + f * width + t);
+        store(d_convolved.at(f).data + t, load(d_mixed.at(f).data + t) * silu_slope<T>(value, sigmoid<T>(value)));
+      }
+      std::memcpy(d_convolved.at(f).data + width, later + f * halo, halo * sizeof(T));
+      std::memcpy(later + f * halo, d_convolved.at(f).data, halo * sizeof(T));
+    }
+    tile.look_back(x, seen);
+    convolve_backward(x, tile, seen, inputs, d_convolved, d_inputs, d_window, by_weight);
+  } else {
+    transform(d_inputs, N, [&](Vec<T> d, int64_t f, int64_t t) { return d + load(d_mixed.at(f).data + t); });
+  }
+  tile.scatter_to(x, d_inputs, N, d_x, 2 * N);
+}
+
+// Through mixer_window: adds to the gradients by the inputs it took, from the sequence or from the window before it.
+template <class T>
+void mixer_window_backward(const MlstmMixer<T>& x, const T* d_new_window, T* d_x, T* d_window, int64_t b) {
+  const int64_t seen = x.seen(b, x.steps - 1);
+  for (int64_t back = 0; back < x.past() && back <= seen; back++) {
+    const int64_t t = x.steps - 1 - back;
+    const T* from = d_new_window + (b * x.past() + x.past() - 1 - back) * x.N;
+    T* to = t >= 0 ? d_x + (b * x.steps + t) * 2 * x.N : d_window + (b * x.past() + t + x.past()) * x.N;
+    for (int64_t f = 0; f < x.N; f++) to[f] += from[f];
+  }
+}
+
+template <class T>
+void mlstm_mixer_backward(const MlstmMixer<T>& x, T* memory, const MixerOuter<T>& outer,
+                          const MixerGradient<T>& gradient, T* work_memory, int64_t threads) {
+  MixerTrace<T> trace(x, memory);
+  MixerWork<T> work(x, work_memory);
+  const int64_t tiles = x.tiles(), halo = padded<T>(x.past()), weights = MixerWeightGradient<T>::size(x);
+  std::fill(gradient.window, gradient.window + x.B * x.past() * x.N, T(0));
+  std::fill(work.weights, work.end, T(0));
+  for_each(x.B, threads, [&](int64_t b) {
+    MixerWeightGradient<T> by_weight(x, work.weights + b * weights);
+    for (int64_t c = 0; c < tiles; c++)
+      mixer_leave_backward(x, trace, outer.y, gradient.x, work, by_weight, Tile<T>(x, b, c));
+  });
+  const MlstmGradient<T> by_cell{work.q, work.k, work.v, work.input_gate, work.forget_gate, gradient.cell,
+                                 gradient.normalizer};
+  mlstm_backward(trace.cell_input(x), trace.hidden, trace.cell, {work.hidden, outer.cell, outer.normalizer}, by_cell,
+                 threads);
+  for_each(x.B, threads, [&](int64_t b) {
+    MixerWeightGradient<T> by_weight(x, work.weights + b * weights);
+    std::vector<T> later(x.N * halo);
+    for (int64_t c = tiles - 1; c >= 0; c--)
+      mixer_enter_backward(x, trace, gradient.x, gradient.window, work, by_weight, Tile<T>(x, b, c), later.data());
+    mixer_window_backward(x, outer.window, gradient.x, gradient.window, b);
+  });
+  for (int64_t b = 1; b < x.B; b++)
+    for (int64_t e = 0; e < weights; e++) work.weights[e] += work.weights[b * weights + e];
+  MixerWeightGradient<T>(x, work.weights).copy_to(x, gradient);
+}
+
+}  // namespace xlstm
