@@ -142,12 +142,12 @@ class _Mixer(torch.autograd.Function):
         outer = [by_output.contiguous() for by_output in by_outputs[:4]]
         by_x, by_window, by_cell, by_normalizer = (torch.empty_like(x) for x in (call.x, call.window, *call.state[:2]))
         by_weights = [None if weight is None else torch.empty_like(weight) for weight in call.weights]
-        work = call.x.new_empty(compiled().mlstm_mixer_work_size(*numbers))
+        rows_of_weights = call.x.new_empty(compiled().mlstm_mixer_weights_size(*numbers))
         compiled().mlstm_mixer_backward(
             *numbers,
             trace.data_ptr(),
             *(by_output.data_ptr() for by_output in outer),
             *map(pointer, (by_x, by_window, *by_weights, by_cell, by_normalizer)),
-            *(work.data_ptr(), torch.get_num_threads()),
+            *(rows_of_weights.data_ptr(), torch.get_num_threads()),
         )
         return by_x, by_window, by_cell, by_normalizer, None, *by_weights, None, None

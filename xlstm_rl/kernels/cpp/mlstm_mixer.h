@@ -24,45 +24,59 @@ template <class T> struct MlstmMixer {
   int64_t past() const { return std::max<int64_t>(taps - 1, 0); }
   int64_t tile() const { return std::min<int64_t>(64, padded<T>(steps)); }
   int64_t tiles() const { return (steps + tile() - 1) / tile(); }
-  const T* input(int64_t b, int64_t t) const {
-    return t >= 0 ? x + (b * steps + t) * 2 * N : window + (b * past() + t + past()) * N;
+
+  // Row b as a batch of one; what follows is for such a row.
+  MlstmMixer row(int64_t b) const {
+    const int64_t K = N / H;
+    MlstmMixer one = *this;
+    one.B = 1;
+    one.x += b * steps * 2 * N;
+    one.window += b * past() * N;
+    one.cell += b * H * K * K;
+    one.normalizer += b * H * K;
+    one.stabilizer += b * H;
+    one.reset = reset ? reset + b * steps : nullptr;
+    return one;
   }
-  bool starts(int64_t b, int64_t t) const { return reset && reset[b * steps + t]; }
+  const T* input(int64_t t) const { return t >= 0 ? x + t * 2 * N : window + (t + past()) * N; }
   // How many steps before step t its convolution sees: all of them if no episode starts on the way.
-  int64_t seen(int64_t b, int64_t t) const {
-    for (int64_t back = 0; back < past() && back <= t; back++)
-      if (starts(b, t - back)) return back;
+  int64_t seen(int64_t t) const {
+    for (int64_t back = 0; reset && back < past() && back <= t; back++)
+      if (reset[t - back]) return back;
     return past();
   }
 };
 
-// What the backward pass needs of the forward pass.
+// What the backward pass needs of the forward pass of a row.
 template <class T> struct MixerTrace {
-  T *projected;    // [B, T, 3 N]: q, k, v
-  T *capped;       // [B, T, 2 H]: gates after the soft cap
-  T *gates;        // [B, T, 2 H]: gates as the cell takes them
-  T *hidden;       // [B, T, N]: output of the cell
-  T *before_silu;  // [B, tiles, N, tile]: output of the convolution
+  T *projected;    // [T, 3 N]: q, k, v
+  T *capped;       // [T, 2 H]: gates after the soft cap
+  T *gates;        // [T, 2 H]: gates as the cell takes them
+  T *hidden;       // [T, N]: output of the cell
+  T *before_silu;  // [tiles, N, tile]: output of the convolution
   T *cell;         // trace of the cell
   T *end;
 
   MixerTrace(const MlstmMixer<T>& x, T* data) {
-    const int64_t steps = x.B * x.steps;
     projected = data;
-    capped = projected + steps * 3 * x.N;
-    gates = capped + steps * 2 * x.H;
-    hidden = gates + steps * 2 * x.H;
-    before_silu = hidden + steps * x.N;
-    cell = before_silu + x.B * x.tiles() * x.N * x.tile();
+    capped = projected + x.steps * 3 * x.N;
+    gates = capped + x.steps * 2 * x.H;
+    hidden = gates + x.steps * 2 * x.H;
+    before_silu = hidden + x.steps * x.N;
+    cell = before_silu + x.tiles() * x.N * x.tile();
     MlstmInput<T> input = cell_input(x);
-    end = cell + x.B * x.H * input.chunks() * input.memory_size();
+    end = cell + x.H * input.chunks() * input.memory_size();
+  }
+  static int64_t size(const MlstmMixer<T>& x) {
+    MixerTrace<T> layout(x, nullptr);
+    return layout.end - layout.projected;
   }
 
   MlstmInput<T> cell_input(const MlstmMixer<T>& x) const {
-    const int64_t T_ = x.steps, N = x.N, H = x.H, K = N / H;
-    auto part = [=](int64_t which) { return Strided<T>{projected + which * N, T_ * 3 * N, 3 * N, K}; };
-    auto gate = [=](int64_t which) { return Strided<T>{gates + which * H, T_ * 2 * H, 2 * H, 1}; };
-    return {x.B, T_, H, K, K, part(0), part(1), part(2), gate(0), gate(1),
+    const int64_t N = x.N, H = x.H, K = N / H;
+    auto part = [=](int64_t which) { return Strided<T>{projected + which * N, 0, 3 * N, K}; };
+    auto gate = [=](int64_t which) { return Strided<T>{gates + which * H, 0, 2 * H, 1}; };
+    return {1, x.steps, H, K, K, part(0), part(1), part(2), gate(0), gate(1),
             x.reset, x.exp_forget, x.cell, x.normalizer, x.stabilizer};
   }
 };
@@ -70,30 +84,36 @@ template <class T> struct MixerTrace {
 // Results; the state after the last step is contiguous like the one before the first.
 template <class T> struct MixerOutput {
   T *y, *window, *cell, *normalizer, *stabilizer;  // y [B, T, N]
+
+  MixerOutput row(const MlstmMixer<T>& x, int64_t b) const {
+    const int64_t N = x.N, H = x.H, K = N / H;
+    return {y + b * x.steps * N, window + b * x.past() * N, cell + b * H * K * K, normalizer + b * H * K,
+            stabilizer + b * H};
+  }
 };
 
-// A tile of the steps of one row: `length` steps from `start` on, padded to `width`.
+// A tile of a row: `length` steps from `start` on, padded to `width`.
 template <class T> struct Tile {
-  int64_t b, index, start, length, width, halo;  // halo: room for the steps before, padded
+  int64_t index, start, length, width, halo;  // halo: room for the steps before, padded
 
-  Tile(const MlstmMixer<T>& x, int64_t row, int64_t which)
-      : b(row), index(which), start(which * x.tile()), length(std::min(x.tile(), x.steps - start)), width(x.tile()),
+  Tile(const MlstmMixer<T>& x, int64_t which)
+      : index(which), start(which * x.tile()), length(std::min(x.tile(), x.steps - start)), width(x.tile()),
         halo(padded<T>(x.past())) {}
 
-  // From a tensor [B, T, columns] to features and back.
-  void gather_from(const MlstmMixer<T>& x, const T* tensor, int64_t columns, int64_t features, Features<T> to) const {
-    gather(tensor + (b * x.steps + start) * columns, columns, length, features, to);
+  // From a tensor [T, columns] to features and back.
+  void gather_from(const T* tensor, int64_t columns, int64_t features, Features<T> to) const {
+    gather(tensor + start * columns, columns, length, features, to);
   }
-  void scatter_to(const MlstmMixer<T>& x, Features<T> from, int64_t features, T* tensor, int64_t columns) const {
-    scatter(from, length, features, tensor + (b * x.steps + start) * columns, columns);
+  void scatter_to(Features<T> from, int64_t features, T* tensor, int64_t columns) const {
+    scatter(from, length, features, tensor + start * columns, columns);
   }
   T* before_silu(const MlstmMixer<T>& x, const MixerTrace<T>& trace) const {
-    return trace.before_silu + (b * x.tiles() + index) * x.N * width;
+    return trace.before_silu + index * x.N * width;
   }
 
   // What the keys are made of: the inputs after convolution and SiLU, or else as they are.
   void mixed(const MlstmMixer<T>& x, const MixerTrace<T>& trace, Features<T> to) const {
-    if (!x.taps) return gather_from(x, x.x, 2 * x.N, x.N, to);
+    if (!x.taps) return gather_from(x.x, 2 * x.N, x.N, to);
     const T* from = before_silu(x, trace);
     for (int64_t e = 0; e < x.N * width; e += WIDTH<T>) store(to.data + e, silu<T>(load(from + e)));
   }
@@ -102,10 +122,10 @@ template <class T> struct Tile {
   Features<T> gather_inputs(const MlstmMixer<T>& x, T* memory) const {
     const int64_t row = halo + width;
     Features<T> inputs{memory + halo, row};
-    transpose(length, x.N, x.input(b, start), 2 * x.N, inputs.data, row);
+    transpose(length, x.N, x.input(start), 2 * x.N, inputs.data, row);
     for (int64_t f = 0; f < x.N; f++) std::fill(inputs.at(f).data + length, inputs.at(f).data + width, T(0));
     for (int64_t back = 1; back <= x.past(); back++) {
-      const T* from = x.input(b, start - back);
+      const T* from = x.input(start - back);
       for (int64_t f = 0; f < x.N; f++) inputs.at(f).data[-back] = from[f];
     }
     return inputs;
@@ -113,7 +133,7 @@ template <class T> struct Tile {
 
   // seen() of the steps of the tile and of the `halo` steps after it, as numbers to compare vectors with.
   void look_back(const MlstmMixer<T>& x, T* seen) const {
-    for (int64_t t = 0; t < width + halo; t++) seen[t] = start + t < x.steps ? T(x.seen(b, start + t)) : T(0);
+    for (int64_t t = 0; t < width + halo; t++) seen[t] = start + t < x.steps ? T(x.seen(start + t)) : T(0);
   }
 };
 
@@ -151,10 +171,10 @@ template <class T> void mixer_enter(const MlstmMixer<T>& x, const MixerTrace<T>&
   project_groups(x.value, x.value_bias, N, x.group, 1, inputs, projected.at(2 * N));
   linear(x.gates, x.gates_bias, 2 * H, 3 * N, projected, gates);
   cap_gates(gates, 2 * H, x.soft_cap);
-  tile.scatter_to(x, projected, 3 * N, trace.projected, 3 * N);
-  tile.scatter_to(x, gates, 2 * H, trace.capped, 2 * H);
+  tile.scatter_to(projected, 3 * N, trace.projected, 3 * N);
+  tile.scatter_to(gates, 2 * H, trace.capped, 2 * H);
   if (x.sigmoid_input) take_log_sigmoid(gates, H);
-  tile.scatter_to(x, gates, 2 * H, trace.gates, 2 * H);
+  tile.scatter_to(gates, 2 * H, trace.gates, 2 * H);
 }
 
 // The layers after the cell.
@@ -165,36 +185,48 @@ void mixer_leave(const MlstmMixer<T>& x, const MixerTrace<T>& trace, const Mixer
   Features<T> hidden{scratch.take(N * width), width}, gate{scratch.take(N * width), width};
   Features<T> mixed{scratch.take(N * width), width};
   tile.mixed(x, trace, mixed);
-  tile.gather_from(x, trace.hidden, N, N, hidden);
-  tile.gather_from(x, x.x + N, 2 * N, N, gate);
+  tile.gather_from(trace.hidden, N, N, hidden);
+  tile.gather_from(x.x + N, 2 * N, N, gate);
   for (int64_t h = 0; h < x.H; h++)
     layer_norm(hidden.at(h * K), x.head_norm + h * K, T(x.epsilon), K, hidden.at(h * K));
   transform(hidden, N, [&](Vec<T> y, int64_t f, int64_t t) {
     return (y + x.skip[f] * load(mixed.at(f).data + t)) * silu<T>(load(gate.at(f).data + t));
   });
-  tile.scatter_to(x, hidden, N, out.y, N);
+  tile.scatter_to(hidden, N, out.y, N);
 }
 
 // The inputs that the next sequence's convolution sees; an episode start among them hides those before.
-template <class T> void mixer_window(const MlstmMixer<T>& x, T* window, int64_t b) {
-  const int64_t seen = x.seen(b, x.steps - 1);
+template <class T> void mixer_window(const MlstmMixer<T>& x, T* window) {
+  const int64_t seen = x.seen(x.steps - 1);
   for (int64_t back = 0; back < x.past(); back++) {
-    T* to = window + (b * x.past() + x.past() - 1 - back) * x.N;
+    T* to = window + (x.past() - 1 - back) * x.N;
     if (back <= seen)
-      std::memcpy(to, x.input(b, x.steps - 1 - back), x.N * sizeof(T));
+      std::memcpy(to, x.input(x.steps - 1 - back), x.N * sizeof(T));
     else
       std::fill(to, to + x.N, T(0));
   }
 }
 
 template <class T>
-void mlstm_mixer_forward(const MlstmMixer<T>& x, const MixerOutput<T>& out, T* memory, int64_t threads) {
+void mixer_forward_row(const MlstmMixer<T>& x, const MixerOutput<T>& out, T* memory, int64_t threads) {
   MixerTrace<T> trace(x, memory);
-  const int64_t tiles = x.tiles();
-  for_each(x.B * tiles, threads, [&](int64_t u) { mixer_enter(x, trace, Tile<T>(x, u / tiles, u % tiles)); });
-  mlstm_forward(trace.cell_input(x), {trace.hidden, out.cell, out.normalizer, out.stabilizer}, trace.cell, threads);
-  for_each(x.B * tiles, threads, [&](int64_t u) { mixer_leave(x, trace, out, Tile<T>(x, u / tiles, u % tiles)); });
-  for (int64_t b = 0; b < x.B; b++) mixer_window(x, out.window, b);
+  const MlstmInput<T> cell = trace.cell_input(x);
+  for_each(x.tiles(), threads, [&](int64_t tile) { mixer_enter(x, trace, Tile<T>(x, tile)); });
+  for_each(x.H, threads, [&](int64_t h) {
+    mlstm_forward_head(cell, {trace.hidden, out.cell, out.normalizer, out.stabilizer}, trace.cell, h);
+  });
+  for_each(x.tiles(), threads, [&](int64_t tile) { mixer_leave(x, trace, out, Tile<T>(x, tile)); });
+  mixer_window(x, out.window);
+}
+
+// Row by row, so that a stage finds in the cache what the one before it wrote; where there are fewer rows than
+// threads, these work together on each.
+template <class T>
+void mlstm_mixer_forward(const MlstmMixer<T>& x, const MixerOutput<T>& out, T* memory, int64_t threads) {
+  const bool apart = x.B >= threads;
+  for_each(x.B, apart ? threads : 1, [&](int64_t b) {
+    mixer_forward_row(x.row(b), out.row(x, b), memory + b * MixerTrace<T>::size(x), apart ? 1 : threads);
+  });
 }
 
 }  // namespace xlstm

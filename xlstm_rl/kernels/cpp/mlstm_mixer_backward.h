@@ -9,11 +9,27 @@ namespace xlstm {
 // Gradients by the outputs.
 template <class T> struct MixerOuter {
   const T *y, *window, *cell, *normalizer;
+
+  MixerOuter row(const MlstmMixer<T>& x, int64_t b) const {
+    const int64_t N = x.N, H = x.H, K = N / H;
+    return {y + b * x.steps * N, window + b * x.past() * N, cell + b * H * K * K, normalizer + b * H * K};
+  }
 };
 // Gradients by the inputs, all contiguous; those of absent biases are null.
 template <class T> struct MixerGradient {
   T *x, *window, *conv, *conv_bias, *query_key, *query_key_bias, *value, *value_bias, *gates, *gates_bias;
   T *head_norm, *skip, *cell, *normalizer;
+
+  // Of the tensors that have rows; the others stay as they are.
+  MixerGradient row(const MlstmMixer<T>& mixer, int64_t b) const {
+    const int64_t N = mixer.N, H = mixer.H, K = N / H;
+    MixerGradient one = *this;
+    one.x += b * mixer.steps * 2 * N;
+    one.window += b * mixer.past() * N;
+    one.cell += b * H * K * K;
+    one.normalizer += b * H * K;
+    return one;
+  }
 };
 
 // Gradients by the weights from one row of the batch. Rows are added up in order, so that the result does not depend
@@ -59,28 +75,29 @@ template <class T> struct MixerWeightGradient {
   }
 };
 
-// Memory between the stages of the backward pass.
+// Gradients between the stages of the backward pass, those of one row: what it leaves in the cache the next stage
+// reads. Rows of heads lie [T, H, ...] as the cell wants them.
 template <class T> struct MixerWork {
-  T *hidden, *q, *k, *v;         // gradients [B, T, N]
-  T *input_gate, *forget_gate;   // gradients [B, T, H]
-  T *mixed;                      // gradient by the convolved input after the SiLU [B, tiles, N, tile]
-  T *weights, *end;              // gradients by the weights, row by row
+  T *hidden, *q, *k, *v;        // [T, N]
+  T *input_gate, *forget_gate;  // [T, H]
+  T* mixed;                     // by the convolved input after the SiLU [tiles, N, tile]
+  T* end;
 
   MixerWork(const MlstmMixer<T>& x, T* data) {
-    const int64_t steps = x.B * x.steps;
     hidden = data;
-    q = hidden + steps * x.N;
-    k = q + steps * x.N;
-    v = k + steps * x.N;
-    input_gate = v + steps * x.N;
-    forget_gate = input_gate + steps * x.H;
-    mixed = forget_gate + steps * x.H;
-    weights = mixed + x.B * x.tiles() * x.N * x.tile();
-    end = weights + x.B * MixerWeightGradient<T>::size(x);
+    q = hidden + x.steps * x.N;
+    k = q + x.steps * x.N;
+    v = k + x.steps * x.N;
+    input_gate = v + x.steps * x.N;
+    forget_gate = input_gate + x.steps * x.H;
+    mixed = forget_gate + x.steps * x.H;
+    end = mixed + x.tiles() * x.N * x.tile();
   }
-  T* mixed_of(const MlstmMixer<T>& x, const Tile<T>& tile) const {
-    return mixed + (tile.b * x.tiles() + tile.index) * x.N * tile.width;
+  static int64_t size(const MlstmMixer<T>& x) {
+    MixerWork<T> layout(x, nullptr);
+    return layout.end - layout.hidden;
   }
+  T* mixed_of(const MlstmMixer<T>& x, const Tile<T>& tile) const { return mixed + tile.index * x.N * tile.width; }
 };
 
 // Sums over the steps of a tile: of a feature, and of the products of two.
@@ -145,9 +162,9 @@ void mixer_leave_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, co
   Features<T> normal{scratch.take(N * width), width}, gate{scratch.take(N * width), width};
   Features<T> d{scratch.take(N * width), width}, mixed{scratch.take(N * width), width};
   T* factors = scratch.take(width);
-  tile.gather_from(x, trace.hidden, N, N, normal);
-  tile.gather_from(x, x.x + N, 2 * N, N, gate);
-  tile.gather_from(x, d_y, N, N, d);
+  tile.gather_from(trace.hidden, N, N, normal);
+  tile.gather_from(x.x + N, 2 * N, N, gate);
+  tile.gather_from(d_y, N, N, d);
   tile.mixed(x, trace, mixed);
   T* d_mixed = work.mixed_of(x, tile);
   for (int64_t h = 0; h < x.H; h++) {
@@ -168,8 +185,8 @@ void mixer_leave_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, co
     }
     layer_norm_backward(normal.at(h * K), factors, x.head_norm + h * K, K, by_weight.head_norm + h * K, d.at(h * K));
   }
-  tile.scatter_to(x, gate, N, d_x + N, 2 * N);
-  tile.scatter_to(x, d, N, work.hidden, N);
+  tile.scatter_to(gate, N, d_x + N, 2 * N);
+  tile.scatter_to(d, N, work.hidden, N);
 }
 
 // Gradients by the gates as the cell takes them become those by the gates before cap and sigmoid.
@@ -178,7 +195,7 @@ void mixer_gates_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, co
                           Features<T> d) {
   if (!x.sigmoid_input && x.soft_cap == 0) return;
   const T cap = T(x.soft_cap);
-  tile.gather_from(x, trace.capped, 2 * x.H, 2 * x.H, capped);
+  tile.gather_from(trace.capped, 2 * x.H, 2 * x.H, capped);
   transform(d, 2 * x.H, [&](Vec<T> by_gate, int64_t g, int64_t t) {
     Vec<T> value = load(capped.at(g).data + t);
     if (x.sigmoid_input && g < x.H) by_gate *= sigmoid<T>(-value);
@@ -209,7 +226,7 @@ void convolve_backward(const MlstmMixer<T>& x, const Tile<T>& tile, const T* see
     for (int64_t before = 1; before <= x.past(); before++)  // steps before the sequence
       for (int64_t back = before; back < x.taps && back - before < tile.length; back++)
         if (seen[back - before] >= T(back))
-          d_window[(tile.b * x.past() + x.past() - before) * x.N + f] += taps[-back] * by_y[back - before];
+          d_window[(x.past() - before) * x.N + f] += taps[-back] * by_y[back - before];
   }
 }
 
@@ -229,15 +246,15 @@ void mixer_enter_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, T*
   T *seen = scratch.take(row), *copy = scratch.take(width * projected_row);
   Features<T> d_mixed{work.mixed_of(x, tile), width};
 
-  tile.gather_from(x, work.q, N, N, d_projected);
-  tile.gather_from(x, work.k, N, N, d_projected.at(N));
-  tile.gather_from(x, work.v, N, N, d_projected.at(2 * N));
-  tile.gather_from(x, work.input_gate, H, H, d_gates);
-  tile.gather_from(x, work.forget_gate, H, H, d_gates.at(H));
+  tile.gather_from(work.q, N, N, d_projected);
+  tile.gather_from(work.k, N, N, d_projected.at(N));
+  tile.gather_from(work.v, N, N, d_projected.at(2 * N));
+  tile.gather_from(work.input_gate, H, H, d_gates);
+  tile.gather_from(work.forget_gate, H, H, d_gates.at(H));
   mixer_gates_backward(x, trace, tile, capped, d_gates);
-  const Strided<T> projected{trace.projected, x.steps * 3 * N, 3 * N, 0};
+  const Strided<T> projected{trace.projected, 0, 3 * N, 0};
   multiply<T>(2 * H, projected_row, tile.length, {d_gates.data, width, 1},
-              ::xlstm::tile(projected, tile.b, tile.start, 0, tile.length, 3 * N, copy),
+              ::xlstm::tile(projected, 0, tile.start, 0, tile.length, 3 * N, copy),
               {by_weight.gates, by_weight.gates_row}, true);
   for (int64_t g = 0; g < 2 * H; g++) by_weight.gates_bias[g] += total(d_gates.at(g), width);
   multiply<T>(3 * N, width, 2 * H, {x.gates, 1, 3 * N}, d_gates.right(), d_projected, true);
@@ -263,48 +280,60 @@ void mixer_enter_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, T*
   } else {
     transform(d_inputs, N, [&](Vec<T> d, int64_t f, int64_t t) { return d + load(d_mixed.at(f).data + t); });
   }
-  tile.scatter_to(x, d_inputs, N, d_x, 2 * N);
+  tile.scatter_to(d_inputs, N, d_x, 2 * N);
 }
 
 // Through mixer_window: adds to the gradients by the inputs it took, from the sequence or from the window before it.
 template <class T>
-void mixer_window_backward(const MlstmMixer<T>& x, const T* d_new_window, T* d_x, T* d_window, int64_t b) {
-  const int64_t seen = x.seen(b, x.steps - 1);
+void mixer_window_backward(const MlstmMixer<T>& x, const T* d_new_window, T* d_x, T* d_window) {
+  const int64_t seen = x.seen(x.steps - 1);
   for (int64_t back = 0; back < x.past() && back <= seen; back++) {
     const int64_t t = x.steps - 1 - back;
-    const T* from = d_new_window + (b * x.past() + x.past() - 1 - back) * x.N;
-    T* to = t >= 0 ? d_x + (b * x.steps + t) * 2 * x.N : d_window + (b * x.past() + t + x.past()) * x.N;
+    const T* from = d_new_window + (x.past() - 1 - back) * x.N;
+    T* to = t >= 0 ? d_x + t * 2 * x.N : d_window + (t + x.past()) * x.N;
     for (int64_t f = 0; f < x.N; f++) to[f] += from[f];
   }
 }
 
 template <class T>
-void mlstm_mixer_backward(const MlstmMixer<T>& x, T* memory, const MixerOuter<T>& outer,
-                          const MixerGradient<T>& gradient, T* work_memory, int64_t threads) {
+void mixer_backward_row(const MlstmMixer<T>& x, T* memory, const MixerOuter<T>& outer,
+                        const MixerGradient<T>& gradient, const MixerWeightGradient<T>& by_weight, int64_t threads) {
+  static thread_local std::vector<T> buffer;
+  const int64_t size = MixerWork<T>::size(x), later_size = x.N * padded<T>(x.past());
+  if (int64_t(buffer.size()) < size + later_size) buffer.resize(size + later_size);
   MixerTrace<T> trace(x, memory);
-  MixerWork<T> work(x, work_memory);
-  const int64_t tiles = x.tiles(), halo = padded<T>(x.past()), weights = MixerWeightGradient<T>::size(x);
-  std::fill(gradient.window, gradient.window + x.B * x.past() * x.N, T(0));
-  std::fill(work.weights, work.end, T(0));
-  for_each(x.B, threads, [&](int64_t b) {
-    MixerWeightGradient<T> by_weight(x, work.weights + b * weights);
-    for (int64_t c = 0; c < tiles; c++)
-      mixer_leave_backward(x, trace, outer.y, gradient.x, work, by_weight, Tile<T>(x, b, c));
-  });
+  MixerWork<T> work(x, buffer.data());
+  T* later = work.end;
+  std::fill(later, later + later_size, T(0));
+  std::fill(gradient.window, gradient.window + x.past() * x.N, T(0));
+
+  for (int64_t tile = 0; tile < x.tiles(); tile++)
+    mixer_leave_backward(x, trace, outer.y, gradient.x, work, by_weight, Tile<T>(x, tile));
+  const MlstmInput<T> cell = trace.cell_input(x);
   const MlstmGradient<T> by_cell{work.q, work.k, work.v, work.input_gate, work.forget_gate, gradient.cell,
                                  gradient.normalizer};
-  mlstm_backward(trace.cell_input(x), trace.hidden, trace.cell, {work.hidden, outer.cell, outer.normalizer}, by_cell,
-                 threads);
-  for_each(x.B, threads, [&](int64_t b) {
-    MixerWeightGradient<T> by_weight(x, work.weights + b * weights);
-    std::vector<T> later(x.N * halo);
-    for (int64_t c = tiles - 1; c >= 0; c--)
-      mixer_enter_backward(x, trace, gradient.x, gradient.window, work, by_weight, Tile<T>(x, b, c), later.data());
-    mixer_window_backward(x, outer.window, gradient.x, gradient.window, b);
+  for_each(x.H, threads, [&](int64_t h) {
+    mlstm_backward_head(cell, trace.hidden, trace.cell, {work.hidden, outer.cell, outer.normalizer}, by_cell, h);
+  });
+  for (int64_t tile = x.tiles() - 1; tile >= 0; tile--)
+    mixer_enter_backward(x, trace, gradient.x, gradient.window, work, by_weight, Tile<T>(x, tile), later);
+  mixer_window_backward(x, outer.window, gradient.x, gradient.window);
+}
+
+// `by_weight` is room for the gradients by the weights from every row.
+template <class T>
+void mlstm_mixer_backward(const MlstmMixer<T>& x, T* memory, const MixerOuter<T>& outer,
+                          const MixerGradient<T>& gradient, T* by_weight, int64_t threads) {
+  const int64_t weights = MixerWeightGradient<T>::size(x), trace = MixerTrace<T>::size(x);
+  const bool apart = x.B >= threads;
+  std::fill(by_weight, by_weight + x.B * weights, T(0));
+  for_each(x.B, apart ? threads : 1, [&](int64_t b) {
+    mixer_backward_row(x.row(b), memory + b * trace, outer.row(x, b), gradient.row(x, b),
+                       MixerWeightGradient<T>(x, by_weight + b * weights), apart ? 1 : threads);
   });
   for (int64_t b = 1; b < x.B; b++)
-    for (int64_t e = 0; e < weights; e++) work.weights[e] += work.weights[b * weights + e];
-  MixerWeightGradient<T>(x, work.weights).copy_to(x, gradient);
+    for (int64_t e = 0; e < weights; e++) by_weight[e] += by_weight[b * weights + e];
+  MixerWeightGradient<T>(x, by_weight).copy_to(x, gradient);
 }
 
 }  // namespace xlstm

@@ -124,8 +124,8 @@ struct MlstmMixerBackward {
     MixerOuter<T> outer{c.from(), c.from(), c.from(), c.from()};
     MixerGradient<T> gradient{c.to(), c.to(), c.to(), c.to(), c.to(), c.to(), c.to(), c.to(), c.to(), c.to(),
                               c.to(), c.to(), c.to(), c.to()};
-    T* work = c.to();
-    return [=, threads = in.integer()] { mlstm_mixer_backward(x, trace, outer, gradient, work, threads); };
+    T* by_weight = c.to();
+    return [=, threads = in.integer()] { mlstm_mixer_backward(x, trace, outer, gradient, by_weight, threads); };
   }
 };
 struct MlstmBlockStep {
@@ -203,15 +203,17 @@ struct SlstmTrace {
     return rows * steps * heads * FIELDS * padded<T>(in.integer());
   }
 };
-// Given the item size and the arguments of the mixer: numbers in its trace, or in its work.
+// Given the item size and the arguments of the mixer: numbers in its trace, or in its gradients by the weights.
 struct MixerTraceSize {
   template <class T> static int64_t size(Arguments& in) {
-    return MixerTrace<T>(Call<T>{in}.mixer(), nullptr).end - static_cast<T*>(nullptr);
+    auto x = Call<T>{in}.mixer();
+    return x.B * MixerTrace<T>::size(x);
   }
 };
-struct MixerWorkSize {
+struct MixerWeightsSize {
   template <class T> static int64_t size(Arguments& in) {
-    return MixerWork<T>(Call<T>{in}.mixer(), nullptr).end - static_cast<T*>(nullptr);
+    auto x = Call<T>{in}.mixer();
+    return x.B * MixerWeightGradient<T>::size(x);
   }
 };
 template <class Trace> PyObject* trace_size(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -246,7 +248,7 @@ PyMethodDef methods[] = {
     method("mlstm_mixer_forward", function<MlstmMixerForward>),
     method("mlstm_mixer_backward", function<MlstmMixerBackward>),
     method("mlstm_mixer_trace_size", trace_size<MixerTraceSize>),
-    method("mlstm_mixer_work_size", trace_size<MixerWorkSize>),
+    method("mlstm_mixer_weights_size", trace_size<MixerWeightsSize>),
     method("mlstm_block_step", function<MlstmBlockStep>),
     method("slstm_block_step", function<SlstmBlockStep>),
     {"use_pool", use_pool, METH_O, nullptr},
