@@ -85,6 +85,20 @@ def differentiate(
     return tuple(gradients[:S]), tuple(gradients[S : S + W]), tuple(gradients[S + W :])
 
 
+def rms_errors(case: Case, backend: str) -> tuple[float, float]:
+    """Error of float32 against float64 relative to the root mean square: of the hidden states, and the largest of those
+    of the gradients by the sequence and the weights."""
+    exact, rough = evaluate(case, backend), evaluate(cast(case, torch.float32), backend)
+
+    def error(a: Tensor, e: Tensor) -> float:
+        return float((a.double() - e).square().mean().sqrt() / e.square().mean().sqrt())
+
+    gradients = zip(
+        rough.sequence_gradient + rough.weights_gradient, exact.sequence_gradient + exact.weights_gradient, strict=True
+    )
+    return error(rough.hidden, exact.hidden), max(error(a, e) for a, e in gradients)
+
+
 def carrying_gradient(state: State) -> tuple[Tensor, ...]:
     """The leaves of a state without its stabilizer, which is a choice of scale."""
     return tuple(state[:-1])

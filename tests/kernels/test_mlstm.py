@@ -99,10 +99,9 @@ def test_resets_at_chunk_edges_equal_the_reference(backend: str, T: int, start: 
 def test_float32_stays_precise_over_4096_steps(backend: str) -> None:
     case = cases.make_case("mlstm", B=1, T=4096, H=2, K=16, V=16, gate=1.0, reset=0.001)
     case.sequence[4].add_(3.0)
-    exact, _ = cases.run(case, backend)
-    rough, _ = cases.run(cases.cast(case, torch.float32), backend)
-    error = (rough.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    assert float(error) <= 2e-6
+    hidden, gradient = cases.rms_errors(case, backend)
+    assert hidden <= 2e-6
+    assert gradient <= 5e-6
 
 
 @every_fast_backend

@@ -68,11 +68,9 @@ def test_long_sequence_equals_the_reference(backend: str) -> None:
 def test_float32_stays_precise_over_4096_steps(backend: str) -> None:
     case = cases.make_case("slstm", B=1, T=4096, H=2, K=16, gate=1.0, reset=0.001)
     case = case._replace(weights=(case.weights[0] * 0.3,))
-    with torch.no_grad():
-        exact, _ = cases.run(case, backend)
-        rough, _ = cases.run(cases.cast(case, torch.float32), backend)
-    error = (rough.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    assert float(error) <= 2e-6
+    hidden, gradient = cases.rms_errors(case, backend)
+    assert hidden <= 2e-6
+    assert gradient <= 5e-6
 
 
 @every_fast_backend
