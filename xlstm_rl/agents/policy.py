@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
@@ -22,6 +24,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
+from xlstm_rl.agents.action_masks import check_masks, mask_logits, masked_distribution
 from xlstm_rl.agents.checkpoint import load_policy, save_policy
 from xlstm_rl.memory import MemoryCore, make_memory, pack, unpack
 
@@ -213,7 +216,15 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
         critic = () if self.memory_critic is None else self.memory_critic.initial_state(n_envs)
         return PolicyState(self.memory_actor.initial_state(n_envs), critic)
 
-    def act(self, obs: Any, state: PolicyState, reset: Tensor, *, deterministic: bool = False) -> StepResult:
+    def act(
+        self,
+        obs: Any,
+        state: PolicyState,
+        reset: Tensor,
+        *,
+        deterministic: bool = False,
+        action_masks: Tensor | None = None,
+    ) -> StepResult:
         """Choose actions for one step of every environment.
 
         Args:
@@ -221,13 +232,14 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
             state: memory state before the step.
             reset: bool [n_envs], true where `obs` is the first of an episode.
             deterministic: the mode instead of a sample.
+            action_masks: bool [n_envs, ...], true where an action is allowed; None: all are.
         """
         latent_pi, latent_vf, state = self._latents(obs, state, reset)
         values = self.value_net(latent_vf).squeeze(-1)
         if isinstance(self.action_dist, CategoricalDistribution):
-            actions, log_prob = _sample_categorical(self.action_net(latent_pi), deterministic)
+            actions, log_prob = _sample_categorical(self.action_net(latent_pi), deterministic, action_masks)
             return StepResult(actions, values, log_prob, state)
-        distribution = self._get_action_dist_from_latent(latent_pi)
+        distribution = self._distribution(latent_pi, action_masks)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         return StepResult(actions.reshape(-1, *(self.action_space.shape or ())), values, log_prob, state)
@@ -243,7 +255,9 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
             latent, _ = self.memory_actor.step(features, state.actor, reset)
         return self.value_net(self.mlp_extractor.forward_critic(latent)).squeeze(-1)  # type: ignore[no-any-return]
 
-    def evaluate_sequence(self, obs: Any, actions: Tensor, state: PolicyState, reset: Tensor) -> Evaluation:
+    def evaluate_sequence(
+        self, obs: Any, actions: Tensor, state: PolicyState, reset: Tensor, action_masks: Tensor | None = None
+    ) -> Evaluation:
         """Values, log-probabilities and entropies of past actions, whole sequences at once.
 
         Args:
@@ -251,15 +265,17 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
             actions: [B, T, ...].
             state: memory state before the first step, leaves [B, ...].
             reset: bool [B, T].
+            action_masks: bool [B, T, ...], true where an action was allowed; None: all were.
         """
         latent_pi, latent_vf, _ = self._latents(obs, state, reset)
         values = self.value_net(latent_vf).view(reset.shape)
         actions = actions.flatten(0, 1)
+        masks = None if action_masks is None else action_masks.flatten(0, 1)
         if isinstance(self.action_dist, CategoricalDistribution):
-            log_probs = F.log_softmax(self.action_net(latent_pi), dim=-1)
+            log_probs = F.log_softmax(mask_logits(self.action_net(latent_pi), masks), dim=-1)
             log_prob = log_probs.gather(-1, actions.view(-1, 1)).view(reset.shape)
             return Evaluation(values, log_prob, -(log_probs.exp() * log_probs).sum(-1).view(reset.shape))
-        distribution = self._get_action_dist_from_latent(latent_pi)
+        distribution = self._distribution(latent_pi, masks)
         log_prob = distribution.log_prob(_as_sampled(actions, self.action_space)).view(reset.shape)
         entropy = distribution.entropy()
         return Evaluation(values, log_prob, None if entropy is None else entropy.view(reset.shape))
@@ -267,6 +283,11 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
     def advance(self, obs: Any, state: PolicyState, reset: Tensor) -> PolicyState:
         """Memory state after a sequence: obs [B, T, ...], reset bool [B, T]."""
         return self._latents(obs, state, reset, heads=False)[2]
+
+    def _distribution(self, latent_pi: Tensor, action_masks: Tensor | None) -> Distribution:
+        if action_masks is None:
+            return self._get_action_dist_from_latent(latent_pi)
+        return masked_distribution(self.action_space, self.action_net(latent_pi), action_masks)
 
     def _latents(
         self, obs: Any, state: PolicyState, reset: Tensor, *, heads: bool = True
@@ -318,13 +339,68 @@ class XLSTMPolicy(RecurrentActorCriticPolicy):
         return actions, step.values.unsqueeze(-1), step.log_prob, self._to_pairs(step.state)
 
     def get_distribution(  # type: ignore[override]
-        self, obs: Any, lstm_states: StatePair, episode_starts: Tensor
+        self, obs: Any, lstm_states: StatePair, episode_starts: Tensor, action_masks: Tensor | None = None
     ) -> tuple[Distribution, StatePair]:
-        """Action distribution of one step and the actor's next state, as pairs."""
+        """Action distribution of one step (over allowed actions) and the actor's next state, as pairs."""
         features = BasePolicy.extract_features(self, obs, self.pi_features_extractor)
         state = self._unpack(lstm_states, self.memory_actor)
         latent, state = self.memory_actor.step(features, state, episode_starts > 0.5)
-        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), self._pack(state)
+        return self._distribution(self.mlp_extractor.forward_actor(latent), action_masks), self._pack(state)
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Choose actions as the environment takes them, and remember.
+
+        Args:
+            observation: of one environment, or [n_envs, ...]; an array or a dict of those.
+            state: as the last call returned it; None where every environment starts.
+            episode_start: bool [n_envs], true where the observation is the first of an episode; None: nowhere.
+            deterministic: the mode instead of a sample.
+            action_masks: bool [n_envs, ...], true where an action is allowed, as `MaskablePPO` takes them; None: all.
+
+        Returns:
+            Actions, in bounds, and the state for the next call: two arrays [1, n_envs, hidden_size].
+
+        Raises:
+            ValueError: the observation or a mask does not fit its space, or a mask forbids everything.
+        """
+        self.set_training_mode(False)
+        obs, vectorized = self.obs_to_tensor(observation)
+        n_envs = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+        start = torch.zeros(n_envs) if episode_start is None else torch.as_tensor(episode_start)
+        if state is None:
+            if episode_start is not None and not bool(start.all()):
+                warnings.warn(
+                    "predict got state=None for episodes that go on, whose memory is lost: hand over the state that "
+                    "the last call returned",
+                    stacklevel=3,
+                )
+            state = (np.zeros((1, n_envs, self.lstm_actor.hidden_size)),) * 2
+        pair = tuple(torch.as_tensor(part, dtype=torch.float32, device=self.device) for part in state)
+        masks = None
+        if action_masks is not None:
+            masks = torch.as_tensor(check_masks(action_masks, self.action_space, n_envs), device=self.device)
+        with torch.no_grad():
+            starts = start.to(self.device, torch.float32)
+            distribution, pair = self.get_distribution(obs, pair, starts, masks)
+            chosen = distribution.get_actions(deterministic=deterministic)
+        actions = self.to_env_actions(chosen.cpu().numpy().reshape(-1, *(self.action_space.shape or ())))
+        return actions if vectorized else actions.squeeze(axis=0), tuple(part.cpu().numpy() for part in pair)
+
+    def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Actions [n_envs, ...] as the environment wants them: in bounds and in its dtype."""
+        space = self.action_space
+        if isinstance(space, spaces.Box):
+            if self.squash_output:
+                return np.asarray(self.unscale_action(actions))
+            return np.asarray(np.clip(actions, space.low, space.high))
+        return np.asarray(actions, dtype=space.dtype)
 
     def predict_values(self, obs: Any, lstm_states: StatePair, episode_starts: Tensor) -> Tensor:  # type: ignore[override]
         """Value [N, 1] of observations for sb3-contrib."""
@@ -371,10 +447,13 @@ def _run(core: MemoryCore, features: Tensor, state: Any, reset: Tensor) -> tuple
     return y.flatten(0, 1), state
 
 
-def _sample_categorical(logits: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
+def _sample_categorical(logits: Tensor, deterministic: bool, masks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Action [N] and its log-probability [N] by the Gumbel-max trick, many times faster than multinomial on CPU."""
-    log_probs = F.log_softmax(logits, dim=-1)
+    log_probs = F.log_softmax(mask_logits(logits, masks), dim=-1)
     noisy = log_probs if deterministic else log_probs - torch.empty_like(log_probs).exponential_().log_()
+    if masks is not None:
+        # whatever the noise is
+        noisy = noisy.masked_fill(~masks, -math.inf)
     actions = noisy.argmax(dim=-1)
     return actions, log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
