@@ -9,7 +9,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, policy_name, vec_env
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.agents.policy import Evaluation
+from xlstm_rl.agents.actor_critic import Evaluation
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "recurrent_std": 1.0}
 

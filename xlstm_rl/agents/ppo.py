@@ -18,11 +18,12 @@ from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spac
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents.action_masks import masks_actions, read_masks
+from xlstm_rl.agents.actor_critic import PolicyState
 from xlstm_rl.agents.checkpoint import load_model, load_parameters, save_model
 from xlstm_rl.agents.gradient_clip import clip_gradients
 from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
-from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, PolicyState, XLSTMPolicy
+from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, minibatches, stack_states
 from xlstm_rl.agents.truncation import value_of_cut_episodes
 from xlstm_rl.memory import take

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.utils import obs_as_tensor
 
-from xlstm_rl.agents.policy import PolicyState, XLSTMPolicy
+from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState
 from xlstm_rl.memory import take
 
 
@@ -22,7 +22,7 @@ class Truncation(NamedTuple):
 
 
 def value_of_cut_episodes(
-    policy: XLSTMPolicy, dones: np.ndarray, infos: list[dict[str, Any]], state: PolicyState
+    policy: MemoryActorCritic, dones: np.ndarray, infos: list[dict[str, Any]], state: PolicyState
 ) -> Truncation:
     """Which episodes a time limit cut in a step, and the value of where they were cut.
 
