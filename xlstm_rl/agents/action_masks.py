@@ -76,7 +76,7 @@ def check_masks(masks: Any, space: spaces.Space[Any], n_envs: int) -> np.ndarray
     """Masks as bool [n_envs, sum(mask_parts(space))].
 
     Args:
-        masks: an array or a list of arrays of `n_envs` masks in all, of any shape.
+        masks: [n_envs, ...], an array or a list of arrays; of one environment without the first dimension too.
         space: of the actions.
         n_envs: number of environments.
 
@@ -84,7 +84,8 @@ def check_masks(masks: Any, space: spaces.Space[Any], n_envs: int) -> np.ndarray
         ValueError: a mask is of another size, or leaves nothing to choose.
     """
     parts = mask_parts(space)
-    rows = [np.ravel(mask) for mask in masks] if isinstance(masks, list | tuple) and n_envs > 1 else [np.ravel(masks)]
+    per_env = n_envs > 1 and len(masks) == n_envs
+    rows = [np.ravel(mask) for mask in masks] if per_env else [np.ravel(masks)]
     sizes = {row.size for row in rows}
     if sum(row.size for row in rows) != n_envs * sum(parts) or len(sizes) > 1:
         raise ValueError(
