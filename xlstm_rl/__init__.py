@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import xlstm_rl.envs
 from xlstm_rl._version import __version__
+from xlstm_rl.envs import MemoryInputs
 from xlstm_rl.kernels import backend_info
 from xlstm_rl.memory import MemoryCore, load_nxai_weights, make_memory, register_memory
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CnnXLSTMPolicy",
     "MemoryCore",
+    "MemoryInputs",
     "MultiInputXLSTMPolicy",
     "RecurrentPPO",
     "XLSTMPolicy",
