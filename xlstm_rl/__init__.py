@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import xlstm_rl.envs
 from xlstm_rl._version import __version__
-from xlstm_rl.envs import MemoryInputs
 from xlstm_rl.kernels import backend_info
 from xlstm_rl.memory import MemoryCore, load_nxai_weights, make_memory, register_memory
 
 if TYPE_CHECKING:
-    from xlstm_rl.agents import CnnXLSTMPolicy, MultiInputXLSTMPolicy, RecurrentPPO, XLSTMPolicy
+    from xlstm_rl.agents import CnnXLSTMPolicy, MemoryInputs, MultiInputXLSTMPolicy, RecurrentPPO, XLSTMPolicy
 
 __all__ = [
     "CnnXLSTMPolicy",

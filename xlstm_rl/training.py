@@ -20,11 +20,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
+from xlstm_rl.agents.memory_inputs import KEYS, MemoryInputs
 from xlstm_rl.agents.normalization import load_normalizer
 from xlstm_rl.callbacks import EpisodeRecorder, PeriodicCheckpoint, PeriodicEvaluation, StopOnRequest
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
-from xlstm_rl.envs import MemoryInputs, TaskFacts, task_facts
-from xlstm_rl.envs.memory_inputs import KEYS
+from xlstm_rl.envs import TaskFacts, task_facts
 from xlstm_rl.interruption import Interruption
 from xlstm_rl.report import LiveView, Returns, Row, Score, score_table
 from xlstm_rl.report.curve import plot_curve

@@ -6,6 +6,7 @@ from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_rand
 from xlstm_rl.agents.losses import AdvantageScale, gae, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.masked_evaluation import MaskedEvalCallback, MaskedModel
+from xlstm_rl.agents.memory_inputs import MemoryInputs, VecMemoryInputs
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
 from xlstm_rl.agents.ppo import RecurrentPPO
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, minibatches
@@ -20,11 +21,13 @@ __all__ = [
     "LSTMPolicy",
     "MaskedEvalCallback",
     "MaskedModel",
+    "MemoryInputs",
     "MultiInputLSTMPolicy",
     "MultiInputXLSTMPolicy",
     "PolicyState",
     "RecurrentPPO",
     "RolloutChunks",
+    "VecMemoryInputs",
     "XLSTMPolicy",
     "evaluate",
     "evaluate_random",

@@ -2,7 +2,6 @@
 
 from xlstm_rl.envs.hide_velocity import HideVelocity
 from xlstm_rl.envs.key_value_recall import KeyValueRecall
-from xlstm_rl.envs.memory_inputs import MemoryInputs
 from xlstm_rl.envs.parity import Parity
 from xlstm_rl.envs.registration import register_envs
 from xlstm_rl.envs.repeat_first import RepeatFirst, cue_recall
@@ -14,7 +13,6 @@ from xlstm_rl.envs.task_facts import TaskFacts, task_facts
 __all__ = [
     "HideVelocity",
     "KeyValueRecall",
-    "MemoryInputs",
     "Parity",
     "RepeatFirst",
     "RepeatPrevious",

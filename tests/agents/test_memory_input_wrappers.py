@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
 
-from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes
+from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes, vec_env
 from xlstm_rl import MemoryInputs
+from xlstm_rl.agents import VecMemoryInputs
 
 # What was done, and how the observation after it says so.
 TOLD: dict[str, tuple[Any, list[float]]] = {
@@ -77,3 +80,29 @@ def test_other_inputs_are_refused(inputs: Any) -> None:
 def test_taken_name_is_refused() -> None:
     with pytest.raises(ValueError, match="has an entry 'episode_start' already"):
         MemoryInputs(MemoryInputs(RandomEpisodes(), ["start"]), ["reward", "start"])
+
+
+def played(env: VecEnv) -> list[Any]:
+    """All observations of 40 random steps, final ones included."""
+    space = env.action_space
+    space.seed(0)
+    seen: list[Any] = [env.reset()]
+    for _ in range(40):
+        obs, _, dones, infos = env.step(np.stack([space.sample() for _ in range(3)]))
+        seen += [obs, *(infos[row]["terminal_observation"] for row in np.flatnonzero(dones))]
+    return seen
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("observation", ["vector", "dict"])
+def test_one_environment_and_many_are_told_the_same(observation: str, action: str) -> None:
+    kwargs = {"observation": observation, "action": action}
+    single = make_vec_env(RandomEpisodes, 3, seed=0, env_kwargs=kwargs, wrapper_class=MemoryInputs)
+    many = VecMemoryInputs(vec_env(observation=observation, action=action))
+    assert single.observation_space == many.observation_space
+    told, told_too = played(single), played(many)
+    assert len(told) == len(told_too) > 50
+    for one, other in zip(told, told_too, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert np.array_equal(value, other[key]), key
