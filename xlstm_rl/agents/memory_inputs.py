@@ -165,12 +165,8 @@ class VecMemoryInputs(VecEnvWrapper):
                 final = infos[row]["terminal_observation"]
                 infos[row]["terminal_observation"] = self._layout.join(final, actions[row], paid[row], [0.0])
         start = dones[:, None]
-        return (
-            self._layout.join(obs, np.where(start, 0, actions), np.where(start, 0, paid), start),
-            rewards,
-            dones,
-            infos,
-        )
+        told = self._layout.join(obs, np.where(start, 0, actions), np.where(start, 0, paid), start)
+        return told, rewards, dones, infos
 
 
 def _flat_box(space: spaces.Space[Any]) -> spaces.Box:
