@@ -195,7 +195,7 @@ def test_evaluation_of_stable_baselines3_masks_and_remembers() -> None:
         return predict(observation, state, *args)
 
     model.policy.predict = spy  # type: ignore[method-assign, assignment]
-    evaluate_policy(MaskedModel(model, env), env, 5)  # type: ignore[arg-type]
+    evaluate_policy(MaskedModel(model, env), env, 5)
     assert states[0] is None and all(state is not None for state in states[1:])
 
 

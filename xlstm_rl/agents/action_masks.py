@@ -90,7 +90,7 @@ def check_masks(masks: Any, space: spaces.Space[Any], n_envs: int) -> np.ndarray
     if sum(row.size for row in rows) != n_envs * sum(parts) or len(sizes) > 1:
         raise ValueError(
             f"action masks of {n_envs} environment(s) have sizes {sorted(sizes)}; actions {space} need {sum(parts)} "
-            f"booleans each, those of the components {parts} one after the other"
+            f"booleans each, those of the components {parts} one after the other; use_masking=False ignores them"
         )
     checked = np.concatenate(rows).astype(bool).reshape(n_envs, -1)
     starts = np.cumsum([0, *parts[:-1]])

@@ -35,11 +35,11 @@ class MaskedModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def predict(self, observation: Any, **kwargs: Any) -> tuple[np.ndarray, Any]:
+    def predict(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, Any]:
         """`predict` of the model with the masks of the present step."""
         if self._masked:
             kwargs["action_masks"] = read_masks(self._env, self._env.action_space)
-        actions, state = self._model.predict(observation, **kwargs)
+        actions, state = self._model.predict(*args, **kwargs)
         return actions, state
 
 

@@ -157,7 +157,7 @@ class XLSTMPolicy(MemoryActorCritic):
         self.set_training_mode(False)
         obs, vectorized = self.obs_to_tensor(observation)
         n_envs = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
-        start = torch.zeros(n_envs) if episode_start is None else torch.as_tensor(episode_start)
+        start = torch.zeros(n_envs) if episode_start is None else torch.tensor(np.asarray(episode_start))
         if state is None:
             if episode_start is not None and not bool(start.all()):
                 warnings.warn(
@@ -166,7 +166,7 @@ class XLSTMPolicy(MemoryActorCritic):
                     stacklevel=3,
                 )
             state = (np.zeros((1, n_envs, self.lstm_actor.hidden_size)),) * 2
-        pair = tuple(torch.as_tensor(part, dtype=torch.float32, device=self.device) for part in state)
+        pair = tuple(torch.tensor(np.asarray(part), dtype=torch.float32, device=self.device) for part in state)
         masks = None
         if action_masks is not None:
             masks = torch.as_tensor(check_masks(action_masks, self.action_space, n_envs), device=self.device)
