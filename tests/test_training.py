@@ -144,6 +144,32 @@ def test_state_dependent_exploration_trains(tmp_path: Path) -> None:
     assert (model.use_sde, model.sde_sample_freq) == (True, 8)
 
 
+def test_memory_inputs_are_trained_saved_and_evaluated(tmp_path: Path) -> None:
+    overrides = ["env.memory_inputs=[action, reward, start]", "env.normalize_observation=true", *SHORT]
+    result = train(tiny("pendulum-no-velocity", *overrides), tmp_path / "run")
+    model = RecurrentPPO.load(result.model)
+    assert isinstance(model.observation_space, spaces.Dict)
+    assert set(model.observation_space.spaces) == {
+        *("observation", "previous_action", "previous_reward", "episode_start"),
+    }
+    assert evaluate_run(result.folder)[0] == result.scores[0]
+
+
+def test_unknown_memory_input_is_named() -> None:
+    with pytest.raises(ConfigError, match="env.memory_inputs has 'actions'; did you mean 'action'"):
+        tiny("cue-recall", "env.memory_inputs=[actions]")
+
+
+def test_masks_of_the_environment_are_used_throughout(tmp_path: Path) -> None:
+    gymnasium.register("xlstm_rl_tests/Masked-v0", "tests.agents.masked_env:MaskedEpisodes")
+    try:
+        result = train(tiny("xlstm_rl_tests/Masked-v0", "ppo.use_masking=true"), tmp_path / "run")
+    finally:
+        del gymnasium.registry["xlstm_rl_tests/Masked-v0"]
+    assert RecurrentPPO.load(result.model).use_masking is True
+    assert len(result.scores) == 3
+
+
 @pytest.fixture(scope="module")
 def normalized_run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     config = tiny("pendulum-no-velocity", "env.normalize_observation=true", *SHORT)

@@ -13,11 +13,12 @@ from xlstm_rl.kernels import backend_info
 from xlstm_rl.memory import MemoryCore, load_nxai_weights, make_memory, register_memory
 
 if TYPE_CHECKING:
-    from xlstm_rl.agents import CnnXLSTMPolicy, MultiInputXLSTMPolicy, RecurrentPPO, XLSTMPolicy
+    from xlstm_rl.agents import CnnXLSTMPolicy, MemoryInputs, MultiInputXLSTMPolicy, RecurrentPPO, XLSTMPolicy
 
 __all__ = [
     "CnnXLSTMPolicy",
     "MemoryCore",
+    "MemoryInputs",
     "MultiInputXLSTMPolicy",
     "RecurrentPPO",
     "XLSTMPolicy",

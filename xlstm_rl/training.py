@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
+from xlstm_rl.agents.memory_inputs import KEYS, MemoryInputs
 from xlstm_rl.agents.normalization import load_normalizer
 from xlstm_rl.callbacks import EpisodeRecorder, PeriodicCheckpoint, PeriodicEvaluation, StopOnRequest
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
@@ -143,7 +144,7 @@ def make_env(config: TrainConfig, n_envs: int, seed: int, *, here: bool = False)
     """
     read_facts(config.env)
     subproc = config.env.vec == "subproc" and not here
-    make = partial(_make_one, config.env.id, dict(config.env.kwargs), subproc)
+    make = partial(_make_one, config.env, subproc)
     return make_vec_env(make, n_envs=n_envs, seed=seed, vec_env_cls=SubprocVecEnv if subproc else DummyVecEnv)
 
 
@@ -287,11 +288,12 @@ def _close(console: Console, folder: RunFolder, config: TrainConfig, model: Recu
     console.print(f"{said}; play it again with: xlstm-rl evaluate {folder.path}", highlight=False, soft_wrap=True)
 
 
-def _make_one(env_id: str, kwargs: dict[str, Any], ignore_interrupts: bool) -> gymnasium.Env[Any, Any]:
+def _make_one(config: EnvConfig, ignore_interrupts: bool) -> gymnasium.Env[Any, Any]:
     if ignore_interrupts:
         # Ctrl-C reaches the worker processes too; only the main process may act on it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return gymnasium.make(env_id, **kwargs)
+    env = gymnasium.make(config.id, **config.kwargs)
+    return MemoryInputs(env, config.memory_inputs) if config.memory_inputs else env
 
 
 def _check_device(device: str) -> None:
@@ -362,18 +364,25 @@ def _normalized_as_saved(env: VecEnv, config: TrainConfig, model: Path) -> VecEn
 def _normalized(env: VecEnv, config: TrainConfig) -> VecEnv:
     if not _normalizes(config.env):
         return env
+    keys = None
+    if config.env.normalize_observation and isinstance(env.observation_space, spaces.Dict):
+        # one-hot actions and the start flag are of the right size, and rare ones would come out huge
+        keys = [key for key in env.observation_space.spaces if key not in (KEYS["action"], KEYS["start"])]
     return VecNormalize(
         env,
         norm_obs=config.env.normalize_observation,
         norm_reward=config.env.normalize_reward,
         gamma=config.ppo.gamma,
+        norm_obs_keys=keys,
     )
 
 
 def _normalized_like(env: VecEnv, training: VecNormalize | None) -> VecEnv:
     if training is None or not training.norm_obs:
         return env
-    wrapped = VecNormalize(env, training=False, norm_reward=False, clip_obs=training.clip_obs)
+    wrapped = VecNormalize(
+        env, training=False, norm_reward=False, clip_obs=training.clip_obs, norm_obs_keys=training.norm_obs_keys
+    )
     wrapped.obs_rms = training.obs_rms
     return wrapped
 

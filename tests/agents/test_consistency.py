@@ -7,9 +7,9 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
+from tests.agents.recomputation import assert_recomputed, recompute
 from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, policy_name, vec_env
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.agents.policy import Evaluation
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "recurrent_std": 1.0}
 
@@ -37,21 +37,6 @@ def collected(observation: str = "vector", action: str = "discrete", rollouts: i
     model.train = lambda: None  # type: ignore[method-assign]
     model.learn(rollouts * 40 * env.num_envs)
     return model
-
-
-def recompute(model: RecurrentPPO) -> tuple[Any, Evaluation]:
-    chunks = model.rollout_buffer.chunks(torch.from_numpy(model.rollout_buffer.advantages.copy()))
-    with torch.no_grad():
-        return chunks, model.policy.evaluate_sequence(
-            chunks.observations, chunks.actions, chunks.state, chunks.episode_starts
-        )
-
-
-def assert_recomputed(model: RecurrentPPO) -> None:
-    chunks, result = recompute(model)
-    assert chunks.episode_starts[:, 1:].any(), "the case must have episode starts inside chunks"
-    assert (result.log_prob - chunks.old_log_prob).exp().sub(1).abs().max() < 1e-5
-    assert (result.values - chunks.old_values).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("blocks", ["m", "s", "ms", "mms"])

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
+from xlstm_rl.agents.action_masks import masks_actions, read_masks, sample_allowed
+from xlstm_rl.agents.masked_evaluation import MaskedModel
+
 
 class EvaluationResult(NamedTuple):
     """Outcome of finished episodes, in the order in which they ended."""
@@ -34,6 +37,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Play episodes with a model that has Stable-Baselines3's `predict`.
 
+    Where the environments have `action_masks` and `predict` takes them, no masked action is ever taken.
+
     Args:
         model: the agent.
         env: vector environment; a `VecNormalize` should not be training.
@@ -46,21 +51,28 @@ def evaluate(
     Raises:
         ValueError: `n_episodes` is below 1.
     """
+    player = MaskedModel(model, env)
 
     def actor(obs: Any, state: Any, episode_start: np.ndarray) -> tuple[np.ndarray, Any]:
         if empty_state_every_step:
             episode_start = np.ones_like(episode_start)
-        actions, state = model.predict(obs, state=state, episode_start=episode_start, deterministic=deterministic)
-        return actions, state
+        return player.predict(obs, state=state, episode_start=episode_start, deterministic=deterministic)
 
     return _play(actor, env, n_episodes, seed)
 
 
 def evaluate_random(env: VecEnv, n_episodes: int, *, seed: int | None = None) -> EvaluationResult:
-    """Play episodes with uniformly random actions; arguments as for `evaluate`."""
+    """Play episodes with uniformly random actions, allowed ones where there are masks; arguments as for `evaluate`."""
     space = env.action_space
     space.seed(seed)
-    return _play(lambda obs, state, start: (np.stack([space.sample() for _ in start]), state), env, n_episodes, seed)
+    masked = masks_actions(env, space, None)
+
+    def actor(obs: Any, state: Any, episode_start: np.ndarray) -> tuple[np.ndarray, Any]:
+        if masked:
+            return np.stack([sample_allowed(space, mask) for mask in read_masks(env, space)]), state
+        return np.stack([space.sample() for _ in episode_start]), state
+
+    return _play(actor, env, n_episodes, seed)
 
 
 def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> EvaluationResult:

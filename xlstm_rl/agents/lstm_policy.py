@@ -6,7 +6,8 @@ from typing import Any
 
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 
-from xlstm_rl.agents.policy import CriticMemory, XLSTMPolicy
+from xlstm_rl.agents.actor_critic import CriticMemory
+from xlstm_rl.agents.policy import XLSTMPolicy
 
 
 class LSTMPolicy(XLSTMPolicy):

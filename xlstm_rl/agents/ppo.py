@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,25 +17,19 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
+from xlstm_rl.agents.action_masks import masks_actions, read_masks
+from xlstm_rl.agents.actor_critic import PolicyState
 from xlstm_rl.agents.checkpoint import load_model, load_parameters, save_model
 from xlstm_rl.agents.gradient_clip import clip_gradients
 from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
-from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, PolicyState, XLSTMPolicy
+from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, minibatches, stack_states
+from xlstm_rl.agents.truncation import value_of_cut_episodes
 from xlstm_rl.memory import take
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Truncation(NamedTuple):
-    """Episodes cut by a time limit in one step."""
-
-    mask: np.ndarray
-    """bool [n_envs]"""
-    values: np.ndarray
-    """[n_envs], value of the final observation where cut."""
 
 
 class RecurrentPPO(OnPolicyAlgorithm):
@@ -76,6 +70,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
             start from fresh states and not from those of the rollout.
         advantage_floor: see `AdvantageScale`; 0 is stock PPO.
         grad_spike_factor: see `clip_gradients`; None is stock PPO.
+        use_masking: choose among the actions that the `action_masks()` of the environment allow, as
+            `sb3_contrib.MaskablePPO` does; None: where it has that method.
         rollout_buffer_class: a `ChunkedRolloutBuffer` class.
         rollout_buffer_kwargs: further arguments of its constructor.
 
@@ -125,6 +121,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         refresh_state: bool = False,
         advantage_floor: float = 0.1,
         grad_spike_factor: float | None = 5.0,
+        use_masking: bool | None = None,
         rollout_buffer_class: type[ChunkedRolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -162,6 +159,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         self.advantage_floor = advantage_floor
         self._advantage_scale = AdvantageScale(advantage_floor)
         self.grad_spike_factor = grad_spike_factor
+        self.use_masking = use_masking
         self._gradient_norm: float | None = None
         self._last_state: PolicyState | None = None
         self._check_sizes()
@@ -261,25 +259,30 @@ class RecurrentPPO(OnPolicyAlgorithm):
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
         state = self._last_state
+        masked, masks, action_masks = masks_actions(env, self.action_space, self.use_masking), None, None
         for n_steps in range(n_rollout_steps):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
             rollout_buffer.add_state(state)
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            if masked:
+                action_masks = read_masks(env, self.action_space)
+                masks = torch.as_tensor(action_masks, device=self.device)
             with torch.inference_mode():
                 episode_starts = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
-                step = self.policy.act(obs_tensor, state, episode_starts)
+                step = self.policy.act(obs_tensor, state, episode_starts, action_masks=masks)
             state, values, log_probs = step.state, step.values.cpu().numpy(), step.log_prob.cpu().numpy()
             actions = step.actions.cpu().numpy()
-            clipped_actions = self._to_env_actions(actions)
+            clipped_actions = self.policy.to_env_actions(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
             self._update_info_buffer(infos, dones)
-            rollout_buffer.add(self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)  # type: ignore[arg-type]
-            truncation = self._truncation(dones, infos, state)
+            last_obs, starts = self._last_obs, self._last_episode_starts
+            rollout_buffer.add(last_obs, actions, rewards, starts, values, log_probs, action_masks)  # type: ignore[arg-type]
+            truncation = value_of_cut_episodes(self.policy, dones, infos, state)
             rollout_buffer.add_outcome(dones, truncation.mask, truncation.values)
             self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state  # type: ignore[assignment]
         with torch.inference_mode():
@@ -290,35 +293,6 @@ class RecurrentPPO(OnPolicyAlgorithm):
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
-
-    def _to_env_actions(self, actions: np.ndarray) -> np.ndarray:
-        """Actions as the environment wants them: in bounds and in its dtype."""
-        space = self.action_space
-        if isinstance(space, spaces.Box):
-            if self.policy.squash_output:
-                return np.asarray(self.policy.unscale_action(actions))
-            return np.asarray(np.clip(actions, space.low, space.high))
-        return np.asarray(actions, dtype=space.dtype)
-
-    def _truncation(self, dones: np.ndarray, infos: list[dict[str, Any]], state: PolicyState) -> Truncation:
-        """Which episodes a time limit cut in this step, and the value of where they were cut."""
-        cut, values = np.zeros(len(dones), bool), np.zeros(len(dones), np.float32)
-        for row in np.flatnonzero(dones):
-            cut[row] = infos[row].get("TimeLimit.truncated", False) and "terminal_observation" in infos[row]
-        if cut.any():
-            rows = np.flatnonzero(cut)
-            final = [infos[row]["terminal_observation"] for row in rows]
-            stacked: Any = (
-                {key: np.stack([obs[key] for obs in final]) for key in final[0]}
-                if isinstance(final[0], dict)
-                else np.stack(final)
-            )
-            with torch.inference_mode():
-                # the state that saw the episode, and no reset: the final observation belongs to it
-                seen = take(state, torch.as_tensor(rows, device=self.device))
-                no_reset = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-                values[rows] = self.policy.value(obs_as_tensor(stacked, self.device), seen, no_reset).cpu().numpy()
-        return Truncation(cut, values)
 
     def train(self) -> None:
         """Update the policy on the rollout."""
@@ -357,7 +331,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
 
     def _loss(self, batch: RolloutChunks) -> PPOLoss:
         progress = self._current_progress_remaining
-        result = self.policy.evaluate_sequence(batch.observations, batch.actions, batch.state, batch.episode_starts)
+        result = self.policy.evaluate_sequence(
+            batch.observations, batch.actions, batch.state, batch.episode_starts, batch.action_masks
+        )
         return ppo_loss(
             log_prob=result.log_prob,
             old_log_prob=batch.old_log_prob,
@@ -405,6 +381,17 @@ class RecurrentPPO(OnPolicyAlgorithm):
         record("train/clip_range", self.clip_range(self._current_progress_remaining))  # type: ignore[operator]
         if self.clip_range_vf is not None:
             record("train/clip_range_vf", self.clip_range_vf(self._current_progress_remaining))  # type: ignore[operator]
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Choose actions; see `XLSTMPolicy.predict`."""
+        return self.policy.predict(observation, state, episode_start, deterministic, action_masks)
 
     def learn(
         self,

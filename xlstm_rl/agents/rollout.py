@@ -37,6 +37,8 @@ class RolloutChunks(NamedTuple):
     """[B, L]"""
     weights: Tensor
     """[B, L], 0 where another chunk counts the step, else the same for all."""
+    action_masks: Tensor | None
+    """bool [B, L, ...], true where an action was allowed; None without masks."""
     state: Any
     """Memory state before the first step of every chunk, leaves [B, ...]."""
 
@@ -98,6 +100,7 @@ class ChunkedRolloutBuffer(BaseBuffer):
         )
         self.episode_starts, self.terminated, self.ended = (np.zeros(steps, bool) for _ in range(3))
         self.chunk_states: list[Any] = []
+        self.action_masks: np.ndarray | None = None
         super().reset()
 
     def add_state(self, state: Any) -> None:
@@ -113,8 +116,9 @@ class ChunkedRolloutBuffer(BaseBuffer):
         episode_start: np.ndarray,
         value: np.ndarray,
         log_prob: np.ndarray,
+        action_masks: np.ndarray | None = None,
     ) -> None:
-        """Append one step of every environment: arrays [n_envs, ...]."""
+        """Append one step of every environment: arrays [n_envs, ...]; masks in every step or in none."""
         t = self.pos
         if isinstance(self.observations, dict):
             for key, store in self.observations.items():
@@ -124,6 +128,10 @@ class ChunkedRolloutBuffer(BaseBuffer):
         self.actions[t] = action.reshape(self.actions[t].shape)
         self.rewards[t], self.episode_starts[t] = reward, episode_start
         self.values[t], self.log_probs[t] = value, log_prob
+        if action_masks is not None:
+            if self.action_masks is None:
+                self.action_masks = np.ones((self.buffer_size, *action_masks.shape), bool)
+            self.action_masks[t] = action_masks
         if t > 0:
             running = ~self.ended[t - 1]
             self.next_values[t - 1][running] = value[running]
@@ -191,6 +199,7 @@ class ChunkedRolloutBuffer(BaseBuffer):
             advantages=self._cut(advantages.numpy()),
             returns=self._cut(self.returns),
             weights=weights,
+            action_masks=None if self.action_masks is None else self._cut(self.action_masks),
             state=stack_states(self.chunk_states),
         )
 

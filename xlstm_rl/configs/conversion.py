@@ -149,7 +149,7 @@ def _spell(kind: Any) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_spell(option) for option in get_args(kind))
     if get_origin(kind) is tuple:
-        return "a list of whole numbers"
+        return "a list of words" if str in get_args(kind) else "a list of whole numbers"
     words = {
         bool: "true or false",
         int: "a whole number",

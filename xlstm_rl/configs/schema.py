@@ -26,6 +26,8 @@ class EnvConfig:
         n_envs: copies stepped together.
         vec: "dummy" steps them in this process, "subproc" gives each its own process.
         normalize_observation, normalize_reward: running normalisation by SB3's VecNormalize.
+        memory_inputs: what of the step before the agent sees beside the observation: any of "action", "reward" (not
+            normalised) and "start".
     """
 
     id: str
@@ -34,9 +36,13 @@ class EnvConfig:
     vec: Literal["dummy", "subproc"] = "dummy"
     normalize_observation: bool = False
     normalize_reward: bool = False
+    memory_inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least("env", self, 1, "n_envs")
+        for name in self.memory_inputs:
+            if name not in ("action", "reward", "start"):
+                raise ConfigError(f"env.memory_inputs has {name!r}; {nearest(name, ('action', 'reward', 'start'))}")
         _one_of("env", self, "vec", ("dummy", "subproc"))
 
 
@@ -134,6 +140,7 @@ class PPOConfig:
         refresh_state: recompute memory states at chunk starts between epochs.
         use_sde: state dependent exploration, for Box actions.
         sde_sample_freq: steps between new noise of it; None: once a rollout.
+        use_masking: choose among the actions that the environment's `action_masks()` allow; None: where it has them.
     """
 
     n_steps: int = 128
@@ -157,6 +164,7 @@ class PPOConfig:
     refresh_state: bool = False
     use_sde: bool = False
     sde_sample_freq: int | None = None
+    use_masking: bool | None = None
 
     def __post_init__(self) -> None:
         _at_least("ppo", self, 1, "n_steps", "seq_len", "batch_size", "n_epochs", "sde_sample_freq")

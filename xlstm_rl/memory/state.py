@@ -19,7 +19,7 @@ def map_leaves(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tr
 
     Args:
         function: receives one leaf of each tree.
-        tree: a tensor, or a (named) tuple or dict of trees.
+        tree: a tensor, or a (named) tuple or dict of trees; None stands for a branch that is not there.
         *others: further trees with the structure of `tree`.
     """
     return cast(Tree, _map(function, tree, *others))
@@ -28,6 +28,8 @@ def map_leaves(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tr
 def _map(function: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
     if isinstance(tree, Tensor):
         return function(tree, *others)
+    if tree is None:
+        return None
     if isinstance(tree, dict):
         return {key: _map(function, value, *(other[key] for other in others)) for key, value in tree.items()}
     parts = [_map(function, *branch) for branch in zip(tree, *others, strict=True)]
@@ -38,7 +40,7 @@ def leaves(tree: Any) -> Iterator[Tensor]:
     """Yield the tensors of a tree, depth first, in field order."""
     if isinstance(tree, Tensor):
         yield tree
-    else:
+    elif tree is not None:
         for branch in tree.values() if isinstance(tree, dict) else tree:
             yield from leaves(branch)
 

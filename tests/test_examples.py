@@ -1,0 +1,42 @@
+"""The examples run and do what they say."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stable_baselines3.common.env_util import make_vec_env
+
+from xlstm_rl.agents import evaluate
+from xlstm_rl.memory.core import _REGISTRY
+from xlstm_rl.memory.laws import check_memory_laws
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def own_memory() -> Iterator[dict[str, Any]]:
+    yield runpy.run_path(str(EXAMPLES / "own_memory.py"))
+    del _REGISTRY["leaky"]
+
+
+def test_own_memory_obeys_the_laws(own_memory: dict[str, Any]) -> None:
+    check_memory_laws(own_memory["LeakyMemory"](3).double())
+
+
+def test_own_memory_is_short(own_memory: dict[str, Any]) -> None:
+    text = (EXAMPLES / "own_memory.py").read_text(encoding="utf-8")
+    core = text[text.index("class LeakyState") : text.index('register_memory("leaky"')]
+    assert len(core.strip().splitlines()) < 40
+
+
+def test_own_memory_trains_and_is_needed(own_memory: dict[str, Any]) -> None:
+    model = own_memory["train"]()
+    assert isinstance(model.policy.memory_actor, own_memory["LeakyMemory"])
+    env = make_vec_env("xlstm_rl/CueRecall-v0", 8)
+    assert evaluate(model, env, 100, seed=1).returns.mean() >= 0.95
+    # 100 fair coins: beyond 0.7 once in 25 000
+    assert evaluate(model, env, 100, empty_state_every_step=True, seed=1).returns.mean() < 0.7

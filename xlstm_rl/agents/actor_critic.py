@@ -1,0 +1,272 @@
+"""An actor-critic with a memory core between its features and its heads, on trees of states."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+
+from xlstm_rl.agents.action_masks import mask_logits, masked_distribution
+from xlstm_rl.memory import MemoryCore, make_memory
+
+CriticMemory = Literal["shared", "separate", "none"]
+
+
+class PolicyState(NamedTuple):
+    """Memory state of actor and critic; leaves [n_envs, ...]."""
+
+    actor: Any
+    critic: Any
+    """Empty unless the critic has a memory of its own."""
+
+
+class StepResult(NamedTuple):
+    """What the policy does in one step of every environment."""
+
+    actions: Tensor
+    """[n_envs, ...]"""
+    values: Tensor
+    """[n_envs]"""
+    log_prob: Tensor
+    """[n_envs]"""
+    state: PolicyState
+
+
+class Evaluation(NamedTuple):
+    """What the current policy thinks of a sequence of past actions."""
+
+    values: Tensor
+    """[B, T]"""
+    log_prob: Tensor
+    """[B, T]"""
+    entropy: Tensor | None
+    """[B, T], or None where the distribution has no closed form."""
+
+
+class MemoryActorCritic(RecurrentActorCriticPolicy):
+    """The networks of `XLSTMPolicy`, which says what the arguments are, and what `RecurrentPPO` here asks of them.
+
+    States are trees with leaves [n_envs, ...], sequences are [B, T, ...].
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Tanh,
+        ortho_init: bool = True,
+        use_sde: bool = False,
+        log_std_init: float = 0.0,
+        full_std: bool = True,
+        use_expln: bool = False,
+        squash_output: bool = False,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        share_features_extractor: bool = True,
+        normalize_images: bool = True,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        memory: str = "xlstm",
+        memory_kwargs: dict[str, Any] | None = None,
+        critic_memory: CriticMemory = "shared",
+    ) -> None:
+        if critic_memory not in ("shared", "separate", "none"):
+            raise ValueError(f"critic_memory={critic_memory!r} must be 'shared', 'separate' or 'none'")
+        if critic_memory == "shared" and not share_features_extractor:
+            raise ValueError("a shared memory needs shared features: set critic_memory='separate' or 'none'")
+        if isinstance(observation_space, spaces.Dict) and features_extractor_class is FlattenExtractor:
+            raise ValueError(
+                "a Dict observation needs an extractor that takes it apart: use the policy MultiInputXLSTMPolicy "
+                "(MultiInputLstmPolicy), or set features_extractor_class"
+            )
+        self.memory, self.memory_kwargs, self.critic_memory = memory, dict(memory_kwargs or {}), critic_memory
+        if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
+            optimizer_kwargs = {"eps": 1e-5, "fused": True}
+        # the parent class would build LSTMs
+        ActorCriticPolicy.__init__(
+            self,
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch,
+            activation_fn,
+            ortho_init,
+            use_sde,
+            log_std_init,
+            full_std,
+            use_expln,
+            squash_output,
+            features_extractor_class,
+            features_extractor_kwargs,
+            share_features_extractor,
+            normalize_images,
+            optimizer_class,
+            optimizer_kwargs,
+        )
+
+    def _build_mlp_extractor(self) -> None:
+        """Build the memories, whose width the actor and critic networks start from."""
+        self.memory_actor = make_memory(self.memory, self.features_dim, **self.memory_kwargs)
+        self.memory_critic: MemoryCore | None = None
+        self.critic: nn.Module | None = None  # type: ignore[assignment]
+        if self.critic_memory == "separate":
+            self.memory_critic = make_memory(self.memory, self.features_dim, **self.memory_kwargs)
+        elif self.critic_memory == "none":
+            self.critic = nn.Linear(self.features_dim, self.memory_actor.output_size)
+        self.mlp_extractor = MlpExtractor(
+            self.memory_actor.output_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
+        )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        parameters = ActorCriticPolicy._get_constructor_parameters(self)
+        return parameters | {
+            "memory": self.memory,
+            "memory_kwargs": self.memory_kwargs,
+            "critic_memory": self.critic_memory,
+            "share_features_extractor": self.share_features_extractor,
+        }
+
+    def initial_state(self, n_envs: int) -> PolicyState:
+        """The empty memory of `n_envs` environments."""
+        critic = () if self.memory_critic is None else self.memory_critic.initial_state(n_envs)
+        return PolicyState(self.memory_actor.initial_state(n_envs), critic)
+
+    def act(
+        self,
+        obs: Any,
+        state: PolicyState,
+        reset: Tensor,
+        *,
+        deterministic: bool = False,
+        action_masks: Tensor | None = None,
+    ) -> StepResult:
+        """Choose actions for one step of every environment.
+
+        Args:
+            obs: [n_envs, ...] or a dict of those.
+            state: memory state before the step.
+            reset: bool [n_envs], true where `obs` is the first of an episode.
+            deterministic: the mode instead of a sample.
+            action_masks: bool [n_envs, ...], true where an action is allowed; None: all are.
+        """
+        latent_pi, latent_vf, state = self._latents(obs, state, reset)
+        values = self.value_net(latent_vf).squeeze(-1)
+        if isinstance(self.action_dist, CategoricalDistribution):
+            actions, log_prob = _sample_categorical(self.action_net(latent_pi), deterministic, action_masks)
+            return StepResult(actions, values, log_prob, state)
+        distribution = self._distribution(latent_pi, action_masks)
+        actions = distribution.get_actions(deterministic=deterministic)
+        log_prob = distribution.log_prob(actions)
+        return StepResult(actions.reshape(-1, *(self.action_space.shape or ())), values, log_prob, state)
+
+    def value(self, obs: Any, state: PolicyState, reset: Tensor) -> Tensor:
+        """Value [n_envs] of observations [n_envs, ...], without acting."""
+        features = BasePolicy.extract_features(self, obs, self.vf_features_extractor)
+        if self.memory_critic is not None:
+            latent, _ = self.memory_critic.step(features, state.critic, reset)
+        elif self.critic is not None:
+            latent = self.critic(features)
+        else:
+            latent, _ = self.memory_actor.step(features, state.actor, reset)
+        return self.value_net(self.mlp_extractor.forward_critic(latent)).squeeze(-1)  # type: ignore[no-any-return]
+
+    def evaluate_sequence(
+        self, obs: Any, actions: Tensor, state: PolicyState, reset: Tensor, action_masks: Tensor | None = None
+    ) -> Evaluation:
+        """Values, log-probabilities and entropies of past actions, whole sequences at once.
+
+        Args:
+            obs: [B, T, ...] or a dict of those.
+            actions: [B, T, ...].
+            state: memory state before the first step, leaves [B, ...].
+            reset: bool [B, T].
+            action_masks: bool [B, T, ...], true where an action was allowed; None: all were.
+        """
+        latent_pi, latent_vf, _ = self._latents(obs, state, reset)
+        values = self.value_net(latent_vf).view(reset.shape)
+        actions = actions.flatten(0, 1)
+        masks = None if action_masks is None else action_masks.flatten(0, 1)
+        if isinstance(self.action_dist, CategoricalDistribution):
+            log_probs = F.log_softmax(mask_logits(self.action_net(latent_pi), masks), dim=-1)
+            log_prob = log_probs.gather(-1, actions.view(-1, 1)).view(reset.shape)
+            return Evaluation(values, log_prob, -(log_probs.exp() * log_probs).sum(-1).view(reset.shape))
+        distribution = self._distribution(latent_pi, masks)
+        log_prob = distribution.log_prob(_as_sampled(actions, self.action_space)).view(reset.shape)
+        entropy = distribution.entropy()
+        return Evaluation(values, log_prob, None if entropy is None else entropy.view(reset.shape))
+
+    def advance(self, obs: Any, state: PolicyState, reset: Tensor) -> PolicyState:
+        """Memory state after a sequence: obs [B, T, ...], reset bool [B, T]."""
+        return self._latents(obs, state, reset, heads=False)[2]
+
+    def _distribution(self, latent_pi: Tensor, action_masks: Tensor | None) -> Distribution:
+        if action_masks is None:
+            return self._get_action_dist_from_latent(latent_pi)
+        return masked_distribution(self.action_space, self.action_net(latent_pi), action_masks)
+
+    def _latents(
+        self, obs: Any, state: PolicyState, reset: Tensor, *, heads: bool = True
+    ) -> tuple[Tensor, Tensor, PolicyState]:
+        """Inputs of the action and value heads, flat over [B, T], for a step (reset [B]) or a sequence ([B, T])."""
+        sequence = reset.ndim == 2
+        if sequence:
+            obs = {key: part.flatten(0, 1) for key, part in obs.items()} if isinstance(obs, dict) else obs.flatten(0, 1)
+        features = self.extract_features(obs)
+        pi_features, vf_features = (features, features) if isinstance(features, Tensor) else features
+        latent_pi, actor_state = _run(self.memory_actor, pi_features, state.actor, reset)
+        critic_state = state.critic
+        if self.memory_critic is not None:
+            latent_vf, critic_state = _run(self.memory_critic, vf_features, state.critic, reset)
+        else:
+            latent_vf = latent_pi if self.critic is None else self.critic(vf_features)
+        state = PolicyState(actor_state, critic_state)
+        if not heads:
+            return latent_pi, latent_vf, state
+        return self.mlp_extractor.forward_actor(latent_pi), self.mlp_extractor.forward_critic(latent_vf), state
+
+    def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Actions [n_envs, ...] as the environment wants them: in bounds and in its dtype."""
+        space = self.action_space
+        if isinstance(space, spaces.Box):
+            if self.squash_output:
+                return np.asarray(self.unscale_action(actions))
+            return np.asarray(np.clip(actions, space.low, space.high))
+        return np.asarray(actions, dtype=space.dtype)
+
+
+def _run(core: MemoryCore, features: Tensor, state: Any, reset: Tensor) -> tuple[Tensor, Any]:
+    """Run a memory on flat features [B * T, F]: one step if reset is [B], a sequence if it is [B, T]."""
+    if reset.ndim == 1:
+        return core.step(features, state, reset)
+    y, state = core(features.view(*reset.shape, -1), state, reset)
+    return y.flatten(0, 1), state
+
+
+def _sample_categorical(logits: Tensor, deterministic: bool, masks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Action [N] and its log-probability [N] by the Gumbel-max trick, many times faster than multinomial on CPU."""
+    log_probs = F.log_softmax(mask_logits(logits, masks), dim=-1)
+    noisy = log_probs if deterministic else log_probs - torch.empty_like(log_probs).exponential_().log_()
+    if masks is not None:
+        # whatever the noise is
+        noisy = noisy.masked_fill(~masks, -math.inf)
+    actions = noisy.argmax(dim=-1)
+    return actions, log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def _as_sampled(actions: Tensor, space: spaces.Space[Any]) -> Tensor:
+    """Actions [N, ...] as distributions draw them: Box actions flat, bits as floats."""
+    if isinstance(space, spaces.Box):
+        return actions.reshape(len(actions), -1)
+    return actions.float() if isinstance(space, spaces.MultiBinary) else actions
