@@ -189,7 +189,9 @@ def step_contenders(B: int, width: int) -> dict[str, Run]:
         memory: Any = make_memory("xlstm", width, hidden_size=width, blocks=kind, num_heads=HEADS)
         state = memory(torch.randn(B, 3, width), memory.initial_state(B))[1]
         block, block_state = memory.blocks[0], state[0]
-        runs[label] = lambda block=block, state=block_state: block(x, state, reset)  # type: ignore[misc]
+        runs[f"{label}, old state kept"] = lambda block=block, state=block_state: block(x, state, reset)  # type: ignore[misc]
+        # as rollouts step
+        runs[label] = lambda block=block, state=block_state: block(x, state, reset, reuse_state=True)  # type: ignore[misc]
         runs[f"{label}, core.step"] = lambda memory=memory, state=state: memory.step(x[:, 0], state, reset[:, 0])  # type: ignore[misc]
     if _installed("xlstm"):
         for kind, label in (("m", "NX-AI mLSTM block"), ("s", "NX-AI sLSTM block")):

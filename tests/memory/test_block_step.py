@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.conftest import assert_close
 from xlstm_rl.kernels import cpp_extension
-from xlstm_rl.memory import MemoryCore, make_memory, mlstm_block, slstm_block
+from xlstm_rl.memory import MemoryCore, leaves, make_memory, mlstm_block, slstm_block
 
 pytestmark = pytest.mark.skipif(cpp_extension.extension().module is None, reason="the compiled kernels are not built")
 
@@ -45,11 +45,11 @@ def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Te
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Calls a core with the compiled steps switched off."""
 
-    def call(core: MemoryCore, *arguments: Any) -> Any:
+    def call(core: MemoryCore, *arguments: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
             for module in (mlstm_block, slstm_block):
                 patch.setattr(module, "can_step", lambda x: False)
-            return core(*arguments)
+            return core(*arguments, **options)
 
     return call
 
@@ -180,3 +180,28 @@ def test_state_of_another_dtype_is_refused_as_in_torch(compiled_steps: list[str]
     with pytest.raises((RuntimeError, TypeError)):
         core(random(2, 1, 5), perturbed("m", torch.float32).initial_state(2))
     assert compiled_steps == []
+
+
+@torch.no_grad()
+@every_block
+@pytest.mark.parametrize("compiled", (True, False))
+def test_steps_over_the_old_state_equal_steps_beside_it(
+    blocks: str, compiled: bool, in_torch: Callable[..., Any]
+) -> None:
+    core = perturbed(blocks)
+    beside, over = (core(random(20, 3, 5), core.initial_state(20))[1] for _ in range(2))
+    reset = torch.arange(20) % 4 == 0
+    for seed in range(3):
+        x = random(20, 5, seed=seed)
+        y, beside = core.step(x, beside, reset)
+        arguments = (x.unsqueeze(1), over, reset.unsqueeze(1))
+        again, over = core(*arguments, reuse_state=True) if compiled else in_torch(core, *arguments, reuse_state=True)
+        assert_close((again.squeeze(1), over), (y, beside))
+
+
+@torch.no_grad()
+def test_permission_to_write_over_the_state_is_used() -> None:
+    core = perturbed("ms")
+    state = core.initial_state(2)
+    _, new = core.step(random(2, 5), state, reuse_state=True)
+    assert [leaf.data_ptr() for leaf in leaves(new)] == [leaf.data_ptr() for leaf in leaves(state)]

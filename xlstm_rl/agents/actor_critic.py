@@ -151,6 +151,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         *,
         deterministic: bool = False,
         action_masks: Tensor | None = None,
+        reuse_state: bool = False,
     ) -> StepResult:
         """Choose actions for one step of every environment.
 
@@ -160,8 +161,9 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             reset: bool [n_envs], true where `obs` is the first of an episode.
             deterministic: the mode instead of a sample.
             action_masks: bool [n_envs, ...], true where an action is allowed; None: all are.
+            reuse_state: the new state may be written over `state`, see `MemoryCore.step`.
         """
-        latent_pi, latent_vf, state = self._latents(obs, state, reset)
+        latent_pi, latent_vf, state = self._latents(obs, state, reset, reuse_state=reuse_state)
         values = self.value_net(latent_vf).squeeze(-1)
         if isinstance(self.action_dist, CategoricalDistribution):
             actions, log_prob = _sample_categorical(self.action_net(latent_pi), deterministic, action_masks)
@@ -217,7 +219,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         return masked_distribution(self.action_space, self.action_net(latent_pi), action_masks)
 
     def _latents(
-        self, obs: Any, state: PolicyState, reset: Tensor, *, heads: bool = True
+        self, obs: Any, state: PolicyState, reset: Tensor, *, heads: bool = True, reuse_state: bool = False
     ) -> tuple[Tensor, Tensor, PolicyState]:
         """Inputs of the action and value heads, flat over [B, T], for a step (reset [B]) or a sequence ([B, T])."""
         sequence = reset.ndim == 2
@@ -225,10 +227,10 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             obs = {key: part.flatten(0, 1) for key, part in obs.items()} if isinstance(obs, dict) else obs.flatten(0, 1)
         features = self.extract_features(obs)
         pi_features, vf_features = (features, features) if isinstance(features, Tensor) else features
-        latent_pi, actor_state = _run(self.memory_actor, pi_features, state.actor, reset)
+        latent_pi, actor_state = _run(self.memory_actor, pi_features, state.actor, reset, reuse_state)
         critic_state = state.critic
         if self.memory_critic is not None:
-            latent_vf, critic_state = _run(self.memory_critic, vf_features, state.critic, reset)
+            latent_vf, critic_state = _run(self.memory_critic, vf_features, state.critic, reset, reuse_state)
         else:
             latent_vf = latent_pi if self.critic is None else self.critic(vf_features)
         state = PolicyState(actor_state, critic_state)
@@ -246,10 +248,10 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         return np.asarray(actions, dtype=space.dtype)
 
 
-def _run(core: MemoryCore, features: Tensor, state: Any, reset: Tensor) -> tuple[Tensor, Any]:
+def _run(core: MemoryCore, features: Tensor, state: Any, reset: Tensor, reuse_state: bool) -> tuple[Tensor, Any]:
     """Run a memory on flat features [B * T, F]: one step if reset is [B], a sequence if it is [B, T]."""
     if reset.ndim == 1:
-        return core.step(features, state, reset)
+        return core.step(features, state, reset, reuse_state=reuse_state)
     y, state = core(features.view(*reset.shape, -1), state, reset)
     return y.flatten(0, 1), state
 

@@ -270,7 +270,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 masks = torch.as_tensor(action_masks, device=self.device)
             with torch.inference_mode():
                 episode_starts = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
-                step = self.policy.act(obs_tensor, state, episode_starts, action_masks=masks)
+                step = self.policy.act(obs_tensor, state, episode_starts, action_masks=masks, reuse_state=True)
             state, values, log_probs = step.state, step.values.cpu().numpy(), step.log_prob.cpu().numpy()
             actions = step.actions.cpu().numpy()
             clipped_actions = self.policy.to_env_actions(actions)

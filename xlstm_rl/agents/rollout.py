@@ -106,7 +106,8 @@ class ChunkedRolloutBuffer(BaseBuffer):
     def add_state(self, state: Any) -> None:
         """Note the memory state (leaves [n_envs, ...]) before the next step; kept if a chunk starts there."""
         if self.pos in self.chunk_starts:
-            self.chunk_states.append(state)
+            # a copy: the steps that follow may write over the state
+            self.chunk_states.append(map_leaves(torch.clone, state))
 
     def add(
         self,

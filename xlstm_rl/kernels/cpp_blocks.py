@@ -67,6 +67,7 @@ def mlstm_block_step(
     gate_soft_cap: float | None,
     forget_activation: ForgetActivation,
     sigmoid_input: bool,
+    reuse_state: bool = False,
 ) -> tuple[Tensor, MLSTMState, Tensor] | None:
     """Step of an mLSTM block.
 
@@ -80,6 +81,7 @@ def mlstm_block_step(
         gate_soft_cap: soft cap of the gates, or None.
         forget_activation: of the forget gate.
         sigmoid_input: whether the input gate is a sigmoid and not an exponential.
+        reuse_state: write the new state over the old one, where a cache holds one but not two of them.
 
     Returns:
         Output [B, 1, D], state and window; or None where tensors do not fit together as expected here.
@@ -93,7 +95,7 @@ def mlstm_block_step(
     if addresses is None or not state_fits(x, (*state, window), shapes, reset):
         return None
     tensors = [leaf.contiguous() for leaf in (x, *state, window)]
-    new = [torch.empty_like(leaf) for leaf in tensors]
+    new = _room_for_results(tensors, reuse_state)
     dense, cell, normalizer, stabilizer, past = [leaf.data_ptr() for leaf in tensors]
     y, new_cell, new_normalizer, new_stabilizer, new_window = [leaf.data_ptr() for leaf in new]
     compiled().mlstm_block_step(
@@ -114,6 +116,7 @@ def slstm_block_step(
     *,
     epsilon: float,
     forget_activation: ForgetActivation,
+    reuse_state: bool = False,
 ) -> tuple[Tensor, SLSTMState, Tensor] | None:
     """Step of an sLSTM block and its feed-forward network, if it has one; see `mlstm_block_step`."""
     B, _, D = x.shape
@@ -125,7 +128,7 @@ def slstm_block_step(
     if addresses is None or not state_fits(x, (*state, window), shapes, reset):
         return None
     tensors = [leaf.contiguous() for leaf in (x, *state, window)]
-    new = [torch.empty_like(leaf) for leaf in tensors]
+    new = _room_for_results(tensors, reuse_state)
     dense, *old_state, past = [leaf.data_ptr() for leaf in tensors]
     y, *new_state, new_window = [leaf.data_ptr() for leaf in new]
     compiled().slstm_block_step(
@@ -135,6 +138,12 @@ def slstm_block_step(
         *(epsilon, forget_activation == "exp", torch.get_num_threads()),
     )
     return new[0], SLSTMState(*new[1:5]), new[5]
+
+
+def _room_for_results(tensors: list[Tensor], reuse_state: bool) -> list[Tensor]:
+    """Memory for the output and the new state, given input and old state."""
+    x, *state = tensors
+    return [torch.empty_like(x), *(state if reuse_state else map(torch.empty_like, state))]
 
 
 def weight_addresses(weights: Iterable[Tensor | None], dtype: torch.dtype) -> list[int] | None:

@@ -49,8 +49,21 @@ class MemoryCore(nn.Module, ABC):
             Output [B, T, output_size] and the state after the last step.
         """
 
-    def step(self, x: Tensor, state: Any, reset: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Run one step: x [B, input_size], reset bool [B] or None -> output [B, output_size], state."""
+    def step(
+        self, x: Tensor, state: Any, reset: Tensor | None = None, *, reuse_state: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Run one step.
+
+        Args:
+            x: [B, input_size].
+            state: before the step.
+            reset: bool [B] or None, true where `x` is the first of an episode.
+            reuse_state: a permission to write the new state over `state`, for callers that go on with the new one
+                alone; memories with a large state step faster so.
+
+        Returns:
+            Output [B, output_size] and the state after the step.
+        """
         y, state = self(x.unsqueeze(1), state, None if reset is None else reset.unsqueeze(1))
         return y.squeeze(1), state
 

@@ -75,11 +75,13 @@ class MLSTMBlock(nn.Module):
         )
         return MLSTMBlockState(cell, zeros(batch_size, max(self.config.conv_kernel - 1, 0), inner))
 
-    def forward(self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None) -> tuple[Tensor, MLSTMBlockState]:
-        """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state."""
+    def forward(
+        self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None, *, reuse_state: bool = False
+    ) -> tuple[Tensor, MLSTMBlockState]:
+        """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state; `reuse_state`: see `MemoryCore.step`."""
         config = self.config
         if can_step(x) and not (self.training and config.dropout):
-            stepped = self._compiled_step(x, state, reset)
+            stepped = self._compiled_step(x, state, reset, reuse_state)
             if stepped is not None:
                 return stepped
         inner = self.up(self.norm(x))
@@ -130,7 +132,7 @@ class MLSTMBlock(nn.Module):
         return hidden, MLSTMBlockState(cell, window)
 
     def _compiled_step(
-        self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None
+        self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None, reuse_state: bool
     ) -> tuple[Tensor, MLSTMBlockState] | None:
         config = self.config
         weights = self._weights()
@@ -146,6 +148,7 @@ class MLSTMBlock(nn.Module):
                 epsilon=config.norm_eps,
                 gate_soft_cap=config.gate_soft_cap,
                 forget_activation=config.forget_activation,
+                reuse_state=reuse_state,
                 sigmoid_input=config.input_activation == "sigmoid",
             )
         )

@@ -61,10 +61,12 @@ class SLSTMBlock(nn.Module):
         cell = SLSTMState(*(zeros(batch_size, heads, width // heads) for _ in SLSTMState._fields))
         return SLSTMBlockState(cell, zeros(batch_size, max(self.config.conv_kernel - 1, 0), width))
 
-    def forward(self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None) -> tuple[Tensor, SLSTMBlockState]:
-        """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state."""
+    def forward(
+        self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None, *, reuse_state: bool = False
+    ) -> tuple[Tensor, SLSTMBlockState]:
+        """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state; `reuse_state`: see `MemoryCore.step`."""
         if can_step(x) and not (self.training and self.config.dropout):
-            stepped = self._compiled_step(x, state, reset)
+            stepped = self._compiled_step(x, state, reset, reuse_state)
             if stepped is not None:
                 return stepped
         normed = self.norm(x)
@@ -83,7 +85,7 @@ class SLSTMBlock(nn.Module):
         return x, SLSTMBlockState(cell, window)
 
     def _compiled_step(
-        self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None
+        self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None, reuse_state: bool
     ) -> tuple[Tensor, SLSTMBlockState] | None:
         weights = self._weights()
         stepped = (
@@ -97,6 +99,7 @@ class SLSTMBlock(nn.Module):
                 reset,
                 epsilon=self.config.norm_eps,
                 forget_activation=self.config.forget_activation,
+                reuse_state=reuse_state,
             )
         )
         if stepped is None:

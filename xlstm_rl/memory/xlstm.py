@@ -146,14 +146,23 @@ class XLSTM(MemoryCore):
         """The empty state: one state per block, all zeros."""
         return tuple(block.initial_state(batch_size) for block in self.blocks)  # type: ignore[operator]
 
-    def forward(self, x: Tensor, state: XLSTMState, reset: Tensor | None = None) -> tuple[Tensor, XLSTMState]:
-        """See `MemoryCore.forward`."""
+    def step(
+        self, x: Tensor, state: XLSTMState, reset: Tensor | None = None, *, reuse_state: bool = False
+    ) -> tuple[Tensor, XLSTMState]:
+        """See `MemoryCore.step`."""
+        y, state = self(x.unsqueeze(1), state, None if reset is None else reset.unsqueeze(1), reuse_state=reuse_state)
+        return y.squeeze(1), state
+
+    def forward(
+        self, x: Tensor, state: XLSTMState, reset: Tensor | None = None, *, reuse_state: bool = False
+    ) -> tuple[Tensor, XLSTMState]:
+        """See `MemoryCore.forward`; `reuse_state` as in `step`, where T is one."""
         if reset is not None and _starts_nowhere(reset):
             reset = None
         x = self.input_projection(x)
         states = []
         for block, block_state in zip(self.blocks, state, strict=True):
-            x, block_state = block(x, block_state, reset)
+            x, block_state = block(x, block_state, reset, reuse_state=reuse_state)
             states.append(block_state)
         return self.post_norm(x), tuple(states)
 

@@ -123,7 +123,8 @@ template <class T> struct Convolution {
         if (starts)
           std::fill(next + b * length, next + (b + 1) * length, T(0));
         else
-          std::memcpy(next + b * length, from + b * length + features, (length - features) * sizeof(T));
+          // in place, the two overlap
+          std::memmove(next + b * length, from + b * length + features, (length - features) * sizeof(T));
       }
       scatter(x, rows, features, next + length - features, length);
     }
