@@ -28,6 +28,12 @@ CORES: dict[str, tuple[str, dict[str, Any]]] = {
     "two-layer lstm": ("lstm", {"hidden_size": 8, "num_layers": 2}),
     "gru": ("gru", {"hidden_size": 8}),
     "none": ("none", {"hidden_size": 8}),
+    "transformer": ("transformer", {"hidden_size": 8, "num_heads": 2, "window": 5}),
+    "two-layer transformer": ("transformer", {"hidden_size": 8, "num_layers": 2, "window": 3}),
+    "ssm": ("ssm", {"hidden_size": 8, "num_states": 2}),
+    "two-layer ssm without conv": ("ssm", {"hidden_size": 6, "num_layers": 2, "conv_kernel": 1}),
+    "frames": ("frames", {"hidden_size": 8}),
+    "one frame": ("frames", {"hidden_size": 8, "num_frames": 1}),
 }
 EXPONENTIAL = ("xlstm", SMALL | {"blocks": "ms", "forget_activation": "exp"})
 

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from xlstm_rl.memory import Memoryless, XLSTMConfig, make_memory, memory_names, register_memory
+from xlstm_rl.memory import MemoryCore, Memoryless, XLSTMConfig, make_memory, memory_names, register_memory
 
 
 def test_built_in_memories_are_known() -> None:
-    assert {"xlstm", "lstm", "gru", "none"} <= set(memory_names())
+    assert {"xlstm", "lstm", "gru", "transformer", "ssm", "frames", "none"} <= set(memory_names())
 
 
 def test_registered_core_is_made_by_name() -> None:
@@ -92,3 +92,24 @@ def test_dropout_acts_in_training_mode_only() -> None:
     assert not torch.equal(core(x, state)[0], core(x, state)[0])
     core.eval()
     assert torch.equal(core(x, state)[0], core(x, state)[0])
+
+
+@pytest.mark.parametrize("target", [3_000, 40_000])
+@pytest.mark.parametrize("name", ["xlstm", "lstm", "gru", "transformer", "ssm", "frames", "none"])
+def test_size_is_chosen_to_match_parameters(name: str, target: int) -> None:
+    def count(core: MemoryCore) -> int:
+        return sum(parameter.numel() for parameter in core.parameters())
+
+    core = make_memory(name, 6, match_parameters=target)
+    size = core.output_size
+    for other in (size - 4, size + 4):
+        neighbour = make_memory(name, 6, hidden_size=other)
+        assert abs(count(core) - target) <= abs(count(neighbour) - target)
+    assert make_memory(name, 6, hidden_size=size).state_size == core.state_size
+
+
+def test_matching_refuses_a_size_of_its_own_and_too_few_parameters() -> None:
+    with pytest.raises(ValueError, match="leave out hidden_size=8"):
+        make_memory("lstm", 3, match_parameters=1000, hidden_size=8)
+    with pytest.raises(ValueError, match="match_parameters=10 is less than the smallest"):
+        make_memory("lstm", 3, match_parameters=10)

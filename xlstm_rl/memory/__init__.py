@@ -4,16 +4,22 @@ from functools import partial
 
 from xlstm_rl.memory.baselines import Memoryless, RNNState, TorchRNN
 from xlstm_rl.memory.core import MemoryCore, make_memory, memory_names, register_memory
+from xlstm_rl.memory.frame_stack import FrameStack
 from xlstm_rl.memory.nxai_weights import load_nxai_weights
 from xlstm_rl.memory.state import leaves, map_leaves, pack, take, unpack, zeros_where
+from xlstm_rl.memory.state_space import StateSpace
+from xlstm_rl.memory.transformer import Transformer
 from xlstm_rl.memory.xlstm import XLSTM, XLSTMConfig
 
 __all__ = [
     "XLSTM",
+    "FrameStack",
     "MemoryCore",
     "Memoryless",
     "RNNState",
+    "StateSpace",
     "TorchRNN",
+    "Transformer",
     "XLSTMConfig",
     "leaves",
     "load_nxai_weights",
@@ -30,4 +36,7 @@ __all__ = [
 register_memory("xlstm", XLSTM)
 register_memory("lstm", partial(TorchRNN, "lstm"))
 register_memory("gru", partial(TorchRNN, "gru"))
+register_memory("transformer", Transformer)
+register_memory("ssm", StateSpace)
+register_memory("frames", FrameStack)
 register_memory("none", Memoryless)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -77,6 +78,9 @@ class MemoryCore(nn.Module, ABC):
         return torch.zeros(shape) if like is None else like.new_zeros(shape)
 
 
+# Sizes that the usual numbers of heads divide.
+HEADS_FIT = 8
+
 MemoryFactory = Callable[..., MemoryCore]
 _REGISTRY: dict[str, MemoryFactory] = {}
 
@@ -103,12 +107,14 @@ def memory_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def make_memory(name: str, input_size: int, **config: Any) -> MemoryCore:
+def make_memory(name: str, input_size: int, *, match_parameters: int | None = None, **config: Any) -> MemoryCore:
     """Build a memory core by name.
 
     Args:
-        name: "xlstm", "lstm", "gru", "none" or a registered name.
+        name: "xlstm", "lstm", "gru", "transformer", "ssm", "frames", "none" or a registered name.
         input_size: features per step.
+        match_parameters: number of parameters to come closest to by the choice of `hidden_size`, for comparisons of
+            memories of equal size.
         **config: passed on, for example `hidden_size=64, blocks="ms"` for "xlstm" (see `XLSTMConfig`).
 
     Raises:
@@ -116,4 +122,35 @@ def make_memory(name: str, input_size: int, **config: Any) -> MemoryCore:
     """
     if name not in _REGISTRY:
         raise ValueError(f"unknown memory {name!r}; known are {memory_names()}; add yours with register_memory")
-    return _REGISTRY[name](input_size, **config)
+    factory = _REGISTRY[name]
+    if match_parameters is not None:
+        if "hidden_size" in config:
+            size = config["hidden_size"]
+            raise ValueError(f"match_parameters={match_parameters} chooses hidden_size: leave out hidden_size={size}")
+        config["hidden_size"] = _matching_size(
+            lambda size: factory(input_size, hidden_size=size, **config), match_parameters
+        )
+    return factory(input_size, **config)
+
+
+def _matching_size(build: Callable[[int], MemoryCore], target: int) -> int:
+    """The hidden size whose number of parameters is closest to the target."""
+
+    def distance(size: int) -> int:
+        # no memory is filled for parameters on "meta"
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in build(size).parameters()) - target
+
+    if distance(HEADS_FIT) > 0:
+        raise ValueError(f"match_parameters={target} is less than the smallest memory of its kind has")
+    low, high = HEADS_FIT, 2 * HEADS_FIT
+    while distance(high) < 0:
+        low, high = high, 2 * high
+    while high - low > HEADS_FIT:
+        middle = (low + high) // 2 // HEADS_FIT * HEADS_FIT
+        low, high = (middle, high) if distance(middle) <= 0 else (low, middle)
+    candidates = {}
+    for size in range(low, high + 1):
+        with contextlib.suppress(ValueError):  # heads do not divide it
+            candidates[size] = abs(distance(size))
+    return min(candidates, key=lambda size: candidates[size])
