@@ -334,9 +334,9 @@ def _set_weights(model: RecurrentPPO, contents: Contents) -> None:
         _check_group(group, name, contents.name)
         owner = recursive_getattr(model, name)
         if isinstance(owner, torch.optim.Optimizer):
-            _check_optimizer(owner, group, contents.name)
             if contents.parameter_order is not None:
-                groups[name] = _reordered(model, group, contents.parameter_order)
+                group = groups[name] = _reordered(model, group, contents.parameter_order)
+            _check_optimizer(owner, group, contents.name)
         else:
             _check_weights(owner, group, contents.name)
     try:
@@ -348,9 +348,9 @@ def _set_weights(model: RecurrentPPO, contents: Contents) -> None:
 def _reordered(model: RecurrentPPO, group: dict[str, Any], order: list[str]) -> dict[str, Any]:
     """The state of an optimiser whose weights came in another order."""
     names = [name for name, _ in model.policy.named_parameters()]
-    order = [name for name in order if name in names]
-    state = {names.index(order[index]): kept for index, kept in group["state"].items()}
-    return {"state": state, "param_groups": group["param_groups"]}
+    places = [names.index(name) for name in order if name in names]
+    state = {places[index]: kept for index, kept in group["state"].items() if index < len(places)}
+    return {**group, "state": state}
 
 
 def _check_group(group: Any, name: str, file: str) -> None:

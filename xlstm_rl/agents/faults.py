@@ -38,41 +38,52 @@ def check_step(
     Raises:
         FloatingPointError: names the quantity, the environment and the step.
     """
-    place = f"step {step} of the rollout ({total} steps into the run)"
-    if not np.isfinite(rewards).all():
-        env_index = int(np.flatnonzero(~np.isfinite(rewards))[0])
-        raise FloatingPointError(f"the reward of environment {env_index} is {rewards[env_index]} in {place}")
-    check_observations(env, obs, f"in {place}")
+    place = f"in step {step} of the rollout ({total} steps into the run)"
+    if not (_is_finite(rewards) and _is_finite(obs)):
+        normalizer = unwrap_vec_normalize(env)
+        if normalizer is not None:
+            # of a single NaN, normalising makes one everywhere
+            _check_rows(normalizer.get_original_reward(), "reward", place)
+            _check_rows(normalizer.get_original_obs(), "observation", place)
+        _check_rows(rewards, "reward", place)
+        _check_rows(obs, "observation", place)
     for env_index, info in enumerate(infos):
         if "terminal_observation" in info:
-            _check_one(info["terminal_observation"], f"final observation of environment {env_index}", f"in {place}")
+            _check_one(info["terminal_observation"], f"final observation of environment {env_index}", place)
 
 
-def check_observations(env: VecEnv, obs: Any, place: str) -> None:
-    """Refuse observations [n_envs, ...] with NaN or infinity in them.
+def check_first_observations(env: VecEnv, obs: Any) -> None:
+    """Refuse observations [n_envs, ...] before a rollout if there is NaN or infinity in them.
 
     Raises:
-        FloatingPointError: names the environment, the entry and the place.
+        FloatingPointError: names the environment and the entry.
     """
-    parts = obs if isinstance(obs, dict) else {None: obs}
-    for key, part in parts.items():
-        if part.dtype.kind == "f" and not np.isfinite(part).all():
-            env_index = int(np.argwhere(~np.isfinite(part))[0][0])
-            normalizer = unwrap_vec_normalize(env)
-            # the entry that is wrong, not what normalising makes of it
-            original: Any = obs if normalizer is None else normalizer.get_original_obs()
-            whole = {name: value[env_index] for name, value in original.items()} if key is not None else None
-            for suspect in (original[env_index] if whole is None else whole, part[env_index]):
-                _check_one(suspect, f"observation of environment {env_index}", place)
+    if not _is_finite(obs):
+        normalizer = unwrap_vec_normalize(env)
+        if normalizer is not None:
+            _check_rows(normalizer.get_original_obs(), "observation", "before the rollout")
+        _check_rows(obs, "observation", "before the rollout")
 
 
-def _check_one(obs: Any, name: str, place: str) -> None:
-    for key, part in (obs if isinstance(obs, dict) else {None: obs}).items():
-        values = np.asarray(part)
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            entry = tuple(int(index) for index in np.argwhere(~np.isfinite(values))[0])
-            where = "" if key is None else f" under the key {key!r}"
-            raise FloatingPointError(f"the {name}{where} is {values[entry]} at index {list(entry)} {place}")
+def _is_finite(values: Any) -> bool:
+    if isinstance(values, dict):
+        return all(map(_is_finite, values.values()))
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
+def _check_rows(values: Any, name: str, place: str) -> None:
+    for env_index in range(len(next(iter(values.values())) if isinstance(values, dict) else values)):
+        row = {key: part[env_index] for key, part in values.items()} if isinstance(values, dict) else values[env_index]
+        _check_one(row, f"{name} of environment {env_index}", place)
+
+
+def _check_one(values: Any, name: str, place: str) -> None:
+    for key, part in (values if isinstance(values, dict) else {None: values}).items():
+        array = np.asarray(part)
+        if not _is_finite(array):
+            entry = tuple(int(index) for index in np.argwhere(~np.isfinite(array))[0])
+            where = ("" if key is None else f" under the key {key!r}") + (f" at index {list(entry)}" if entry else "")
+            raise FloatingPointError(f"the {name} is {array[entry]}{where} {place}")
 
 
 def rewards_without_lost(rewards: np.ndarray, values: np.ndarray, infos: Sequence[dict[str, Any]]) -> np.ndarray:

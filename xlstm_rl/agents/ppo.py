@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from xlstm_rl.agents.action_masks import masks_actions, read_masks
 from xlstm_rl.agents.actor_critic import PolicyState
 from xlstm_rl.agents.faults import (
-    check_observations,
+    check_first_observations,
     check_step,
     drops_broken_rollouts,
     explain_loss,
@@ -267,7 +267,7 @@ class RecurrentPPO(SavedAlgorithm):
         rollout_buffer.reset()
         callback.on_rollout_start()
         self._rollout_start = mark_point(self)
-        check_observations(env, self._last_obs, "before the rollout")
+        check_first_observations(env, self._last_obs)
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         state = self._last_state

@@ -118,6 +118,12 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             load_path_or_dict = load_parameters(load_path_or_dict)
         super().set_parameters(load_path_or_dict, exact_match, device)
 
+    @property
+    def checkpoint_step(self) -> int:
+        """Environment steps of the run that `save_checkpoint` would write."""
+        point = self._rollout_start
+        return self.num_timesteps if point is None else int(point.attributes["num_timesteps"])
+
     def save_checkpoint(self, path: str | Path | io.BufferedIOBase, notes: Mapping[str, Any] | None = None) -> None:
         """Write the agent and its training run, for `resume`.
 

@@ -176,7 +176,7 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
         if not self._restarts_left[error.index]:
             # the others' answers stay untaken, so nothing may be asked any more
             for remote in self.remotes:
-                remote.fault = error
+                remote.fault = remote.fault or error
             raise error
 
     def _restart(self, index: int, error: WorkerError) -> tuple[Any, ...]:
@@ -204,6 +204,10 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
             return
         self.closed = True
         for remote in self.remotes:
+            if remote.fault is not None:
+                # maybe hanging: not worth waiting for
+                self.processes[remote.index].kill()
+                continue
             try:
                 remote.pipe.send(("close", None))
             except OSError:

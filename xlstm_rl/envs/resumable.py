@@ -44,9 +44,8 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
         gym.utils.RecordConstructorArgs.__init__(self)
         super().__init__(env)
         self._inner: gym.Env[Any, Any] = env.unwrapped
-        self._spaces = [
-            part for space in (self._inner.action_space, self._inner.observation_space) for part in _parts(space)
-        ]
+        spaces = (self._inner.action_space, self._inner.observation_space)
+        self._random: list[Any] = [self._inner, *(part for space in spaces for part in _parts(space))]
         self._tells_state = env.has_wrapper_attr("get_state") and env.has_wrapper_attr("set_state")
         self._episode: _Episode | None = None
         self._observation: Any = None
@@ -56,7 +55,7 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
         """Start an episode."""
         arguments: dict[str, Any] = {"seed": seed} if options is None else {"seed": seed, "options": options}
         own = copy.deepcopy(self.env.get_wrapper_attr("get_state")()) if self._tells_state else None
-        self._episode = _Episode([part.np_random.bit_generator.state for part in self._random_parts()], own, arguments)
+        self._episode = _Episode(self._generators(), own, arguments)
         self._observation, info = self.env.reset(**arguments)
         return self._observation, info
 
@@ -76,6 +75,7 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
         self._marked = {
             "episode": self._episode,
             "length": len(self._episode.actions),
+            "generators": self._generators(),
             "observation": copy.deepcopy(self._observation),
         }
 
@@ -88,6 +88,7 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
         actions = episode.actions[: marked["length"]]
         return {
             "generators": episode.generators,
+            "generators_after": marked["generators"],
             "own": episode.own,
             "arguments": episode.arguments,
             "actions": np.stack(actions) if actions else np.zeros(0),
@@ -106,21 +107,25 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
         """
         if point["own"] is not None:
             self.env.get_wrapper_attr("set_state")(copy.deepcopy(point["own"]))
-        for part, state in zip(self._random_parts(), point["generators"], strict=True):
-            part.np_random.bit_generator.state = state
+        self._set_generators(point["generators"])
         self.reset(**point["arguments"])
         for action in point["actions"]:
             if not self.action_space.contains(action):
-                raise ValueError(f"action {action!r:.200} is none of {self.action_space}")
+                raise ValueError(f"action {str(action):.200} is none of {self.action_space}")
             _, _, terminated, truncated, _ = self.step(action)
             if terminated or truncated:
                 return False
+        # whoever drew actions from the space is no part of the episode
+        self._set_generators(point["generators_after"])
         return _equal(self._observation, point["observation"])
 
-    def _random_parts(self) -> Iterator[Any]:
-        """Whatever has a generator `np_random`."""
-        yield self._inner
-        yield from self._spaces
+    def _generators(self) -> list[Any]:
+        """States of the random generators of the environment and its spaces."""
+        return [part.np_random.bit_generator.state for part in self._random]
+
+    def _set_generators(self, states: list[Any]) -> None:
+        for part, state in zip(self._random, states, strict=True):
+            part.np_random.bit_generator.state = state
 
 
 def _parts(space: gym.Space[Any]) -> Iterator[gym.Space[Any]]:
