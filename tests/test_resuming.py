@@ -69,7 +69,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
     assert events(one) == events(other)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2, 3, 5, 6])
+@pytest.mark.parametrize("kept", [0, 1, 3, 6])
 def test_run_cut_after_any_checkpoint_becomes_the_same_run(run: RunResult, kept: int, tmp_path: Path) -> None:
     shutil.copytree(run.folder, tmp_path / "run")
     checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("*.zip"))
@@ -150,9 +150,9 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals for processes")
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_process_that_is_ended_and_resumed_makes_the_same_run(kind: signal.Signals, tmp_path: Path) -> None:
-    longer = [*SMALL, "total_steps=9600", "checkpoint.keep=2", "eval.every_steps=1000"]
+    longer = [*SMALL, "total_steps=2880", "checkpoint.keep=2", "eval.every_steps=1000"]
     killed = tmp_path / "killed"
     process = start("cartpole-no-velocity", *longer, "--run-dir", str(killed))
     # in the middle of whatever it does then
@@ -163,7 +163,7 @@ def test_process_that_is_ended_and_resumed_makes_the_same_run(kind: signal.Signa
     process.send_signal(kind)
     _, error = process.communicate(timeout=60)
     assert process.returncode == (-kind if kind == signal.SIGKILL else 128 + kind), error
-    assert read_returns(killed / "returns.csv")[-1].step < 9600
+    assert read_returns(killed / "returns.csv")[-1].step < 2880
     assert cli.main(["train", "--resume", str(killed)]) == 0
     whole = train(load("cartpole-no-velocity", longer), tmp_path / "whole").folder
     assert_same_runs(whole, killed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -318,6 +319,10 @@ def _learn(
     model: RecurrentPPO, config: TrainConfig, folder: RunFolder, returns: Returns, console: Console
 ) -> Interruption:
     def save(model: RecurrentPPO) -> None:
+        for output in model.logger.output_formats:
+            if isinstance(output, TensorBoardOutputFormat) and output.writer is not None:
+                # a killed process loses what it had not written
+                output.writer.flush()
         notes = {"rows": len(returns.rows), "seconds": returns.seconds(), "log": _pending(model.logger)}
         folder.save_checkpoint(model, config.checkpoint.keep, notes)
 
@@ -341,9 +346,12 @@ def _learn(
 
 def _make_logger(folder: RunFolder, step: int, pending: Mapping[str, Sequence[Any]]) -> Logger:
     """TensorBoard events, those after `step` declared void, with values that wait to be written."""
-    resumed = folder.tensorboard.is_dir()
+    before = [int(path.name.split(".")[3]) for path in folder.tensorboard.glob("events.out.tfevents.*")]
+    if max(before, default=0) >= int(time.time()):
+        # readers order files by the second in their names
+        time.sleep(1.0)
     logger = configure(str(folder.tensorboard), ["tensorboard"])
-    if resumed:
+    if before:
         # Loaded here because only resumed runs need it.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 

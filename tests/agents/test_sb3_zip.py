@@ -68,11 +68,9 @@ def test_loading_warns(tmp_path: Path) -> None:
         {"n_lstm_layers": 2, "share_features_extractor": False},
     ],
 )
-@pytest.mark.parametrize(
-    ("observation", "action"), [("vector", "box"), ("image", "discrete"), ("dict", "multi-discrete")]
-)
-def test_stock_agent_acts_the_same(observation: str, action: str, memories: dict[str, Any], tmp_path: Path) -> None:
-    stock = contrib(observation, action, **memories)
+@pytest.mark.parametrize("spaces", [("vector", "box"), ("image", "discrete"), ("dict", "multi-discrete")])
+def test_stock_agent_acts_the_same(spaces: tuple[str, str], memories: dict[str, Any], tmp_path: Path) -> None:
+    stock = contrib(*spaces, **memories)
     stock.learn(24)
     stock.save(tmp_path / "stock")
     ours = RecurrentPPO.load(tmp_path / "stock", allow_pickle=True, device="cpu")
@@ -125,9 +123,7 @@ def test_our_agent_saved_by_sb3_is_loaded(tmp_path: Path) -> None:
 @TRUSTED
 def test_agent_without_memory_is_refused(tmp_path: Path) -> None:
     PPO("MlpPolicy", vec_env(), n_steps=8, batch_size=24).save(tmp_path / "ppo")
-    with pytest.raises(
-        CheckpointError, match=r"ActorCriticPolicy'>, which has no memory core; loaded can be agents of"
-    ):
+    with pytest.raises(CheckpointError, match=r"ActorCriticPolicy'>, which has no memory core; loaded can"):
         RecurrentPPO.load(tmp_path / "ppo", allow_pickle=True)
 
 

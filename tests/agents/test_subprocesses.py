@@ -89,7 +89,7 @@ def test_fault_is_named_and_nothing_goes_on(fault: str) -> None:
 def test_environment_started_again_begins_a_new_episode(fault: str) -> None:
     env = envs(fault, restarts=1)
     env.reset()
-    seen = [env.step(NOTHING) for _ in range(2)]
+    seen: list[Any] = [env.step(NOTHING) for _ in range(2)]
     with pytest.warns(UserWarning, match=FAULTS[fault]):
         seen.append(env.step(NOTHING))
     seen.append(env.step(NOTHING))

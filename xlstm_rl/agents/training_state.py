@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="RecurrentPPO")
 
 # Whatever wrong values lead to where they are put back.
-_RESTORE_ERRORS = (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError)
+_RESTORE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class TrainingPoint(NamedTuple):
