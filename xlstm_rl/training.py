@@ -11,33 +11,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium
 import torch
-from gymnasium import spaces
 from rich.console import Console
 from stable_baselines3.common.callbacks import CallbackList
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, configure
-from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import CheckpointError, RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
-from xlstm_rl.agents.memory_inputs import KEYS, MemoryInputs
-from xlstm_rl.agents.normalization import load_normalizer
-from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv, WorkerError
+from xlstm_rl.agents.subprocesses import WorkerError
 from xlstm_rl.agents.training_state import Resumed, resume_model
+from xlstm_rl.building import (
+    check_device,
+    evaluation_device,
+    make_env,
+    make_model,
+    normalized,
+    normalized_as_saved,
+    normalized_like,
+    read_facts,
+)
 from xlstm_rl.callbacks import EpisodeRecorder, PeriodicCheckpoint, PeriodicEvaluation, StopOnRequest
-from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
-from xlstm_rl.envs import Resumable, TaskFacts, task_facts
+from xlstm_rl.configs import ConfigError, TrainConfig
+from xlstm_rl.envs import TaskFacts
 from xlstm_rl.interruption import Interruption
 from xlstm_rl.report import LiveView, Returns, Row, Score, read_returns, score_table
 from xlstm_rl.report.curve import plot_curve
-from xlstm_rl.run_folder import RunFolder, normalizer_path
+from xlstm_rl.run_folder import RunFolder
 
-OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
-# What impossible settings lead to in constructors that do not check them.
-_BUILD_ERRORS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 # Distances from the training seed, so that evaluation meets other episodes than training did.
 INTERIM_SEED = 100_000
@@ -86,7 +87,7 @@ def train(config: TrainConfig, run_dir: Path, *, numbered: bool = False, console
     console = console or Console(quiet=True)
     _prepare(config)
     with closing(make_env(config, config.env.n_envs, config.seed)) as env:
-        model = make_model(config, _normalized(env, config))
+        model = make_model(config, normalized(env, config))
         folder = RunFolder.create(run_dir, config, numbered=numbered)
         _say(console, f"run folder {folder.path}")
         return _run(model, config, folder, Returns(folder.returns), {}, console)
@@ -116,7 +117,7 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, console: Console | N
     config = folder.load_config(overrides)
     _prepare(config)
     with closing(make_env(config, config.env.n_envs, config.seed)) as env:
-        env = _normalized(env, config)
+        env = normalized(env, config)
         resumed = _last_usable(folder, config, env, console)
         if overrides:
             folder.write_config(config)
@@ -161,9 +162,9 @@ def evaluate_run(
         raise ConfigError(f"{path} is missing: no evaluation during training was due yet; evaluate the last model")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _evaluation_device(config.device, device, console or Console(quiet=True))
+    device = evaluation_device(config.device, device, console or Console(quiet=True))
     with closing(make_env(config, 1, config.seed)) as env:
-        env = _normalized_as_saved(env, config, path)
+        env = normalized_as_saved(env, config, path)
         try:
             model = RecurrentPPO.load(path, env=env, device=device)
         # A damaged file, or spaces other than those of the environment.
@@ -171,77 +172,6 @@ def evaluate_run(
             raise ConfigError(f"the model cannot be loaded: {error}") from error
         seed = config.seed + FINAL_SEED if seed is None else seed
         return final_scores(model, config, read_facts(config.env), n_episodes or config.eval.n_episodes, seed)
-
-
-def make_env(config: TrainConfig, n_envs: int, seed: int, *, here: bool = False) -> VecEnv:
-    """Copies of the configured environment with consecutive seeds.
-
-    Args:
-        config: the run.
-        n_envs: copies.
-        seed: of the first.
-        here: for evaluation: in this process even if the configuration says "subproc", and never resumed.
-
-    Raises:
-        ConfigError: as for `read_facts`.
-    """
-    read_facts(config.env)
-    subproc = config.env.vec == "subproc" and not here
-    guards: dict[str, Any] = {"timeout": config.env.worker_timeout, "restarts": config.env.worker_restarts}
-    return make_vec_env(
-        partial(_make_one, config.env, subproc),
-        n_envs=n_envs,
-        seed=seed,
-        wrapper_class=Resumable if config.checkpoint.replay and not here else None,
-        vec_env_cls=GuardedSubprocVecEnv if subproc else DummyVecEnv,
-        vec_env_kwargs=guards if subproc else None,
-    )
-
-
-def read_facts(config: EnvConfig) -> TaskFacts | None:
-    """What is known about the task, None if nothing.
-
-    Raises:
-        ConfigError: the environment cannot be built with its keyword arguments, or its observations cannot be used as
-            configured.
-    """
-    try:
-        env = gymnasium.make(config.id, **config.kwargs)
-    except (*_BUILD_ERRORS, gymnasium.error.Error) as error:
-        raise ConfigError(
-            f"environment {config.id!r} cannot be built with env.kwargs={dict(config.kwargs)}: {error}"
-        ) from error
-    with closing(env):
-        _check_observations(env.observation_space, config)
-        return task_facts(env)
-
-
-def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
-    """The untrained agent.
-
-    Raises:
-        ConfigError: the agent refuses the configuration or the spaces.
-    """
-    policy_kwargs: dict[str, Any] = {
-        "memory": config.memory.name,
-        "memory_kwargs": dict(config.memory.settings),
-        "critic_memory": config.policy.critic_memory,
-        **config.policy.kwargs,
-    }
-    if config.policy.net_arch is not None:
-        policy_kwargs["net_arch"] = list(config.policy.net_arch)
-    with_kwargs = f" with policy.kwargs={dict(config.policy.kwargs)}" if config.policy.kwargs else ""
-    try:
-        return RecurrentPPO(
-            _policy_name(env.observation_space),
-            env,
-            policy_kwargs=policy_kwargs,
-            seed=config.seed,
-            device=config.device,
-            **config.ppo.model_arguments(),
-        )
-    except _BUILD_ERRORS as error:
-        raise ConfigError(f"the agent cannot be built{with_kwargs} for {config.env.id!r}: {error}") from error
 
 
 def final_scores(
@@ -262,7 +192,7 @@ def final_scores(
 
 
 def _prepare(config: TrainConfig) -> None:
-    _check_device(config.device)
+    check_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
@@ -390,7 +320,7 @@ def _play(
     with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
         return evaluate(
             model,
-            _normalized_like(env, model.get_vec_normalize_env()),
+            normalized_like(env, model.get_vec_normalize_env()),
             n_episodes,
             empty_state_every_step=empty_state_every_step,
             seed=seed,
@@ -439,108 +369,3 @@ def _close(console: Console, folder: RunFolder, config: TrainConfig, model: Recu
             f"go on with: xlstm-rl train --resume {folder.path}"
         )
     _say(console, said)
-
-
-def _make_one(config: EnvConfig, ignore_interrupts: bool) -> gymnasium.Env[Any, Any]:
-    if ignore_interrupts:
-        # Ctrl-C reaches the worker processes too, and so does the SIGTERM of a cluster; the main process acts on them.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    env = gymnasium.make(config.id, **config.kwargs)
-    return MemoryInputs(env, config.memory_inputs) if config.memory_inputs else env
-
-
-def _check_device(device: str) -> None:
-    problem = _why_missing(device)
-    if problem is not None:
-        raise ConfigError(f"device={device!r} cannot be used here: {problem}; use auto, cpu or another that is there")
-
-
-def _evaluation_device(configured: str, asked: str | None, console: Console) -> str:
-    if asked is not None:
-        _check_device(asked)
-        return asked
-    problem = _why_missing(configured)
-    if problem is None:
-        return configured
-    _say(console, f"device={configured!r} of the run cannot be used here: {problem}; evaluating on the CPU")
-    return "cpu"
-
-
-def _why_missing(device: str) -> str | None:
-    """Why torch cannot compute on a device here, None if it can."""
-    if device == "auto":
-        return None
-    try:
-        torch.zeros(1, device=device).item()
-    except (AssertionError, ImportError, RuntimeError) as error:
-        return str(error).partition("\n")[0].partition(". ")[0]
-    return None
-
-
-def _check_observations(space: spaces.Space[Any], config: EnvConfig) -> None:
-    parts = space.spaces if isinstance(space, spaces.Dict) else {None: space}
-    for key, part in parts.items():
-        kind = f"{type(part).__name__} observations" + ("" if key is None else f" under the key {key!r}")
-        if not isinstance(part, OBSERVATIONS):
-            known = ", ".join(option.__name__ for option in OBSERVATIONS)
-            raise ConfigError(
-                f"environment {config.id!r} has {kind}; allowed are {known} and a flat Dict of these: register it with "
-                "a gymnasium wrapper that converts them"
-            )
-        if config.normalize_observation and not isinstance(part, spaces.Box):
-            raise ConfigError(
-                f"env.normalize_observation=True needs Box observations, but environment {config.id!r} has {kind}; "
-                "leave it false"
-            )
-
-
-def _normalizes(config: EnvConfig) -> bool:
-    return config.normalize_observation or config.normalize_reward
-
-
-def _normalized_as_saved(env: VecEnv, config: TrainConfig, model: Path) -> VecEnv:
-    if not _normalizes(config.env):
-        return env
-    path = normalizer_path(model)
-    try:
-        return load_normalizer(path.read_text(encoding="utf-8"), env)
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path} is missing, and the run normalises (env.normalize_observation={config.env.normalize_observation}, "
-            f"env.normalize_reward={config.env.normalize_reward}); put back the file saved together with {model.name}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be used: {error}; put back the one saved with {model.name}") from error
-
-
-def _normalized(env: VecEnv, config: TrainConfig) -> VecEnv:
-    if not _normalizes(config.env):
-        return env
-    keys = None
-    if config.env.normalize_observation and isinstance(env.observation_space, spaces.Dict):
-        # one-hot actions and the start flag are of the right size, and rare ones would come out huge
-        keys = [key for key in env.observation_space.spaces if key not in (KEYS["action"], KEYS["start"])]
-    return VecNormalize(
-        env,
-        norm_obs=config.env.normalize_observation,
-        norm_reward=config.env.normalize_reward,
-        gamma=config.ppo.gamma,
-        norm_obs_keys=keys,
-    )
-
-
-def _normalized_like(env: VecEnv, training: VecNormalize | None) -> VecEnv:
-    if training is None or not training.norm_obs:
-        return env
-    wrapped = VecNormalize(
-        env, training=False, norm_reward=False, clip_obs=training.clip_obs, norm_obs_keys=training.norm_obs_keys
-    )
-    wrapped.obs_rms = training.obs_rms
-    return wrapped
-
-
-def _policy_name(observation_space: gymnasium.Space[Any]) -> str:
-    if isinstance(observation_space, gymnasium.spaces.Dict):
-        return "MultiInputXLSTMPolicy"
-    return "CnnXLSTMPolicy" if is_image_space(observation_space) else "MlpXLSTMPolicy"
