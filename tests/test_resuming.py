@@ -69,7 +69,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
     assert events(one) == events(other)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3, 6])
+@pytest.mark.parametrize("kept", [0, 3, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 2, 4, 5, 6))])
 def test_run_cut_after_any_checkpoint_becomes_the_same_run(run: RunResult, kept: int, tmp_path: Path) -> None:
     shutil.copytree(run.folder, tmp_path / "run")
     checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("*.zip"))
@@ -85,6 +85,16 @@ def test_run_cut_after_any_checkpoint_becomes_the_same_run(run: RunResult, kept:
     assert result.scores == run.scores
     seconds = [row.seconds for row in result.rows]
     assert seconds == sorted(seconds)
+
+
+@pytest.mark.slow
+def test_run_with_memory_inputs_in_processes_becomes_the_same_run(tmp_path: Path) -> None:
+    inputs = ["env.memory_inputs=[action,reward,start]", "env.vec=subproc", "env.n_envs=2", "ppo.batch_size=32"]
+    folder = train(small(*inputs, "total_steps=256"), tmp_path / "run").folder
+    shutil.copytree(folder, tmp_path / "cut")
+    sorted((tmp_path / "cut" / "checkpoints").glob("*.zip"))[-1].unlink()
+    resume(tmp_path / "cut")
+    assert_same_runs(folder, tmp_path / "cut")
 
 
 def test_torn_and_foreign_checkpoints_are_told_and_the_one_before_is_used(run: RunResult, tmp_path: Path) -> None:
