@@ -55,7 +55,8 @@ def mark_point(model: RecurrentPPO) -> TrainingPoint:
         env.env_method("mark_point")
     changing = ("num_timesteps", "ep_info_buffer", "ep_success_buffer")
     names = [name for name in vars(model) if name in changing or name.startswith("_last_")]
-    attributes = {name: copy.copy(vars(model)[name]) for name in names}
+    # deep: acting writes memory states over those before
+    attributes = {name: copy.deepcopy(vars(model)[name]) for name in names}
     return TrainingPoint(attributes, _random_state(), [_wrapper_state(wrapper) for wrapper in _wrappers(env)])
 
 
