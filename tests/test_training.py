@@ -58,6 +58,7 @@ def test_run_folder_holds_everything(run: RunResult) -> None:
         "tensorboard",
         "checkpoints",
         "model.zip",
+        "best.zip",
     }
     assert any((run.folder / "tensorboard").iterdir())
 

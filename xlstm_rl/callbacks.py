@@ -47,7 +47,7 @@ class EpisodeRecorder(BaseCallback):
         self._returns, self._view, self._success_return = returns, view, success_return
         self._fresh: list[_Episode] = []
         self._recent: deque[_Episode] = deque(maxlen=RECENT)
-        self._started = self._drawn = time.monotonic()
+        self._drawn = time.monotonic()
 
     def _on_step(self) -> bool:
         ended = [self._read(info) for info in self.locals["infos"] if "episode" in info]
@@ -60,8 +60,8 @@ class EpisodeRecorder(BaseCallback):
     def _on_rollout_end(self) -> None:
         if self._fresh:
             mean_return, success = _means(self._fresh)
-            seconds = round(time.monotonic() - self._started, 2)
-            self._returns.add(Row("train", self.num_timesteps, seconds, len(self._fresh), mean_return, success))
+            seconds, episodes = self._returns.seconds(), len(self._fresh)
+            self._returns.add(Row("train", self.num_timesteps, seconds, episodes, mean_return, success))
             self._fresh = []
 
     def _on_training_end(self) -> None:
@@ -89,7 +89,11 @@ class Periodic(BaseCallback):
     def __init__(self, every_steps: int | None) -> None:
         super().__init__()
         self._every_steps = every_steps
-        self._next = every_steps or 0
+        self._next = 0
+
+    def _on_training_start(self) -> None:
+        # what was due where a resumed run goes on was done before
+        self._next = self._after(self.model.num_timesteps)
 
     def _on_step(self) -> bool:
         return True
@@ -102,8 +106,12 @@ class Periodic(BaseCallback):
 
     def _act_if_due(self) -> None:
         if self._every_steps is not None and self.num_timesteps >= self._next:
-            self._next = (self.num_timesteps // self._every_steps + 1) * self._every_steps
+            self._next = self._after(self.num_timesteps)
             self._act()
+
+    def _after(self, step: int) -> int:
+        """The first step after `step` at which to act."""
+        return 0 if self._every_steps is None else (step // self._every_steps + 1) * self._every_steps
 
     @abstractmethod
     def _act(self) -> None:
@@ -134,6 +142,7 @@ class PeriodicEvaluation(Periodic):
         evaluate: called with the model; gives mean return, success and number of episodes.
         returns: takes a row each.
         view: gets a line each.
+        save_best: called with the model where the mean return is above all before.
     """
 
     def __init__(
@@ -142,14 +151,16 @@ class PeriodicEvaluation(Periodic):
         evaluate: Callable[[Any], tuple[float, float | None, int]],
         returns: Returns,
         view: LiveView,
+        save_best: Callable[[Any], object],
     ) -> None:
         super().__init__(every_steps)
-        self._evaluate, self._returns, self._view = evaluate, returns, view
-        self._started = time.monotonic()
+        self._evaluate, self._returns, self._view, self._save_best = evaluate, returns, view, save_best
 
     def _act(self) -> None:
         mean_return, success, episodes = self._evaluate(self.model)
-        seconds = round(time.monotonic() - self._started, 2)
+        if mean_return > max((row.mean_return for row in self._returns.of("eval")), default=float("-inf")):
+            self._save_best(self.model)
+        seconds = self._returns.seconds()
         self._returns.add(Row("eval", self.num_timesteps, seconds, episodes, mean_return, success))
         self.logger.record("eval/mean_reward", mean_return)
         if success is not None:

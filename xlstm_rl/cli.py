@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from xlstm_rl.run_folder import default_run_path
 SIGNAL_EXIT = 128
 INTERRUPTED = SIGNAL_EXIT + 2
 USAGE_ERROR = 2
+STOPPED = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: None takes those of the process.
 
     Returns:
-        The exit code: 0, 2 for a wrong configuration, 128 plus the signal after an interruption.
+        The exit code: 0, 1 where a fault ended training, 2 for a wrong configuration, 128 plus the signal after an
+        interruption.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -47,16 +50,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train an agent and evaluate it", description="Train an agent.")
-    train.add_argument("name", metavar="PRESET_OR_ENV_ID", help="a preset, a .yaml file or any gymnasium id")
+    train.add_argument("name", nargs="?", metavar="PRESET_OR_ENV_ID", help="a preset, a .yaml file or any gymnasium id")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as memory.hidden_size=128 seed=3")
     train.add_argument("--run-dir", type=Path, help="a folder that does not exist yet; default runs/NAME-SEED-TIME")
-    train.set_defaults(run=_train)
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, [total_steps=N]")
+    train.set_defaults(run=partial(_train, train))
 
     evaluate = commands.add_parser("evaluate", help="evaluate a run", description="Evaluate the last model of a run.")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
     evaluate.add_argument("--episodes", type=_positive, help="default: as configured")
     evaluate.add_argument("--seed", type=_natural, help="of the episodes")
     evaluate.add_argument("--device", help="default: as trained, or the CPU where that device is missing")
+    evaluate.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
     evaluate.set_defaults(run=_evaluate)
 
     listing = commands.add_parser("list", help="presets, environments, memories", description="What there is.")
@@ -64,13 +69,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(options: argparse.Namespace) -> int:
-    config = load(options.name, options.overrides)
+def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    if (options.name is None) == (options.resume is None) and "=" not in (options.name or ""):
+        parser.error("give either PRESET_OR_ENV_ID or --resume RUN")
+    if options.resume is not None and options.run_dir is not None:
+        parser.error("--resume goes on in the folder of the run, so --run-dir has no place")
+    config = None if options.resume is not None else load(options.name, options.overrides)
     # Loaded only now, so that mistakes in the arguments are told at once.
-    from xlstm_rl.training import train
+    from xlstm_rl.training import TrainingStoppedError, resume, train
 
-    run_dir = options.run_dir or default_run_path(Path(options.name).name.removesuffix(".yaml"), config.seed)
-    result = train(config, run_dir, numbered=options.run_dir is None, console=Console())
+    try:
+        if config is None:
+            overrides = [text for text in (options.name, *options.overrides) if text is not None]
+            result = resume(options.resume, overrides, console=Console())
+        else:
+            run_dir = options.run_dir or default_run_path(Path(options.name).name.removesuffix(".yaml"), config.seed)
+            result = train(config, run_dir, numbered=options.run_dir is None, console=Console())
+    except TrainingStoppedError as error:
+        print(f"xlstm-rl: {error}", file=sys.stderr)
+        return STOPPED
     return 0 if result.interrupted_by is None else SIGNAL_EXIT + result.interrupted_by
 
 
@@ -80,7 +97,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     console = Console()
     scores = evaluate_run(
-        options.run_dir, n_episodes=options.episodes, seed=options.seed, device=options.device, console=console
+        options.run_dir,
+        n_episodes=options.episodes,
+        seed=options.seed,
+        device=options.device,
+        best=options.best,
+        console=console,
     )
     console.print(score_table(scores, str(options.run_dir)))
     return 0

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,18 @@ import stable_baselines3
 import torch
 
 from xlstm_rl._version import __version__
+from xlstm_rl.agents.archive import write_whole
 from xlstm_rl.agents.normalization import dump_normalizer
-from xlstm_rl.configs import ConfigError, TrainConfig, dump, load_file
+from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
 
 
 class RunFolder:
     """Paths of a run.
 
     `config.yaml` the resolved configuration, `versions.json` what it ran with, `returns.csv`, `curve.png`,
-    `tensorboard/` events, `checkpoints/` models during training, `model.zip` the last model, each model with a
-    `.normalizer.json` beside it when observations or rewards are normalised.
+    `tensorboard/` events, `checkpoints/` to resume from, `best.zip` the model of the best evaluation during training,
+    `model.zip` the last model, each model with a `.normalizer.json` beside it when observations or rewards are
+    normalised.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,6 +41,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model.zip"
+        self.best = path / "best.zip"
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig, *, numbered: bool = False) -> RunFolder:
@@ -58,7 +60,7 @@ class RunFolder:
             folder = cls._claim_numbered(path) if numbered else cls._claim(path)
             if folder is None:
                 raise ConfigError(f"run folder {path} exists already and is kept; choose another --run-dir")
-            folder.config.write_text(dump(config), encoding="utf-8")
+            folder.write_config(config)
             folder.versions.write_text(json.dumps(_versions(config), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
@@ -85,15 +87,19 @@ class RunFolder:
         candidates = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
         return next(folder for folder in map(cls._claim, candidates) if folder is not None)
 
-    def load_config(self) -> TrainConfig:
-        """The configuration of the run.
+    def load_config(self, overrides: Sequence[str] = ()) -> TrainConfig:
+        """The configuration of the run, changed by overrides.
 
         Raises:
-            ConfigError: this is no run folder.
+            ConfigError: this is no run folder, or an override is wrong.
         """
         if not self.config.is_file():
             raise ConfigError(f"{self.path} is no run folder: it holds no config.yaml; give a folder that train made")
-        return load_file(self.config)
+        return load(str(self.config), overrides)
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Replace the configuration of the run."""
+        write_whole(self.config, dump(config).encode())
 
     def latest_model(self) -> Path:
         """The last model, else the last checkpoint.
@@ -114,19 +120,14 @@ class RunFolder:
 
     def save(self, model: Any, path: Path) -> None:
         """Write the model and its normalisation statistics; each file appears whole or not at all."""
-        normalizer = model.get_vec_normalize_env()
-        if normalizer is not None:
-            text = dump_normalizer(normalizer)
-            _write_whole(normalizer_path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
-        # With an open file SB3 adds no suffix of its own.
-        with _partial(path).open("wb") as file:
-            model.save(file)
-        os.replace(_partial(path), path)
+        _save_normalizer(model, path)
+        model.save(path)
 
-    def save_checkpoint(self, model: Any, keep: int) -> Path:
-        """Write a checkpoint of the model's step and remove all but the last `keep`."""
-        path = self.checkpoints / f"step_{model.num_timesteps:010d}.zip"
-        self.save(model, path)
+    def save_checkpoint(self, model: Any, keep: int, notes: Mapping[str, Any]) -> Path:
+        """Write a checkpoint to resume from and remove all but the last `keep`; see `RecurrentPPO.save_checkpoint`."""
+        path = self.checkpoints / f"step_{model.checkpoint_step:010d}.zip"
+        _save_normalizer(model, path)
+        model.save_checkpoint(path, notes)
         for old in self.list_checkpoints()[:-keep]:
             old.unlink()
             normalizer_path(old).unlink(missing_ok=True)
@@ -143,13 +144,10 @@ def default_run_path(name: str, seed: int, parent: Path = Path("runs")) -> Path:
     return parent / f"{name.replace('/', '-').replace(':', '-')}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    write(_partial(path))
-    os.replace(_partial(path), path)
+def _save_normalizer(model: Any, path: Path) -> None:
+    normalizer = model.get_vec_normalize_env()
+    if normalizer is not None:
+        write_whole(normalizer_path(path), dump_normalizer(normalizer).encode())
 
 
 def _versions(config: TrainConfig) -> dict[str, Any]:

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import signal
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium
 import torch
-from gymnasium import spaces
 from rich.console import Console
 from stable_baselines3.common.callbacks import CallbackList
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.logger import configure
-from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, configure
+from stable_baselines3.common.vec_env import VecEnv
 
-from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.agents import CheckpointError, RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
-from xlstm_rl.agents.memory_inputs import KEYS, MemoryInputs
-from xlstm_rl.agents.normalization import load_normalizer
+from xlstm_rl.agents.subprocesses import WorkerError
+from xlstm_rl.agents.training_state import Resumed, resume_model
+from xlstm_rl.building import (
+    check_device,
+    evaluation_device,
+    make_env,
+    make_model,
+    normalized,
+    normalized_as_saved,
+    normalized_like,
+    read_facts,
+)
 from xlstm_rl.callbacks import EpisodeRecorder, PeriodicCheckpoint, PeriodicEvaluation, StopOnRequest
-from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
-from xlstm_rl.envs import TaskFacts, task_facts
+from xlstm_rl.configs import ConfigError, TrainConfig
+from xlstm_rl.envs import TaskFacts
 from xlstm_rl.interruption import Interruption
-from xlstm_rl.report import LiveView, Returns, Row, Score, score_table
+from xlstm_rl.report import LiveView, Returns, Row, Score, read_returns, score_table
 from xlstm_rl.report.curve import plot_curve
-from xlstm_rl.run_folder import RunFolder, normalizer_path
+from xlstm_rl.run_folder import RunFolder
 
-OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
-# What impossible settings lead to in constructors that do not check them.
-_BUILD_ERRORS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 # Distances from the training seed, so that evaluation meets other episodes than training did.
 INTERIM_SEED = 100_000
 FINAL_SEED = 200_000
+
+
+class TrainingStoppedError(RuntimeError):
+    """A fault ended training; the message names it and what is left to go on from."""
 
 
 class RunResult(NamedTuple):
@@ -59,7 +70,8 @@ class RunResult(NamedTuple):
 def train(config: TrainConfig, run_dir: Path, *, numbered: bool = False, console: Console | None = None) -> RunResult:
     """Train, save and evaluate an agent.
 
-    SIGINT (Ctrl-C) and SIGTERM end training at the next step; the model is saved and the result says so.
+    SIGINT (Ctrl-C) and SIGTERM end training at the next step; the model and a checkpoint are saved and the result says
+    so.
 
     Args:
         config: the run.
@@ -70,26 +82,54 @@ def train(config: TrainConfig, run_dir: Path, *, numbered: bool = False, console
     Raises:
         ConfigError: the environment or the agent cannot be built as configured, this machine has no such device, or
             `run_dir` is in use or cannot be written.
+        TrainingStoppedError: NaN or infinity, a lost environment, or a full disk ended training.
     """
     console = console or Console(quiet=True)
-    _check_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    facts = read_facts(config.env)
+    _prepare(config)
     with closing(make_env(config, config.env.n_envs, config.seed)) as env:
-        model = make_model(config, _normalized(env, config))
+        model = make_model(config, normalized(env, config))
         folder = RunFolder.create(run_dir, config, numbered=numbered)
-        console.print(f"run folder {folder.path}", highlight=False, soft_wrap=True)
-        returns = Returns(folder.returns)
-        interruption = _learn(model, config, folder, returns, console)
-        folder.save(model, folder.model)
-        scores: list[Score] = []
-        if interruption.signal is None:
-            scores = final_scores(model, config, facts, config.eval.n_episodes, config.seed + FINAL_SEED)
-            scores[1:1] = _worst_of_last(returns.of("eval"), 5)
-        _draw(folder, config, returns.rows, facts, scores)
-        _close(console, folder, config, model, scores)
-    return RunResult(folder.path, folder.model, returns.rows, scores, interruption.signal)
+        _say(console, f"run folder {folder.path}")
+        return _run(model, config, folder, Returns(folder.returns), {}, console)
+
+
+def resume(run_dir: Path, overrides: Sequence[str] = (), *, console: Console | None = None) -> RunResult:
+    """Go on with an interrupted run from its last usable checkpoint, or from the start if it has none.
+
+    Rows and events after the checkpoint are removed and made again; on the CPU, with environments that `Resumable`
+    brings back, the run becomes what it would have been without the interruption.
+
+    Args:
+        run_dir: as `train` made it; not in use by a run.
+        overrides: "total_steps=N", to go on for longer.
+        console: shows progress, damaged checkpoints and the closing table; None shows nothing.
+
+    Raises:
+        ConfigError: this is no run folder, none of its checkpoints can be used, an override is another one, or as for
+            `train`.
+        TrainingStoppedError: as for `train`.
+    """
+    console = console or Console(quiet=True)
+    for override in overrides:
+        if not override.startswith("total_steps="):
+            raise ConfigError(f"{override!r} cannot be changed when resuming; total_steps=N can")
+    folder = RunFolder(run_dir)
+    config = folder.load_config(overrides)
+    _prepare(config)
+    with closing(make_env(config, config.env.n_envs, config.seed)) as env:
+        env = normalized(env, config)
+        resumed = _last_usable(folder, config, env, console)
+        if overrides:
+            folder.write_config(config)
+        if resumed is None:
+            _say(console, f"{folder.path} has no checkpoint yet; it starts anew")
+            return _run(make_model(config, env), config, folder, Returns(folder.returns), {}, console)
+        _say(console, f"{folder.path} goes on after {resumed.model.num_timesteps:,} steps")
+        if resumed.restarted is not None:
+            _say(console, f"all environments start new episodes: {resumed.restarted}")
+        notes = resumed.notes
+        returns = Returns(folder.returns, read_returns(folder.returns, notes["rows"]), notes["seconds"])
+        return _run(resumed.model, config, folder, returns, notes["log"], console)
 
 
 def evaluate_run(
@@ -98,6 +138,7 @@ def evaluate_run(
     n_episodes: int | None = None,
     seed: int | None = None,
     device: str | None = None,
+    best: bool = False,
     console: Console | None = None,
 ) -> list[Score]:
     """Evaluate the last model of a run folder deterministically.
@@ -107,6 +148,7 @@ def evaluate_run(
         n_episodes: None takes the configured number.
         seed: of the episodes; None takes the one of the closing evaluation of `train`.
         device: as torch knows it, or "auto"; None takes the configured one, or the CPU if this machine lacks it.
+        best: take the model of the best evaluation during training instead of the last one.
         console: told when the configured device is not taken; None tells nobody.
 
     Raises:
@@ -115,12 +157,14 @@ def evaluate_run(
     """
     folder = RunFolder(run_dir)
     config = folder.load_config()
-    path = folder.latest_model()
+    path = folder.best if best else folder.latest_model()
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: no evaluation during training was due yet; evaluate the last model")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _evaluation_device(config.device, device, console or Console(quiet=True))
+    device = evaluation_device(config.device, device, console or Console(quiet=True))
     with closing(make_env(config, 1, config.seed)) as env:
-        env = _normalized_as_saved(env, config, path)
+        env = normalized_as_saved(env, config, path)
         try:
             model = RecurrentPPO.load(path, env=env, device=device)
         # A damaged file, or spaces other than those of the environment.
@@ -128,70 +172,6 @@ def evaluate_run(
             raise ConfigError(f"the model cannot be loaded: {error}") from error
         seed = config.seed + FINAL_SEED if seed is None else seed
         return final_scores(model, config, read_facts(config.env), n_episodes or config.eval.n_episodes, seed)
-
-
-def make_env(config: TrainConfig, n_envs: int, seed: int, *, here: bool = False) -> VecEnv:
-    """Copies of the configured environment with consecutive seeds.
-
-    Args:
-        config: the run.
-        n_envs: copies.
-        seed: of the first.
-        here: in this process even if the configuration says "subproc".
-
-    Raises:
-        ConfigError: as for `read_facts`.
-    """
-    read_facts(config.env)
-    subproc = config.env.vec == "subproc" and not here
-    make = partial(_make_one, config.env, subproc)
-    return make_vec_env(make, n_envs=n_envs, seed=seed, vec_env_cls=SubprocVecEnv if subproc else DummyVecEnv)
-
-
-def read_facts(config: EnvConfig) -> TaskFacts | None:
-    """What is known about the task, None if nothing.
-
-    Raises:
-        ConfigError: the environment cannot be built with its keyword arguments, or its observations cannot be used as
-            configured.
-    """
-    try:
-        env = gymnasium.make(config.id, **config.kwargs)
-    except (*_BUILD_ERRORS, gymnasium.error.Error) as error:
-        raise ConfigError(
-            f"environment {config.id!r} cannot be built with env.kwargs={dict(config.kwargs)}: {error}"
-        ) from error
-    with closing(env):
-        _check_observations(env.observation_space, config)
-        return task_facts(env)
-
-
-def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
-    """The untrained agent.
-
-    Raises:
-        ConfigError: the agent refuses the configuration or the spaces.
-    """
-    policy_kwargs: dict[str, Any] = {
-        "memory": config.memory.name,
-        "memory_kwargs": dict(config.memory.settings),
-        "critic_memory": config.policy.critic_memory,
-        **config.policy.kwargs,
-    }
-    if config.policy.net_arch is not None:
-        policy_kwargs["net_arch"] = list(config.policy.net_arch)
-    with_kwargs = f" with policy.kwargs={dict(config.policy.kwargs)}" if config.policy.kwargs else ""
-    try:
-        return RecurrentPPO(
-            _policy_name(env.observation_space),
-            env,
-            policy_kwargs=policy_kwargs,
-            seed=config.seed,
-            device=config.device,
-            **config.ppo.model_arguments(),
-        )
-    except _BUILD_ERRORS as error:
-        raise ConfigError(f"the agent cannot be built{with_kwargs} for {config.env.id!r}: {error}") from error
 
 
 def final_scores(
@@ -211,21 +191,121 @@ def final_scores(
     return scores
 
 
+def _prepare(config: TrainConfig) -> None:
+    check_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+
+def _last_usable(folder: RunFolder, config: TrainConfig, env: VecEnv, console: Console) -> Resumed[RecurrentPPO] | None:
+    """The newest checkpoint that can be read; None if there are none."""
+    refused = ""
+    for path in reversed(folder.list_checkpoints()):
+        try:
+            return resume_model(RecurrentPPO, path, env, device=config.device)
+        except CheckpointError as error:
+            refused = f"{path.name} cannot be used: {error}"
+            _say(console, f"{refused}; trying the one before")
+        except ValueError as error:
+            raise ConfigError(f"{path} does not fit the environment: {error}") from error
+    if refused:
+        raise ConfigError(f"{folder.path} has no usable checkpoint left: {refused}")
+    return None
+
+
+def _run(
+    model: RecurrentPPO,
+    config: TrainConfig,
+    folder: RunFolder,
+    returns: Returns,
+    log: Mapping[str, Sequence[Any]],
+    console: Console,
+) -> RunResult:
+    """Learn what is left to learn, save, evaluate and report."""
+    facts = read_facts(config.env)
+    model.set_logger(_make_logger(folder, model.num_timesteps, log))
+    try:
+        interruption = _learn(model, config, folder, returns, console)
+    except (FloatingPointError, WorkerError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
+            raise
+        kept = folder.list_checkpoints()
+        left = f"{kept[-1]} is kept" if kept else "there is no checkpoint yet"
+        raise TrainingStoppedError(
+            f"training stopped after {model.num_timesteps:,} steps: {error}\n{left}; once the cause is mended, go on "
+            f"with: xlstm-rl train --resume {folder.path}"
+        ) from error
+    folder.save(model, folder.model)
+    scores: list[Score] = []
+    if interruption.signal is None:
+        scores = final_scores(model, config, facts, config.eval.n_episodes, config.seed + FINAL_SEED)
+        scores[1:1] = _worst_of_last(returns.of("eval"), 5)
+    _draw(folder, config, returns.rows, facts, scores)
+    _close(console, folder, config, model, scores)
+    return RunResult(folder.path, folder.model, returns.rows, scores, interruption.signal)
+
+
 def _learn(
     model: RecurrentPPO, config: TrainConfig, folder: RunFolder, returns: Returns, console: Console
 ) -> Interruption:
-    model.set_logger(configure(str(folder.tensorboard), ["tensorboard"]))
-    with Interruption() as interruption, LiveView(config.total_steps, console) as view:
-        save = partial(folder.save_checkpoint, keep=config.checkpoint.keep)
+    def save(model: RecurrentPPO) -> None:
+        for output in model.logger.output_formats:
+            if isinstance(output, TensorBoardOutputFormat) and output.writer is not None:
+                # a killed process loses what it had not written
+                output.writer.flush()
+        notes = {"rows": len(returns.rows), "seconds": returns.seconds(), "log": _pending(model.logger)}
+        folder.save_checkpoint(model, config.checkpoint.keep, notes)
+
+    left = config.total_steps - model.num_timesteps
+    with Interruption() as interruption, LiveView(config.total_steps, console, model.num_timesteps) as view:
+        interim = partial(_interim, config=config)
+        save_best = partial(folder.save, path=folder.best)
         callbacks = [
             StopOnRequest(lambda: interruption.signal is not None),
             EpisodeRecorder(returns, view, config.eval.success_return),
+            PeriodicEvaluation(config.eval.every_steps, interim, returns, view, save_best),
+            # last: what is written must be all that the others did
             PeriodicCheckpoint(config.checkpoint.every_steps, save),
-            PeriodicEvaluation(config.eval.every_steps, partial(_interim, config=config), returns, view),
         ]
-        model.learn(config.total_steps, callback=CallbackList(callbacks))
+        model.learn(max(left, 0), callback=CallbackList(callbacks), reset_num_timesteps=False)
+        if interruption.signal is not None:
+            save(model)
     model.logger.close()
     return interruption
+
+
+def _make_logger(folder: RunFolder, step: int, pending: Mapping[str, Sequence[Any]]) -> Logger:
+    """TensorBoard events, those after `step` declared void, with values that wait to be written."""
+    before = [int(path.name.split(".")[3]) for path in folder.tensorboard.glob("events.out.tfevents.*")]
+    if max(before, default=0) >= int(time.time()):
+        # readers order files by the second in their names
+        time.sleep(1.0)
+    logger = configure(str(folder.tensorboard), ["tensorboard"])
+    if before:
+        # Loaded here because only resumed runs need it.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        for output in logger.output_formats:
+            if isinstance(output, TensorBoardOutputFormat) and output.writer is not None:
+                output.writer._get_file_writer().add_event(restart, step + 1)  # type: ignore[no-untyped-call]
+    for name, (value, count, excluded) in pending.items():
+        logger.name_to_value[name], logger.name_to_count[name] = value, count
+        logger.name_to_excluded[name] = tuple(excluded)
+    return logger
+
+
+def _pending(logger: Logger) -> dict[str, list[Any]]:
+    """Numbers that were recorded but not written yet, for `_make_logger`."""
+    return {
+        name: [value, logger.name_to_count[name], list(logger.name_to_excluded[name])]
+        for name, value in logger.name_to_value.items()
+        if isinstance(value, int | float)
+    }
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _interim(model: RecurrentPPO, config: TrainConfig) -> tuple[float, float | None, int]:
@@ -240,7 +320,7 @@ def _play(
     with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
         return evaluate(
             model,
-            _normalized_like(env, model.get_vec_normalize_env()),
+            normalized_like(env, model.get_vec_normalize_env()),
             n_episodes,
             empty_state_every_step=empty_state_every_step,
             seed=seed,
@@ -282,112 +362,10 @@ def _draw(
 def _close(console: Console, folder: RunFolder, config: TrainConfig, model: RecurrentPPO, scores: list[Score]) -> None:
     if scores:
         console.print(score_table(scores, f"{config.env.id} after {model.num_timesteps:,} steps"))
-        said = f"model saved in {folder.model}"
+        said = f"model saved in {folder.model}; play it again with: xlstm-rl evaluate {folder.path}"
     else:
-        said = f"interrupted after {model.num_timesteps:,} steps; model saved in {folder.model}"
-    console.print(f"{said}; play it again with: xlstm-rl evaluate {folder.path}", highlight=False, soft_wrap=True)
-
-
-def _make_one(config: EnvConfig, ignore_interrupts: bool) -> gymnasium.Env[Any, Any]:
-    if ignore_interrupts:
-        # Ctrl-C reaches the worker processes too; only the main process may act on it.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    env = gymnasium.make(config.id, **config.kwargs)
-    return MemoryInputs(env, config.memory_inputs) if config.memory_inputs else env
-
-
-def _check_device(device: str) -> None:
-    problem = _why_missing(device)
-    if problem is not None:
-        raise ConfigError(f"device={device!r} cannot be used here: {problem}; use auto, cpu or another that is there")
-
-
-def _evaluation_device(configured: str, asked: str | None, console: Console) -> str:
-    if asked is not None:
-        _check_device(asked)
-        return asked
-    problem = _why_missing(configured)
-    if problem is None:
-        return configured
-    text = f"device={configured!r} of the run cannot be used here: {problem}; evaluating on the CPU"
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
-    return "cpu"
-
-
-def _why_missing(device: str) -> str | None:
-    """Why torch cannot compute on a device here, None if it can."""
-    if device == "auto":
-        return None
-    try:
-        torch.zeros(1, device=device).item()
-    except (AssertionError, ImportError, RuntimeError) as error:
-        return str(error).partition("\n")[0].partition(". ")[0]
-    return None
-
-
-def _check_observations(space: spaces.Space[Any], config: EnvConfig) -> None:
-    parts = space.spaces if isinstance(space, spaces.Dict) else {None: space}
-    for key, part in parts.items():
-        kind = f"{type(part).__name__} observations" + ("" if key is None else f" under the key {key!r}")
-        if not isinstance(part, OBSERVATIONS):
-            known = ", ".join(option.__name__ for option in OBSERVATIONS)
-            raise ConfigError(
-                f"environment {config.id!r} has {kind}; allowed are {known} and a flat Dict of these: register it with "
-                "a gymnasium wrapper that converts them"
-            )
-        if config.normalize_observation and not isinstance(part, spaces.Box):
-            raise ConfigError(
-                f"env.normalize_observation=True needs Box observations, but environment {config.id!r} has {kind}; "
-                "leave it false"
-            )
-
-
-def _normalizes(config: EnvConfig) -> bool:
-    return config.normalize_observation or config.normalize_reward
-
-
-def _normalized_as_saved(env: VecEnv, config: TrainConfig, model: Path) -> VecEnv:
-    if not _normalizes(config.env):
-        return env
-    path = normalizer_path(model)
-    try:
-        return load_normalizer(path.read_text(encoding="utf-8"), env)
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path} is missing, and the run normalises (env.normalize_observation={config.env.normalize_observation}, "
-            f"env.normalize_reward={config.env.normalize_reward}); put back the file saved together with {model.name}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be used: {error}; put back the one saved with {model.name}") from error
-
-
-def _normalized(env: VecEnv, config: TrainConfig) -> VecEnv:
-    if not _normalizes(config.env):
-        return env
-    keys = None
-    if config.env.normalize_observation and isinstance(env.observation_space, spaces.Dict):
-        # one-hot actions and the start flag are of the right size, and rare ones would come out huge
-        keys = [key for key in env.observation_space.spaces if key not in (KEYS["action"], KEYS["start"])]
-    return VecNormalize(
-        env,
-        norm_obs=config.env.normalize_observation,
-        norm_reward=config.env.normalize_reward,
-        gamma=config.ppo.gamma,
-        norm_obs_keys=keys,
-    )
-
-
-def _normalized_like(env: VecEnv, training: VecNormalize | None) -> VecEnv:
-    if training is None or not training.norm_obs:
-        return env
-    wrapped = VecNormalize(
-        env, training=False, norm_reward=False, clip_obs=training.clip_obs, norm_obs_keys=training.norm_obs_keys
-    )
-    wrapped.obs_rms = training.obs_rms
-    return wrapped
-
-
-def _policy_name(observation_space: gymnasium.Space[Any]) -> str:
-    if isinstance(observation_space, gymnasium.spaces.Dict):
-        return "MultiInputXLSTMPolicy"
-    return "CnnXLSTMPolicy" if is_image_space(observation_space) else "MlpXLSTMPolicy"
+        said = (
+            f"interrupted after {model.num_timesteps:,} steps; model saved in {folder.model}; "
+            f"go on with: xlstm-rl train --resume {folder.path}"
+        )
+    _say(console, said)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +15,15 @@ import pytest
 import safetensors.torch
 import torch
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from tests.agents.small_agents import SMALL, agent
 from tests.agents.spaces_for_tests import vec_env
 from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
 from xlstm_rl.agents import archive as archive_module
 from xlstm_rl.agents.archive import CheckpointError
+from xlstm_rl.envs import Resumable
 
 
 @pytest.fixture(scope="module")
@@ -304,3 +308,25 @@ def test_settings_left_out_are_named(tmp_path: Path) -> None:
     agent().save(tmp_path / "model", exclude=["action_space"])
     with pytest.raises(CheckpointError, match="holds no action_space"):
         RecurrentPPO.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_changed_training_run_is_resumed_or_refused(tmp_path: Path, seed: int) -> None:
+    def envs() -> VecEnv:
+        return VecNormalize(make_vec_env("xlstm_rl/TMaze-v0", 2, wrapper_class=Resumable))
+
+    random = np.random.default_rng(seed)
+    agent(env=envs(), n_steps=6, steps=12).save_checkpoint(tmp_path / "run.zip")
+
+    def change(tree: Any) -> None:
+        chosen = list(places(tree))
+        *path, last = chosen[random.integers(len(chosen))]
+        for key in path:
+            tree = tree[key]
+        tree[last] = JUNK[random.integers(len(JUNK))]
+
+    for _ in range(8):
+        path = edited(tmp_path / "run.zip", tmp_path / "changed.zip", json_edit("training.json", change))
+        with contextlib.suppress(CheckpointError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            RecurrentPPO.resume(path, envs(), device="cpu")

@@ -471,14 +471,14 @@ def test_going_on_with_running_episodes_needs_as_many_environments() -> None:
         agent(steps=24).set_env(vec_env(n_envs=2), force_reset=False)
 
 
-@pytest.mark.parametrize(("part", "named"), [("observation", "value"), ("reward", "reward")])
-def test_training_stops_at_nan_and_names_the_place(part: str, named: str) -> None:
+@pytest.mark.parametrize("part", ["observation", "reward"])
+def test_training_stops_at_nan_and_names_the_place(part: str) -> None:
     class Broken(RandomEpisodes):
         def step(self, action: Any) -> Any:
             obs, reward, *rest = super().step(action)
             return (obs * np.nan, reward, *rest) if part == "observation" else (obs, np.nan, *rest)
 
-    with pytest.raises(FloatingPointError, match=rf"the {named} of step \d of the rollout in environment 0 is nan"):
+    with pytest.raises(FloatingPointError, match=rf"the {part} of environment 0 is nan.* in step \d of the rollout"):
         agent(env=make_vec_env(Broken, n_envs=1)).learn(8)
 
 

@@ -101,7 +101,7 @@ def write_archive(target: str | os.PathLike[str] | IO[bytes], kind: str, parts: 
         return
     path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, content.getbuffer())
+    write_whole(path, content.getbuffer())
 
 
 def read_archive(source: str | os.PathLike[str] | IO[bytes], kind: str) -> Archive:
@@ -133,8 +133,8 @@ def read_archive(source: str | os.PathLike[str] | IO[bytes], kind: str) -> Archi
     return Archive(name, {str(key): str(value) for key, value in head.get("libraries", {}).items()}, parts)
 
 
-def _write_whole(path: Path, content: memoryview) -> None:
-    """Write beside the path, reach the disk, then take the path's place."""
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that appears whole or not at all: beside the path, to the disk, then in the path's place."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with temporary.open("xb") as file:
@@ -154,8 +154,7 @@ def _check_members(file: zipfile.ZipFile, name: str, size: int) -> None:
     if "_stable_baselines3_version" in names or {"data", "policy.pth"} <= set(names):
         raise CheckpointError(
             f"{name} is a zip of Stable-Baselines3 (cloudpickle): loading it would run code from it, so it is not "
-            "loaded. If you trust whoever made it, stable_baselines3.common.save_util.load_from_zip_file reads it, and "
-            "set_parameters takes the weights of an equal policy"
+            "loaded. If you trust whoever made it: RecurrentPPO.load(path, allow_pickle=True)"
         )
     for member in file.infolist():
         if not _MEMBER.fullmatch(member.filename):

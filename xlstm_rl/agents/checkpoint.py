@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from gymnasium import Space
@@ -35,6 +35,8 @@ File: TypeAlias = str | os.PathLike[str] | IO[bytes]
 Model = TypeVar("Model", bound="RecurrentPPO")
 Policy = TypeVar("Policy", bound="XLSTMPolicy")
 
+# The part of a file that holds a training run; `load` passes over it.
+TRAINING = "training"
 _FUNCTIONS = "functions_saved_as_numbers"
 _SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "ent_coef")
 # Without these no model can be built: what has no description is named when loading.
@@ -53,8 +55,33 @@ _BUILD_ERRORS = (
 _PER_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 
 
-def save_model(model: RecurrentPPO, target: File, exclude: Iterable[str], include: Iterable[str]) -> None:
-    """Write an agent; see `RecurrentPPO.save`."""
+class Contents(NamedTuple):
+    """What a file of an agent holds."""
+
+    name: str
+    """Of the file, for errors."""
+    libraries: dict[str, str]
+    """Versions it was written with."""
+    data: dict[str, Any]
+    """Attributes of the agent."""
+    functions: Any
+    """Names of the schedules that were functions and are numbers in the file."""
+    state: Any
+    """Packed memory state [n_envs, N], or None."""
+    groups: dict[str, Any]
+    """State dicts of policy and optimiser."""
+    parameter_order: list[str] | None
+    """Names of the weights in the order of the optimiser; None for that of the policy."""
+
+
+def save_model(
+    model: RecurrentPPO,
+    target: File,
+    exclude: Iterable[str],
+    include: Iterable[str],
+    further: Mapping[str, Part] | None = None,
+) -> None:
+    """Write an agent, see `RecurrentPPO.save`, and further parts that loading it passes over."""
     optional = {*exclude, *model._excluded_save_params()} - set(include)
     groups = model.get_parameters()
     left_out = {*optional, *(name.split(".")[0] for name in groups), *_DERIVED}
@@ -78,37 +105,60 @@ def save_model(model: RecurrentPPO, target: File, exclude: Iterable[str], includ
         data["_last_state"] = describe(pack(model._last_state), "_last_state", tensors)
     data[_FUNCTIONS] = functions
     parts = {"data": Part(data, tensors)} | {name: describe_part(group) for name, group in groups.items()}
+    parts |= further or {}
     if isinstance(target, str | os.PathLike) and not Path(target).suffix:
         target = f"{os.fspath(target)}.zip"
     write_archive(target, "model", parts)
 
 
+def read_contents(cls: type[RecurrentPPO], archive: Archive, custom_objects: Mapping[str, Any]) -> Contents:
+    """What a file of `save_model` holds, nothing of it executed."""
+    data = _read_data(cls, archive, custom_objects)
+    return Contents(
+        name=archive.name,
+        libraries=archive.libraries,
+        functions=data.pop(_FUNCTIONS, None),
+        state=data.pop("_last_state", None),
+        data=data,
+        groups={name: archive.value(name) for name in archive.parts if name not in ("data", TRAINING)},
+        parameter_order=None,
+    )
+
+
 def load_model(
     cls: type[Model],
-    source: File,
+    contents: Contents,
     env: GymEnv | None,
     *,
-    device: torch.device | str,
-    custom_objects: Mapping[str, Any],
-    print_system_info: bool,
-    force_reset: bool,
-    arguments: Mapping[str, Any],
+    device: torch.device | str = "auto",
+    given: Collection[str] = (),
+    force_reset: bool = True,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Read an agent; see `RecurrentPPO.load`."""
-    archive = _read_model(source)
-    if print_system_info:
-        print("== CURRENT SYSTEM INFO ==")
-        get_system_info()
-        print("== SAVED MODEL SYSTEM INFO ==", *(f"{name}: {version}" for name, version in archive.libraries.items()))
-    data = _read_data(cls, archive, custom_objects)
+    """Make the agent that a file holds; see `RecurrentPPO.load`.
+
+    Args:
+        cls: of the agent.
+        contents: of the file; used up.
+        env: see `load`.
+        device: see `load`.
+        given: names of the attributes that were handed over.
+        force_reset: see `load`.
+        arguments: attributes to change.
+    """
+    data, state, arguments = contents.data, contents.state, arguments or {}
     _check_arguments(data, arguments)
-    state = data.pop("_last_state", None)
-    _warn_of_functions(data, data.pop(_FUNCTIONS, None), {**custom_objects, **arguments})
+    _warn_of_functions(data, contents.functions, {*given, *arguments})
     if env is not None:
         env = cls._wrap_env(env, data.get("verbose", 0))
         check_for_correct_spaces(env, data["observation_space"], data["action_space"])
         if force_reset:
             data["_last_obs"] = state = None
+        elif env.num_envs != data.get("n_envs"):
+            raise CheckpointError(
+                f"{contents.name}: the episodes of {data.get('n_envs')!r:.50} environments cannot go on in "
+                f"{env.num_envs}: hand over as many, or load with force_reset=True"
+            )
         data["n_envs"] = env.num_envs
     try:
         model = cls(data["policy_class"], env, device=device, _init_setup_model=False)  # type: ignore[arg-type]
@@ -118,21 +168,28 @@ def load_model(
         model._setup_model()
     except _BUILD_ERRORS as error:
         raise CheckpointError(
-            f"no model can be built from the settings in {archive.name} and the arguments of load: "
+            f"no model can be built from the settings in {contents.name} and the arguments of load: "
             f"{type(error).__name__}: {error}"
         ) from error
-    _set_weights(model, archive)
+    _set_weights(model, contents)
     if model.use_sde:
         model.policy.reset_noise()
     if state is not None and model._last_obs is not None:
-        model._last_state = _rebuild_state(model, state, archive.name)
+        model._last_state = _rebuild_state(model, state, contents.name)
     return model
+
+
+def print_system_info(libraries: Mapping[str, str]) -> None:
+    """Print the versions here and those a file was written with."""
+    print("== CURRENT SYSTEM INFO ==")
+    get_system_info()
+    print("== SAVED MODEL SYSTEM INFO ==", *(f"{name}: {version}" for name, version in libraries.items()))
 
 
 def load_parameters(source: File) -> dict[str, Any]:
     """The state dicts of a saved agent by name, as `get_parameters` gives them."""
-    archive = _read_model(source)
-    groups = {name: archive.value(name) for name in archive.parts if name != "data"}
+    archive = read_model(source)
+    groups = {name: archive.value(name) for name in archive.parts if name not in ("data", TRAINING)}
     for name, group in groups.items():
         _check_group(group, name, archive.name)
     return groups
@@ -189,7 +246,7 @@ def _present_value(model: RecurrentPPO, name: str, function: Any) -> float:
     return present
 
 
-def _warn_of_functions(data: dict[str, Any], names: Any, given: Mapping[str, Any]) -> None:
+def _warn_of_functions(data: dict[str, Any], names: Any, given: Collection[str]) -> None:
     """Say which settings were functions when the agent was saved and are constants now."""
     for name in names if isinstance(names, list) else []:
         if name in _SCHEDULES and name in data and name not in given:
@@ -200,11 +257,17 @@ def _warn_of_functions(data: dict[str, Any], names: Any, given: Mapping[str, Any
             )
 
 
-def _read_model(source: File) -> Archive:
+def find_file(source: File) -> File:
+    """The file itself, or the one with ".zip" appended where only that exists."""
     if isinstance(source, str | os.PathLike) and not os.path.isfile(source):
         with_suffix = f"{os.fspath(source)}.zip"
-        source = with_suffix if os.path.isfile(with_suffix) else source
-    return read_archive(source, "model")
+        return with_suffix if os.path.isfile(with_suffix) else source
+    return source
+
+
+def read_model(source: File) -> Archive:
+    """Read the file of an agent, with or without ".zip"; see `read_archive`."""
+    return read_archive(find_file(source), "model")
 
 
 def _read_data(cls: type[RecurrentPPO], archive: Archive, custom_objects: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,20 +325,32 @@ def _check_arguments(data: Mapping[str, Any], arguments: Mapping[str, Any]) -> N
         )
 
 
-def _set_weights(model: RecurrentPPO, archive: Archive) -> None:
+def _set_weights(model: RecurrentPPO, contents: Contents) -> None:
     groups = {}
     for name in model._get_torch_save_params()[0]:
-        groups[name] = archive.value(name)
-        _check_group(groups[name], name, archive.name)
+        if name not in contents.groups:
+            raise CheckpointError(f"{contents.name} holds no {name}.json; it is incomplete")
+        group = groups[name] = contents.groups[name]
+        _check_group(group, name, contents.name)
         owner = recursive_getattr(model, name)
         if isinstance(owner, torch.optim.Optimizer):
-            _check_optimizer(owner, groups[name], archive.name)
+            if contents.parameter_order is not None:
+                group = groups[name] = _reordered(model, group, contents.parameter_order)
+            _check_optimizer(owner, group, contents.name)
         else:
-            _check_weights(owner, groups[name], archive.name)
+            _check_weights(owner, group, contents.name)
     try:
         model.set_parameters(groups)
     except _BUILD_ERRORS as error:
-        raise CheckpointError(f"{archive.name}: the parameters do not fit: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{contents.name}: the parameters do not fit: {type(error).__name__}: {error}") from error
+
+
+def _reordered(model: RecurrentPPO, group: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    """The state of an optimiser whose weights came in another order."""
+    names = [name for name, _ in model.policy.named_parameters()]
+    places = [names.index(name) for name in order if name in names]
+    state = {places[index]: kept for index, kept in group["state"].items() if index < len(places)}
+    return {**group, "state": state}
 
 
 def _check_group(group: Any, name: str, file: str) -> None:

@@ -15,13 +15,7 @@ _SETTINGS = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "eps
 def dump_normalizer(normalizer: VecNormalize) -> str:
     """Settings and statistics as JSON, every number exact."""
     settings = {name: getattr(normalizer, name) for name in _SETTINGS}
-    statistics: dict[str, Any] = {"returns": _describe(normalizer.ret_rms)}
-    if normalizer.norm_obs:
-        rms = normalizer.obs_rms
-        statistics["observations"] = (
-            {key: _describe(part) for key, part in rms.items()} if isinstance(rms, dict) else _describe(rms)
-        )
-    return json.dumps({"settings": settings, "statistics": statistics})
+    return json.dumps({"settings": settings, "statistics": normalizer_statistics(normalizer)})
 
 
 def load_normalizer(text: str, env: VecEnv) -> VecNormalize:
@@ -38,15 +32,36 @@ def load_normalizer(text: str, env: VecEnv) -> VecNormalize:
         content = json.loads(text)
         settings, statistics = content["settings"], content["statistics"]
         normalizer = VecNormalize(env, **{name: settings[name] for name in _SETTINGS})
-        _restore(normalizer.ret_rms, statistics["returns"], "returns")
-        if normalizer.norm_obs:
-            rms = normalizer.obs_rms
-            for key, part in (rms if isinstance(rms, dict) else {None: rms}).items():
-                given = statistics["observations"]
-                _restore(part, given if key is None else given[key], "observations" if key is None else key)
+        restore_statistics(normalizer, statistics)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"these are no normalisation statistics: {error!r}; save them with dump_normalizer") from error
     return normalizer
+
+
+def normalizer_statistics(normalizer: VecNormalize) -> dict[str, Any]:
+    """The running statistics as numbers and lists of them, every number exact."""
+    statistics: dict[str, Any] = {"returns": _describe(normalizer.ret_rms)}
+    if normalizer.norm_obs:
+        rms = normalizer.obs_rms
+        statistics["observations"] = (
+            {key: _describe(part) for key, part in rms.items()} if isinstance(rms, dict) else _describe(rms)
+        )
+    return statistics
+
+
+def restore_statistics(normalizer: VecNormalize, statistics: dict[str, Any]) -> None:
+    """Take over what `normalizer_statistics` told.
+
+    Raises:
+        KeyError, TypeError: these are no statistics.
+        ValueError: they are of another shape or not finite.
+    """
+    _restore(normalizer.ret_rms, statistics["returns"], "returns")
+    if normalizer.norm_obs:
+        rms = normalizer.obs_rms
+        for key, part in (rms if isinstance(rms, dict) else {None: rms}).items():
+            given = statistics["observations"]
+            _restore(part, given if key is None else given[key], "observations" if key is None else key)
 
 
 def _describe(rms: RunningMeanStd) -> dict[str, Any]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+import warnings
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, explained_variance, obs_as_tensor
@@ -19,20 +16,25 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents.action_masks import masks_actions, read_masks
 from xlstm_rl.agents.actor_critic import PolicyState
-from xlstm_rl.agents.checkpoint import load_model, load_parameters, save_model
+from xlstm_rl.agents.faults import (
+    check_first_observations,
+    check_step,
+    drops_broken_rollouts,
+    explain_loss,
+    rewards_without_lost,
+)
 from xlstm_rl.agents.gradient_clip import clip_gradients
 from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, minibatches, stack_states
+from xlstm_rl.agents.saving import SavedAlgorithm
+from xlstm_rl.agents.training_state import mark_point
 from xlstm_rl.agents.truncation import value_of_cut_episodes
 from xlstm_rl.memory import take
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
-
-class RecurrentPPO(OnPolicyAlgorithm):
+class RecurrentPPO(SavedAlgorithm):
     """Proximal policy optimisation for policies with memory (Schulman et al. 2017, arXiv 1707.06347).
 
     A drop-in replacement for `sb3_contrib.RecurrentPPO`. The rollout is cut into chunks of `seq_len` steps; a
@@ -72,6 +74,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
         grad_spike_factor: see `clip_gradients`; None is stock PPO.
         use_masking: choose among the actions that the `action_masks()` of the environment allow, as
             `sb3_contrib.MaskablePPO` does; None: where it has that method.
+        on_nonfinite: what NaN or infinity does: "stop" raises FloatingPointError that names the quantity, environment
+            and step; "skip" warns and skips what they touch, an update of a minibatch or a whole rollout, after which
+            all environments start new episodes.
         rollout_buffer_class: a `ChunkedRolloutBuffer` class.
         rollout_buffer_kwargs: further arguments of its constructor.
 
@@ -122,6 +127,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         advantage_floor: float = 0.1,
         grad_spike_factor: float | None = 5.0,
         use_masking: bool | None = None,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
         rollout_buffer_class: type[ChunkedRolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -161,6 +167,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         self.grad_spike_factor = grad_spike_factor
         self.use_masking = use_masking
         self._gradient_norm: float | None = None
+        self.on_nonfinite = on_nonfinite
         self._last_state: PolicyState | None = None
         self._check_sizes()
         if _init_setup_model:
@@ -172,6 +179,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.grad_spike_factor is not None and self.grad_spike_factor <= 1:
             raise ValueError(f"grad_spike_factor={self.grad_spike_factor} must be above 1, or None for no bound")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"on_nonfinite={self.on_nonfinite!r} must be 'stop' or 'skip'")
         if self.seq_len is None:
             return
         if not 1 <= self.seq_len <= self.n_steps:
@@ -244,6 +253,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
             self._last_state = self.policy.initial_state(self.n_envs)
         return result
 
+    @drops_broken_rollouts
     def collect_rollouts(  # type: ignore[override]
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: ChunkedRolloutBuffer, n_rollout_steps: int
     ) -> bool:
@@ -255,9 +265,11 @@ class RecurrentPPO(OnPolicyAlgorithm):
         assert self._last_obs is not None and self._last_state is not None, "learn() sets the first observation"
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
+        callback.on_rollout_start()
+        self._rollout_start = mark_point(self)
+        check_first_observations(env, self._last_obs)
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
-        callback.on_rollout_start()
         state = self._last_state
         masked, masks, action_masks = masks_actions(env, self.action_space, self.use_masking), None, None
         for n_steps in range(n_rollout_steps):
@@ -276,6 +288,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
             clipped_actions = self.policy.to_env_actions(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
+            check_step(env, new_obs, rewards, infos, step=n_steps, total=self.num_timesteps)
+            rewards = rewards_without_lost(rewards, values, infos)
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
@@ -290,12 +304,16 @@ class RecurrentPPO(OnPolicyAlgorithm):
             last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, episode_starts)  # type: ignore[arg-type]
         rollout_buffer.check_finite()
         rollout_buffer.compute_returns_and_advantage(last_values.cpu().numpy())
+        self._rollout_start = None
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
     def train(self) -> None:
         """Update the policy on the rollout."""
+        if self.rollout_buffer.pos < self.n_steps:
+            # the rollout was dropped
+            return
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         advantages = torch.from_numpy(np.ascontiguousarray(self.rollout_buffer.advantages))
@@ -303,11 +321,12 @@ class RecurrentPPO(OnPolicyAlgorithm):
             advantages = self._advantage_scale.normalize(advantages)
         chunks = self.rollout_buffer.chunks(advantages)
         parts: list[PPOLoss] = []
-        keep_going = True
+        keep_going, skipped = True, 0
         for epoch in range(self.n_epochs):
             if self.refresh_state and epoch > 0:
                 chunks = self._refresh(chunks)
-            for batch in minibatches(chunks, self.batch_size or self.n_steps * self.n_envs):
+            batches = minibatches(chunks, self.batch_size or self.n_steps * self.n_envs)
+            for minibatch, batch in enumerate(batches):
                 loss = self._loss(batch)
                 parts.append(PPOLoss(*(part.detach() for part in loss)))
                 if self.target_kl is not None and loss.approx_kl > 1.5 * self.target_kl:
@@ -315,19 +334,33 @@ class RecurrentPPO(OnPolicyAlgorithm):
                     if self.verbose >= 1:
                         print(f"Early stopping at epoch {epoch}: KL {loss.approx_kl:.3f}, target {self.target_kl}")
                     break
-                self.policy.optimizer.zero_grad()
-                loss.total.backward()  # type: ignore[no-untyped-call]
-                self._gradient_norm = clip_gradients(
-                    self.policy.parameters(),
-                    max_norm=self.max_grad_norm,
-                    spike_factor=self.grad_spike_factor,
-                    running_norm=self._gradient_norm,
-                )
-                self.policy.optimizer.step()
+                skipped += not self._step(loss, f"minibatch {minibatch} of epoch {epoch}")
             self._n_updates += 1
             if not keep_going:
                 break
         self._log(parts)
+        if self.on_nonfinite == "skip":
+            self.logger.record("train/skipped_updates", skipped)
+
+    def _step(self, loss: PPOLoss, place: str) -> bool:
+        """One step of the optimiser; whether it was done."""
+        self.policy.optimizer.zero_grad()
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        try:
+            self._gradient_norm = clip_gradients(
+                self.policy.parameters(),
+                max_norm=self.max_grad_norm,
+                spike_factor=self.grad_spike_factor,
+                running_norm=self._gradient_norm,
+            )
+        except FloatingPointError as error:
+            explained = explain_loss(loss, place, error)
+            if self.on_nonfinite == "stop":
+                raise FloatingPointError(explained) from error
+            warnings.warn(f"{explained}; this update is skipped", stacklevel=2)
+            return False
+        self.policy.optimizer.step()
+        return True
 
     def _loss(self, batch: RolloutChunks) -> PPOLoss:
         progress = self._current_progress_remaining
@@ -405,76 +438,3 @@ class RecurrentPPO(OnPolicyAlgorithm):
         """Train for `total_timesteps` environment steps, rounded up to whole rollouts."""
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
-
-    def save(
-        self,
-        path: str | Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """Write the agent to a zip of JSON and safetensors, from which loading runs no code.
-
-        At a path the file appears whole or not at all. The environment and the rollout are not part of it.
-
-        Args:
-            path: of the file (".zip" is appended if it has no suffix), or a binary file.
-            exclude: attributes to leave out.
-            include: attributes to keep that are left out otherwise.
-        """
-        save_model(self, path, exclude or (), include or ())  # type: ignore[arg-type]
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: torch.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> Self:
-        """Read an agent that `save` wrote. Nothing in the file is executed.
-
-        Args:
-            path: of the file, with or without ".zip", or a binary file.
-            env: to go on training in, with any number of copies.
-            device: where to put the policy.
-            custom_objects: attributes to take instead of the stored ones: functions as schedules, a policy class of
-                your own as "policy_class", "policy_kwargs" with a features extractor of your own.
-            print_system_info: print the versions here and of the file.
-            force_reset: start `env` anew; else the episodes at the time of saving go on, memory included.
-            **kwargs: attributes to change, such as `learning_rate`.
-
-        Raises:
-            CheckpointError: the file is torn, foreign or wrong, or a class or function is missing; the message names
-                the file, what is wrong and the remedy.
-            ValueError: the spaces of `env` are others.
-        """
-        return load_model(
-            cls,
-            path,  # type: ignore[arg-type]
-            env,
-            device=device,
-            custom_objects=custom_objects or {},
-            print_system_info=print_system_info,
-            force_reset=force_reset,
-            arguments=kwargs,
-        )
-
-    def set_parameters(
-        self,
-        load_path_or_dict: str | dict[str, Any],
-        exact_match: bool = True,
-        device: torch.device | str = "auto",
-    ) -> None:
-        """Take the parameters of a saved agent, or those that `get_parameters` gave.
-
-        Args:
-            load_path_or_dict: path of a file that `save` wrote, or state dicts by name.
-            exact_match: all parameters must be given and fit; else those given are set.
-            device: not used; parameters stay where they are.
-        """
-        if not isinstance(load_path_or_dict, dict):
-            load_path_or_dict = load_parameters(load_path_or_dict)
-        super().set_parameters(load_path_or_dict, exact_match, device)

@@ -25,6 +25,8 @@ class EnvConfig:
         kwargs: keyword arguments of the environment.
         n_envs: copies stepped together.
         vec: "dummy" steps them in this process, "subproc" gives each its own process.
+        worker_timeout: seconds in which a process of "subproc" must answer; None waits forever.
+        worker_restarts: how often a process that failed, died or hung is started again, per environment.
         normalize_observation, normalize_reward: running normalisation by SB3's VecNormalize.
         memory_inputs: what of the step before the agent sees beside the observation: any of "action", "reward" (not
             normalised) and "start".
@@ -34,6 +36,8 @@ class EnvConfig:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     n_envs: int = 16
     vec: Literal["dummy", "subproc"] = "dummy"
+    worker_timeout: float | None = None
+    worker_restarts: int = 0
     normalize_observation: bool = False
     normalize_reward: bool = False
     memory_inputs: tuple[str, ...] = ()
@@ -43,6 +47,8 @@ class EnvConfig:
         for name in self.memory_inputs:
             if name not in ("action", "reward", "start"):
                 raise ConfigError(f"env.memory_inputs has {name!r}; {nearest(name, ('action', 'reward', 'start'))}")
+        _at_least("env", self, 0, "worker_restarts")
+        _above("env", self, 0, "worker_timeout")
         _one_of("env", self, "vec", ("dummy", "subproc"))
 
 
@@ -137,6 +143,8 @@ class PPOConfig:
         vf_coef: weight of the value term.
         max_grad_norm: gradients are scaled down to this norm.
         target_kl: stop a rollout's updates above 1.5 times this divergence; None never.
+        on_nonfinite: NaN or infinity in observations, rewards or losses: "stop" ends training, "skip" skips the update
+            or the rollout.
         refresh_state: recompute memory states at chunk starts between epochs.
         use_sde: state dependent exploration, for Box actions.
         sde_sample_freq: steps between new noise of it; None: once a rollout.
@@ -161,6 +169,7 @@ class PPOConfig:
     vf_coef: float = 0.5
     max_grad_norm: float = 0.5
     target_kl: float | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     refresh_state: bool = False
     use_sde: bool = False
     sde_sample_freq: int | None = None
@@ -172,6 +181,7 @@ class PPOConfig:
         _at_least("ppo", self, 0, "advantage_floor", "ent_coef", "vf_coef")
         _one_of("ppo", self, "lr_schedule", ("constant", "linear"))
         _one_of("ppo", self, "ent_schedule", ("constant", "linear"))
+        _one_of("ppo", self, "on_nonfinite", ("stop", "skip"))
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"ppo.{name}={getattr(self, name)} must be between 0 and 1, such as 0.99")
@@ -221,10 +231,13 @@ class CheckpointConfig:
     Attributes:
         every_steps: environment steps between checkpoints; None for none.
         keep: older ones beyond this number are removed.
+        replay: a resumed run plays the actions of the running episodes again to bring the environments to where they
+            were; false starts new episodes, for environments where actions have effects outside.
     """
 
     every_steps: int | None = 50_000
     keep: int = 3
+    replay: bool = True
 
     def __post_init__(self) -> None:
         _at_least("checkpoint", self, 1, "every_steps", "keep")

@@ -6,6 +6,7 @@ from xlstm_rl.envs.parity import Parity
 from xlstm_rl.envs.registration import register_envs
 from xlstm_rl.envs.repeat_first import RepeatFirst, cue_recall
 from xlstm_rl.envs.repeat_previous import RepeatPrevious
+from xlstm_rl.envs.resumable import Resumable
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 from xlstm_rl.envs.t_maze import TMaze
 from xlstm_rl.envs.task_facts import TaskFacts, task_facts
@@ -16,6 +17,7 @@ __all__ = [
     "Parity",
     "RepeatFirst",
     "RepeatPrevious",
+    "Resumable",
     "Stream",
     "SymbolStreamEnv",
     "TMaze",

@@ -17,10 +17,11 @@ class LiveView:
     Args:
         total_steps: steps of the whole run.
         console: where to print; on a terminal one line updates in place, elsewhere a line comes every few seconds.
+        first_step: where a resumed run goes on.
     """
 
-    def __init__(self, total_steps: int, console: Console) -> None:
-        self._total_steps = total_steps
+    def __init__(self, total_steps: int, console: Console, first_step: int = 0) -> None:
+        self._total_steps, self._first_step = total_steps, first_step
         self._console = console
         self._started = time.monotonic()
         self._last_plain = float("-inf")
@@ -56,7 +57,7 @@ class LiveView:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _describe(self, step: int, mean_return: float | None, success: float | None) -> str:
-        speed = step / max(time.monotonic() - self._started, 1e-9)
+        speed = (step - self._first_step) / max(time.monotonic() - self._started, 1e-9)
         left = max(self._total_steps - step, 0) / max(speed, 1e-9)
         parts = [
             "return -" if mean_return is None else f"return {mean_return:.2f}",

@@ -1,0 +1,136 @@
+"""NaN, infinity and lost episodes in a rollout: named with their place, and kept from the weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+
+from xlstm_rl.agents.normalization import normalizer_statistics, restore_statistics
+
+if TYPE_CHECKING:
+    from xlstm_rl.agents.losses import PPOLoss
+    from xlstm_rl.agents.ppo import RecurrentPPO
+
+# In the info of a step that did not happen because the environment was lost in it; tells why.
+LOST = "lost_episode"
+
+Collect = TypeVar("Collect", bound=Callable[..., bool])
+
+
+def check_step(
+    env: VecEnv, obs: Any, rewards: np.ndarray, infos: Sequence[dict[str, Any]], *, step: int, total: int
+) -> None:
+    """Refuse what the environments answered if there is NaN or infinity in it.
+
+    Args:
+        env: that answered.
+        obs: [n_envs, ...] or a dict of those.
+        rewards: [n_envs].
+        infos: of the step; final observations are checked too.
+        step: of the rollout.
+        total: environment steps of the run so far.
+
+    Raises:
+        FloatingPointError: names the quantity, the environment and the step.
+    """
+    place = f"in step {step} of the rollout ({total} steps into the run)"
+    if not (_is_finite(rewards) and _is_finite(obs)):
+        normalizer = unwrap_vec_normalize(env)
+        if normalizer is not None:
+            # of a single NaN, normalising makes one everywhere
+            _check_rows(normalizer.get_original_reward(), "reward", place)
+            _check_rows(normalizer.get_original_obs(), "observation", place)
+        _check_rows(rewards, "reward", place)
+        _check_rows(obs, "observation", place)
+    for env_index, info in enumerate(infos):
+        if "terminal_observation" in info:
+            _check_one(info["terminal_observation"], f"final observation of environment {env_index}", place)
+
+
+def check_first_observations(env: VecEnv, obs: Any) -> None:
+    """Refuse observations [n_envs, ...] before a rollout if there is NaN or infinity in them.
+
+    Raises:
+        FloatingPointError: names the environment and the entry.
+    """
+    if not _is_finite(obs):
+        normalizer = unwrap_vec_normalize(env)
+        if normalizer is not None:
+            _check_rows(normalizer.get_original_obs(), "observation", "before the rollout")
+        _check_rows(obs, "observation", "before the rollout")
+
+
+def _is_finite(values: Any) -> bool:
+    if isinstance(values, dict):
+        return all(map(_is_finite, values.values()))
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
+def _check_rows(values: Any, name: str, place: str) -> None:
+    for env_index in range(len(next(iter(values.values())) if isinstance(values, dict) else values)):
+        row = {key: part[env_index] for key, part in values.items()} if isinstance(values, dict) else values[env_index]
+        _check_one(row, f"{name} of environment {env_index}", place)
+
+
+def _check_one(values: Any, name: str, place: str) -> None:
+    for key, part in (values if isinstance(values, dict) else {None: values}).items():
+        array = np.asarray(part)
+        if not _is_finite(array):
+            entry = tuple(int(index) for index in np.argwhere(~np.isfinite(array))[0])
+            where = ("" if key is None else f" under the key {key!r}") + (f" at index {list(entry)}" if entry else "")
+            raise FloatingPointError(f"the {name} is {array[entry]}{where} {place}")
+
+
+def rewards_without_lost(rewards: np.ndarray, values: np.ndarray, infos: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Rewards [n_envs] under which steps that did not happen teach nothing.
+
+    Where an environment was lost, its episode ends before the step. With the value [n_envs] of the observation acted
+    on as reward, and nothing after it, the advantage of the step is 0, its target is the value, and the steps before
+    are valued as if a time limit had cut the episode there.
+    """
+    lost = [index for index, info in enumerate(infos) if LOST in info]
+    if lost:
+        rewards = rewards.astype(values.dtype)
+        rewards[lost] = values[lost]
+    return rewards
+
+
+def explain_loss(loss: PPOLoss, place: str, error: FloatingPointError) -> str:
+    """What is not finite in an update."""
+    wrong = [name for name, part in loss._asdict().items() if not bool(part.isfinite())]
+    return f"{'the gradient alone' if not wrong else 'the loss (' + ', '.join(wrong) + ')'} in {place}: {error}"
+
+
+def drops_broken_rollouts(collect: Collect) -> Collect:
+    """Make `collect_rollouts` drop a rollout with NaN or infinity in it where `on_nonfinite` says so."""
+
+    @wraps(collect)
+    def collect_or_drop(model: RecurrentPPO, *args: Any, **kwargs: Any) -> bool:
+        if model.on_nonfinite == "stop":
+            return collect(model, *args, **kwargs)
+        normalizer = model.get_vec_normalize_env()
+        statistics = None if normalizer is None else normalizer_statistics(normalizer)
+        try:
+            return collect(model, *args, **kwargs)
+        except FloatingPointError as error:
+            warnings.warn(f"{error}; the rollout is dropped, all environments start new episodes", stacklevel=2)
+            _start_anew(model, normalizer, statistics)
+            return True
+
+    return cast(Collect, collect_or_drop)
+
+
+def _start_anew(model: RecurrentPPO, normalizer: VecNormalize | None, statistics: dict[str, Any] | None) -> None:
+    assert model.env is not None, "a rollout was collected from it"
+    if normalizer is not None and statistics is not None:
+        restore_statistics(normalizer, statistics)
+    model.rollout_buffer.reset()
+    model._rollout_start = None
+    model._last_obs = model.env.reset()  # type: ignore[assignment]
+    model._last_episode_starts = np.ones(model.n_envs, bool)
+    model._last_state = model.policy.initial_state(model.n_envs)

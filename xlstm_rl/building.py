@@ -1,0 +1,215 @@
+"""From a configuration to environments and an untrained agent, or to what is wrong with it."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+from gymnasium import spaces
+from rich.console import Console
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.agents.memory_inputs import KEYS, MemoryInputs
+from xlstm_rl.agents.normalization import load_normalizer
+from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
+from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
+from xlstm_rl.envs import Resumable, TaskFacts, task_facts
+from xlstm_rl.run_folder import normalizer_path
+
+OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
+# What impossible settings lead to in constructors that do not check them.
+_BUILD_ERRORS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def make_env(config: TrainConfig, n_envs: int, seed: int, *, here: bool = False) -> VecEnv:
+    """Copies of the configured environment with consecutive seeds.
+
+    Args:
+        config: the run.
+        n_envs: copies.
+        seed: of the first.
+        here: for evaluation: in this process even if the configuration says "subproc", and never resumed.
+
+    Raises:
+        ConfigError: as for `read_facts`.
+    """
+    read_facts(config.env)
+    subproc = config.env.vec == "subproc" and not here
+    guards: dict[str, Any] = {"timeout": config.env.worker_timeout, "restarts": config.env.worker_restarts}
+    return make_vec_env(
+        partial(_make_one, config.env, subproc),
+        n_envs=n_envs,
+        seed=seed,
+        wrapper_class=Resumable if config.checkpoint.replay and not here else None,
+        vec_env_cls=GuardedSubprocVecEnv if subproc else DummyVecEnv,
+        vec_env_kwargs=guards if subproc else None,
+    )
+
+
+def read_facts(config: EnvConfig) -> TaskFacts | None:
+    """What is known about the task, None if nothing.
+
+    Raises:
+        ConfigError: the environment cannot be built with its keyword arguments, or its observations cannot be used as
+            configured.
+    """
+    try:
+        env = gymnasium.make(config.id, **config.kwargs)
+    except (*_BUILD_ERRORS, gymnasium.error.Error) as error:
+        raise ConfigError(
+            f"environment {config.id!r} cannot be built with env.kwargs={dict(config.kwargs)}: {error}"
+        ) from error
+    with closing(env):
+        _check_observations(env.observation_space, config)
+        return task_facts(env)
+
+
+def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
+    """The untrained agent.
+
+    Raises:
+        ConfigError: the agent refuses the configuration or the spaces.
+    """
+    policy_kwargs: dict[str, Any] = {
+        "memory": config.memory.name,
+        "memory_kwargs": dict(config.memory.settings),
+        "critic_memory": config.policy.critic_memory,
+        **config.policy.kwargs,
+    }
+    if config.policy.net_arch is not None:
+        policy_kwargs["net_arch"] = list(config.policy.net_arch)
+    with_kwargs = f" with policy.kwargs={dict(config.policy.kwargs)}" if config.policy.kwargs else ""
+    try:
+        return RecurrentPPO(
+            _policy_name(env.observation_space),
+            env,
+            policy_kwargs=policy_kwargs,
+            seed=config.seed,
+            device=config.device,
+            **config.ppo.model_arguments(),
+        )
+    except _BUILD_ERRORS as error:
+        raise ConfigError(f"the agent cannot be built{with_kwargs} for {config.env.id!r}: {error}") from error
+
+
+def _make_one(config: EnvConfig, ignore_interrupts: bool) -> gymnasium.Env[Any, Any]:
+    if ignore_interrupts:
+        # Ctrl-C reaches the worker processes too, and so does the SIGTERM of a cluster; the main process acts on them.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    env = gymnasium.make(config.id, **config.kwargs)
+    return MemoryInputs(env, config.memory_inputs) if config.memory_inputs else env
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError if this machine has no such device."""
+    problem = _why_missing(device)
+    if problem is not None:
+        raise ConfigError(f"device={device!r} cannot be used here: {problem}; use auto, cpu or another that is there")
+
+
+def evaluation_device(configured: str, asked: str | None, console: Console) -> str:
+    """The device asked for, else the configured one, else, told on the console, the CPU."""
+    if asked is not None:
+        check_device(asked)
+        return asked
+    problem = _why_missing(configured)
+    if problem is None:
+        return configured
+    text = f"device={configured!r} of the run cannot be used here: {problem}; evaluating on the CPU"
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    return "cpu"
+
+
+def _why_missing(device: str) -> str | None:
+    """Why torch cannot compute on a device here, None if it can."""
+    if device == "auto":
+        return None
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError) as error:
+        return str(error).partition("\n")[0].partition(". ")[0]
+    return None
+
+
+def _check_observations(space: spaces.Space[Any], config: EnvConfig) -> None:
+    parts = space.spaces if isinstance(space, spaces.Dict) else {None: space}
+    for key, part in parts.items():
+        kind = f"{type(part).__name__} observations" + ("" if key is None else f" under the key {key!r}")
+        if not isinstance(part, OBSERVATIONS):
+            known = ", ".join(option.__name__ for option in OBSERVATIONS)
+            raise ConfigError(
+                f"environment {config.id!r} has {kind}; allowed are {known} and a flat Dict of these: register it with "
+                "a gymnasium wrapper that converts them"
+            )
+        if config.normalize_observation and not isinstance(part, spaces.Box):
+            raise ConfigError(
+                f"env.normalize_observation=True needs Box observations, but environment {config.id!r} has {kind}; "
+                "leave it false"
+            )
+
+
+def _normalizes(config: EnvConfig) -> bool:
+    return config.normalize_observation or config.normalize_reward
+
+
+def normalized_as_saved(env: VecEnv, config: TrainConfig, model: Path) -> VecEnv:
+    """The environment with the statistics beside a saved model, if the run normalises.
+
+    Raises:
+        ConfigError: they are missing or damaged.
+    """
+    if not _normalizes(config.env):
+        return env
+    path = normalizer_path(model)
+    try:
+        return load_normalizer(path.read_text(encoding="utf-8"), env)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} is missing, and the run normalises (env.normalize_observation={config.env.normalize_observation}, "
+            f"env.normalize_reward={config.env.normalize_reward}); put back the file saved together with {model.name}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be used: {error}; put back the one saved with {model.name}") from error
+
+
+def normalized(env: VecEnv, config: TrainConfig) -> VecEnv:
+    """The environment with fresh running normalisation, if the run normalises."""
+    if not _normalizes(config.env):
+        return env
+    keys = None
+    if config.env.normalize_observation and isinstance(env.observation_space, spaces.Dict):
+        # one-hot actions and the start flag are of the right size, and rare ones would come out huge
+        keys = [key for key in env.observation_space.spaces if key not in (KEYS["action"], KEYS["start"])]
+    return VecNormalize(
+        env,
+        norm_obs=config.env.normalize_observation,
+        norm_reward=config.env.normalize_reward,
+        gamma=config.ppo.gamma,
+        norm_obs_keys=keys,
+    )
+
+
+def normalized_like(env: VecEnv, training: VecNormalize | None) -> VecEnv:
+    """The environment with the present statistics of that of training, which it leaves alone."""
+    if training is None or not training.norm_obs:
+        return env
+    wrapped = VecNormalize(
+        env, training=False, norm_reward=False, clip_obs=training.clip_obs, norm_obs_keys=training.norm_obs_keys
+    )
+    wrapped.obs_rms = training.obs_rms
+    return wrapped
+
+
+def _policy_name(observation_space: gymnasium.Space[Any]) -> str:
+    if isinstance(observation_space, gymnasium.spaces.Dict):
+        return "MultiInputXLSTMPolicy"
+    return "CnnXLSTMPolicy" if is_image_space(observation_space) else "MlpXLSTMPolicy"

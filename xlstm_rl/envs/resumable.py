@@ -1,0 +1,144 @@
+"""A wrapper that can bring another copy of an environment to the same point of the same episode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+# Actions of the running episode that are kept; a longer episode cannot be brought back.
+MAX_ACTIONS = 100_000
+
+Point = dict[str, Any]
+
+
+@dataclass
+class _Episode:
+    """How the running episode came about."""
+
+    generators: list[Any]
+    own: Any
+    arguments: dict[str, Any]
+    actions: list[Any] = field(default_factory=list)
+
+
+class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
+    """Notes what the running episode follows from, and plays it again elsewhere.
+
+    An episode follows from the random generators before its reset and the actions since. `resume_at` restores the
+    former and repeats the latter, so every environment resumes exactly whose randomness all comes from
+    `self.np_random` and its spaces, with all its wrappers. An environment that carries more from one episode to the
+    next (a curriculum, the generator of a simulator) tells it by two methods of its own, which are called before a
+    reset: `get_state()` returns plain values (numbers, strings, arrays, lists and dicts of them), and
+    `set_state(state)` takes them.
+
+    To be the outermost wrapper: what lies outside is not brought back.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        """Wrap `env`."""
+        gym.utils.RecordConstructorArgs.__init__(self)
+        super().__init__(env)
+        self._inner: gym.Env[Any, Any] = env.unwrapped
+        spaces = (self._inner.action_space, self._inner.observation_space)
+        self._random: list[Any] = [self._inner, *(part for space in spaces for part in _parts(space))]
+        self._tells_state = env.has_wrapper_attr("get_state") and env.has_wrapper_attr("set_state")
+        self._episode: _Episode | None = None
+        self._observation: Any = None
+        self._marked: Point | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start an episode."""
+        arguments: dict[str, Any] = {"seed": seed} if options is None else {"seed": seed, "options": options}
+        own = copy.deepcopy(self.env.get_wrapper_attr("get_state")()) if self._tells_state else None
+        self._episode = _Episode(self._generators(), own, arguments)
+        self._observation, info = self.env.reset(**arguments)
+        return self._observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step and note the action."""
+        if self._episode is not None and len(self._episode.actions) <= MAX_ACTIONS:
+            self._episode.actions.append(np.array(action))
+        result = self.env.step(action)
+        self._observation = result[0]
+        return result
+
+    def mark_point(self) -> None:
+        """Make the present the point that `resume_point` tells; costs as much as one copy of an observation."""
+        if self._episode is None:
+            return
+        # the lists of the running episode only ever grow
+        self._marked = {
+            "episode": self._episode,
+            "length": len(self._episode.actions),
+            "generators": self._generators(),
+            "observation": copy.deepcopy(self._observation),
+        }
+
+    def resume_point(self) -> Point | None:
+        """The marked point as plain values; None without a mark, or where the episode is too long to be kept."""
+        marked = self._marked
+        if marked is None or marked["length"] > MAX_ACTIONS:
+            return None
+        episode: _Episode = marked["episode"]
+        actions = episode.actions[: marked["length"]]
+        return {
+            "generators": episode.generators,
+            "generators_after": marked["generators"],
+            "own": episode.own,
+            "arguments": episode.arguments,
+            "actions": np.stack(actions) if actions else np.zeros(0),
+            "observation": marked["observation"],
+        }
+
+    def resume_at(self, point: Point) -> bool:
+        """Go to a point that `resume_point` told.
+
+        Returns:
+            Whether the observation there is the one noted; False means that the environment is not deterministic or
+            another one, and wants a reset.
+
+        Raises:
+            KeyError, TypeError, ValueError: this is no point of such an environment.
+        """
+        if point["own"] is not None:
+            self.env.get_wrapper_attr("set_state")(copy.deepcopy(point["own"]))
+        self._set_generators(point["generators"])
+        self.reset(**point["arguments"])
+        for action in point["actions"]:
+            if not self.action_space.contains(action):
+                raise ValueError(f"action {str(action):.200} is none of {self.action_space}")
+            _, _, terminated, truncated, _ = self.step(action)
+            if terminated or truncated:
+                return False
+        # whoever drew actions from the space is no part of the episode
+        self._set_generators(point["generators_after"])
+        return _equal(self._observation, point["observation"])
+
+    def _generators(self) -> list[Any]:
+        """States of the random generators of the environment and its spaces."""
+        return [part.np_random.bit_generator.state for part in self._random]
+
+    def _set_generators(self, states: list[Any]) -> None:
+        for part, state in zip(self._random, states, strict=True):
+            part.np_random.bit_generator.state = state
+
+
+def _parts(space: gym.Space[Any]) -> Iterator[gym.Space[Any]]:
+    """A space and those it is made of, which draw from generators of their own."""
+    yield space
+    inner = getattr(space, "spaces", ())
+    for part in inner.values() if isinstance(inner, dict) else inner:
+        yield from _parts(part)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+    if isinstance(one, tuple):
+        return isinstance(other, tuple) and len(one) == len(other) and all(map(_equal, one, other))
+    return np.array_equal(np.asarray(one), np.asarray(other))
