@@ -19,7 +19,7 @@ from rich.console import Console
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.configs import ConfigError, TrainConfig, dump, load, load_file
 from xlstm_rl.report import read_returns
-from xlstm_rl.training import RunResult, evaluate_run, train
+from xlstm_rl.training import RunResult, evaluate_run, resume, train
 
 TINY = [
     "total_steps=256",
@@ -338,3 +338,10 @@ def test_damaged_model_is_refused_by_name(tmp_path: Path) -> None:
     model.write_bytes(model.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"cannot be loaded: .*model\.zip"):
         evaluate_run(folder)
+
+
+@pytest.mark.parametrize("inputs", ["[]", "[action,reward,start]"])
+def test_environments_stepped_by_gymnasium_are_trained_on(tmp_path: Path, inputs: str) -> None:
+    result = train(tiny("cue-recall", *SHORT, "env.vec=vector", f"env.memory_inputs={inputs}"), tmp_path / "run")
+    assert result.scores
+    assert resume(result.folder, ["total_steps=128"]).rows[-1].step == 128

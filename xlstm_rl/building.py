@@ -11,13 +11,14 @@ from typing import Any
 import gymnasium
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 from rich.console import Console
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.agents.memory_inputs import KEYS, MemoryInputs
+from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO
+from xlstm_rl.agents.memory_inputs import KEYS, MemoryInputs, VecMemoryInputs
 from xlstm_rl.agents.normalization import load_normalizer
 from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
@@ -36,12 +37,14 @@ def make_env(config: TrainConfig, n_envs: int, seed: int, *, here: bool = False)
         config: the run.
         n_envs: copies.
         seed: of the first.
-        here: for evaluation: in this process even if the configuration says "subproc", and never resumed.
+        here: for evaluation: one after the other in this process whatever the configuration says, and never resumed.
 
     Raises:
         ConfigError: as for `read_facts`.
     """
     read_facts(config.env)
+    if config.env.vec == "vector" and not here:
+        return _make_vector(config.env, n_envs, seed)
     subproc = config.env.vec == "subproc" and not here
     guards: dict[str, Any] = {"timeout": config.env.worker_timeout, "restarts": config.env.worker_restarts}
     return make_vec_env(
@@ -107,6 +110,21 @@ def _make_one(config: EnvConfig, ignore_interrupts: bool) -> gymnasium.Env[Any, 
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     env = gymnasium.make(config.id, **config.kwargs)
     return MemoryInputs(env, config.memory_inputs) if config.memory_inputs else env
+
+
+def _make_vector(config: EnvConfig, n_envs: int, seed: int) -> VecEnv:
+    native = gymnasium.spec(config.id).vector_entry_point is not None
+    make = partial(gymnasium.make_vec, config.id, n_envs, "vector_entry_point" if native else "sync", **config.kwargs)
+    try:
+        # no step is spent on resets
+        vector_env = make(vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
+    except TypeError:
+        vector_env = make()
+    env: VecEnv = GymnasiumVecEnv(vector_env)
+    if config.memory_inputs:
+        env = VecMemoryInputs(env, config.memory_inputs)
+    env.seed(seed)
+    return env
 
 
 def check_device(device: str) -> None:

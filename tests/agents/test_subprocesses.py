@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from tests.agents.small_agents import agent
 from xlstm_rl.agents import subprocesses
-from xlstm_rl.agents.faults import LOST
+from xlstm_rl.agents.faults import SKIPPED
 from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv, WorkerError
 
 pytestmark = [
@@ -96,7 +96,7 @@ def test_environment_started_again_begins_a_new_episode(fault: str) -> None:
     obs, rewards, dones, infos = seen[2]
     assert dones.tolist() == [False, True, False]
     assert rewards.tolist() == [1.0, 0.0, 1.0]
-    assert [LOST in info for info in infos] == [False, True, False]
+    assert [SKIPPED in info for info in infos] == [False, True, False]
     assert "terminal_observation" not in infos[1]
     # a new seed, not the episode that was broken
     assert obs[1, 1] == 0

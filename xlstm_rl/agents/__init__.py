@@ -3,6 +3,7 @@
 from xlstm_rl.agents.actor_critic import PolicyState
 from xlstm_rl.agents.archive import CheckpointError
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
+from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.losses import AdvantageScale, gae, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.masked_evaluation import MaskedEvalCallback, MaskedModel
@@ -18,6 +19,7 @@ __all__ = [
     "CnnLSTMPolicy",
     "CnnXLSTMPolicy",
     "EvaluationResult",
+    "GymnasiumVecEnv",
     "LSTMPolicy",
     "MaskedEvalCallback",
     "MaskedModel",

@@ -9,6 +9,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents.action_masks import masks_actions, read_masks, sample_allowed
+from xlstm_rl.agents.faults import SKIPPED
 from xlstm_rl.agents.masked_evaluation import MaskedModel
 
 
@@ -93,7 +94,7 @@ def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> Evalu
         totals += rewards
         lengths += 1
         for row in np.flatnonzero(episode_start):
-            if counts[row] < quota[row]:
+            if counts[row] < quota[row] and SKIPPED not in infos[row]:
                 finished.append(_outcome(infos[row], totals[row], lengths[row]))
                 counts[row] += 1
             totals[row], lengths[row] = 0.0, 0

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from xlstm_rl.agents.losses import PPOLoss
     from xlstm_rl.agents.ppo import RecurrentPPO
 
-# In the info of a step that did not happen because the environment was lost in it; tells why.
-LOST = "lost_episode"
+# In the info of a step that did not happen, because the environment was lost or only reset in it; tells why.
+SKIPPED = "skipped_step"
 
 Collect = TypeVar("Collect", bound=Callable[..., bool])
 
@@ -86,18 +86,23 @@ def _check_one(values: Any, name: str, place: str) -> None:
             raise FloatingPointError(f"the {name} is {array[entry]}{where} {place}")
 
 
-def rewards_without_lost(rewards: np.ndarray, values: np.ndarray, infos: Sequence[dict[str, Any]]) -> np.ndarray:
+def rewards_without_skipped(rewards: np.ndarray, values: np.ndarray, infos: Sequence[dict[str, Any]]) -> np.ndarray:
     """Rewards [n_envs] under which steps that did not happen teach nothing.
 
     Where an environment was lost, its episode ends before the step. With the value [n_envs] of the observation acted
-    on as reward, and nothing after it, the advantage of the step is 0, its target is the value, and the steps before
-    are valued as if a time limit had cut the episode there.
+    on as reward, and nothing after it, the advantage of the step is 0, and the steps before are valued as if a time
+    limit had cut the episode there.
     """
-    lost = [index for index, info in enumerate(infos) if LOST in info]
-    if lost:
+    skipped = skipped_steps(infos)
+    if skipped.any():
         rewards = rewards.astype(values.dtype)
-        rewards[lost] = values[lost]
+        rewards[skipped] = values[skipped]
     return rewards
+
+
+def skipped_steps(infos: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Where the step did not happen, bool [n_envs]."""
+    return np.array([SKIPPED in info for info in infos], bool)
 
 
 def explain_loss(loss: PPOLoss, place: str, error: FloatingPointError) -> str:

@@ -54,13 +54,21 @@ class AdvantageScale:
         self.mean_square = 0.0
         self.count = 0
 
-    def normalize(self, advantage: Tensor) -> Tensor:
-        """Count one rollout's advantages [...] in and return them centred and scaled."""
-        std = advantage.std(correction=0).item()
+    def normalize(self, advantage: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Count one rollout's advantages [...] in and return them centred and scaled.
+
+        Args:
+            advantage: [...].
+            counted: bool [...], false for steps that are not to be counted in; None counts all.
+        """
+        seen = advantage if counted is None else advantage[counted]
+        if seen.numel() == 0:
+            return advantage
+        std = seen.std(correction=0).item()
         self.count += 1
         self.mean_square += (std**2 - self.mean_square) / self.count
         divisor: float = max(std, self.floor * self.mean_square**0.5, 1e-8)
-        return (advantage - advantage.mean()) / divisor
+        return (advantage - seen.mean()) / divisor
 
 
 class PPOLoss(NamedTuple):
@@ -113,7 +121,8 @@ def ppo_loss(
     total = policy + vf_coef * value_loss - ent_coef * mean_entropy
     with torch.no_grad():
         # low-variance estimate of KL(old, new), http://joschu.net/blog/kl-approx.html
-        share = weight / weight.sum()
+        # a minibatch may hold nothing but skipped steps
+        share = weight / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
         approx_kl = (share * (ratio - 1 - log_ratio)).sum()
         clip_fraction = (share * ((ratio - 1).abs() > clip_range)).sum()
     return PPOLoss(total, policy, value_loss, mean_entropy, approx_kl, clip_fraction)

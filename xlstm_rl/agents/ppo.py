@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -21,9 +22,11 @@ from xlstm_rl.agents.faults import (
     check_step,
     drops_broken_rollouts,
     explain_loss,
-    rewards_without_lost,
+    rewards_without_skipped,
+    skipped_steps,
 )
 from xlstm_rl.agents.gradient_clip import clip_gradients
+from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
@@ -43,7 +46,7 @@ class RecurrentPPO(SavedAlgorithm):
     Args:
         policy: "MlpXLSTMPolicy", "CnnXLSTMPolicy", "MultiInputXLSTMPolicy" (or "MlpLstmPolicy" and so on, for an
             LSTM), or an `XLSTMPolicy` class.
-        env: environment, vector environment or id.
+        env: environment, vector environment of Stable-Baselines3 or gymnasium, or id.
         learning_rate: a number, or a function of the remaining progress from 1 to 0.
         n_steps: steps per environment and rollout.
         batch_size: environment steps per minibatch, made of whole chunks; None: the whole rollout.
@@ -98,7 +101,7 @@ class RecurrentPPO(SavedAlgorithm):
     def __init__(
         self,
         policy: str | type[XLSTMPolicy],
-        env: GymEnv | str,
+        env: GymEnv | VectorEnv[Any, Any, Any] | str,
         learning_rate: float | Schedule = 3e-4,
         n_steps: int = 128,
         batch_size: int | None = 128,
@@ -133,7 +136,7 @@ class RecurrentPPO(SavedAlgorithm):
     ) -> None:
         super().__init__(
             policy,
-            env,
+            env,  # type: ignore[arg-type]
             learning_rate=learning_rate,
             n_steps=n_steps,
             gamma=gamma,
@@ -230,6 +233,11 @@ class RecurrentPPO(SavedAlgorithm):
             **self.rollout_buffer_kwargs,
         )
 
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        env = GymnasiumVecEnv(env) if isinstance(env, VectorEnv) else env
+        return SavedAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Use another environment from the next `learn` on, with as many or other numbers of copies."""
         env = self._wrap_env(env, self.verbose)
@@ -289,7 +297,7 @@ class RecurrentPPO(SavedAlgorithm):
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
             check_step(env, new_obs, rewards, infos, step=n_steps, total=self.num_timesteps)
-            rewards = rewards_without_lost(rewards, values, infos)
+            rewards = rewards_without_skipped(rewards, values, infos)
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
@@ -297,7 +305,7 @@ class RecurrentPPO(SavedAlgorithm):
             last_obs, starts = self._last_obs, self._last_episode_starts
             rollout_buffer.add(last_obs, actions, rewards, starts, values, log_probs, action_masks)  # type: ignore[arg-type]
             truncation = value_of_cut_episodes(self.policy, dones, infos, state)
-            rollout_buffer.add_outcome(dones, truncation.mask, truncation.values)
+            rollout_buffer.add_outcome(dones, truncation.mask, truncation.values, skipped_steps(infos))
             self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state  # type: ignore[assignment]
         with torch.inference_mode():
             episode_starts = torch.as_tensor(dones, dtype=torch.bool, device=self.device)
@@ -318,7 +326,7 @@ class RecurrentPPO(SavedAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         advantages = torch.from_numpy(np.ascontiguousarray(self.rollout_buffer.advantages))
         if self.normalize_advantage:
-            advantages = self._advantage_scale.normalize(advantages)
+            advantages = self._advantage_scale.normalize(advantages, torch.from_numpy(~self.rollout_buffer.skipped))
         chunks = self.rollout_buffer.chunks(advantages)
         parts: list[PPOLoss] = []
         keep_going, skipped = True, 0

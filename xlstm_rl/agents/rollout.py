@@ -36,7 +36,7 @@ class RolloutChunks(NamedTuple):
     returns: Tensor
     """[B, L]"""
     weights: Tensor
-    """[B, L], 0 where another chunk counts the step, else the same for all."""
+    """[B, L], 0 where another chunk counts the step or it did not happen, else the same for all."""
     action_masks: Tensor | None
     """bool [B, L, ...], true where an action was allowed; None without masks."""
     state: Any
@@ -98,7 +98,7 @@ class ChunkedRolloutBuffer(BaseBuffer):
         self.rewards, self.values, self.next_values, self.log_probs, self.returns, self.advantages = (
             np.zeros(steps, np.float32) for _ in range(6)
         )
-        self.episode_starts, self.terminated, self.ended = (np.zeros(steps, bool) for _ in range(3))
+        self.episode_starts, self.terminated, self.ended, self.skipped = (np.zeros(steps, bool) for _ in range(4))
         self.chunk_states: list[Any] = []
         self.action_masks: np.ndarray | None = None
         super().reset()
@@ -139,18 +139,23 @@ class ChunkedRolloutBuffer(BaseBuffer):
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
-    def add_outcome(self, dones: np.ndarray, truncated: np.ndarray, final_values: np.ndarray) -> None:
+    def add_outcome(
+        self, dones: np.ndarray, truncated: np.ndarray, final_values: np.ndarray, skipped: np.ndarray | None = None
+    ) -> None:
         """Say how the step just added ended.
 
         Args:
             dones: bool [n_envs], the episode ended.
             truncated: bool [n_envs], it ended by a time limit.
             final_values: [n_envs], value of the final observation where truncated, else anything.
+            skipped: bool [n_envs], the step did not happen and is to have no weight; None: all happened.
         """
         t = self.pos - 1
         self.ended[t] = dones
         self.terminated[t] = dones & ~truncated
         self.next_values[t][truncated] = final_values[truncated]
+        if skipped is not None:
+            self.skipped[t] = skipped
 
     def check_finite(self) -> None:
         """Refuse a rollout with NaN or infinity in it.
@@ -185,8 +190,7 @@ class ChunkedRolloutBuffer(BaseBuffer):
         Args:
             advantages: [n_steps, n_envs], as the policy loss should see them.
         """
-        weight = np.ones((self.buffer_size, self.n_envs), np.float32)
-        weights = self._cut(weight)
+        weights = self._cut((~self.skipped).astype(np.float32))
         overlap = self.chunk_starts[-1] % self.seq_len
         if overlap:
             weights[-self.n_envs :, : self.seq_len - overlap] = 0.0
@@ -235,7 +239,7 @@ def minibatches(chunks: RolloutChunks, batch_size: int) -> Iterator[RolloutChunk
     """
     total, length = chunks.weights.shape
     number = min(max(1, round(total * length / batch_size)), total)
-    chunks = chunks._replace(weights=chunks.weights * (number / chunks.weights.sum()))
+    chunks = chunks._replace(weights=chunks.weights * (number / chunks.weights.sum().clamp_min(1)))
     # shuffled at once: minibatches are then views
     chunks = take(chunks, torch.randperm(total).to(chunks.weights.device))
     bounds = [total * index // number for index in range(number + 1)]

@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper, VecEnvStepReturn
 from stable_baselines3.common.vec_env.subproc_vec_env import _stack_obs, _worker
 
-from xlstm_rl.agents.faults import LOST
+from xlstm_rl.agents.faults import SKIPPED
 
 # For a worker to close its environment before it is killed.
 CLOSE_SECONDS = 5.0
@@ -96,7 +96,7 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
     Where an environment raises an exception, its process dies or it does not answer in time, `WorkerError` names it
     and holds its traceback. With restarts left, a step in which that happens ends the episode of this environment
     instead: the environment is made anew with a new seed, its first observation is returned with `done`, the reward is
-    0 and the info holds "lost_episode" with the reason, no final observation and no "episode". `RecurrentPPO` lets
+    0 and the info holds "skipped_step" with the reason, no final observation and no "episode". `RecurrentPPO` lets
     such a step teach nothing.
 
     Args:
@@ -196,7 +196,7 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
             seed = int(words[0])
         remote.send(("reset", (seed, self._options[index])))
         obs, reset_info = remote.recv()
-        return obs, 0.0, True, {LOST: str(error), "TimeLimit.truncated": True}, reset_info
+        return obs, 0.0, True, {SKIPPED: str(error), "TimeLimit.truncated": True}, reset_info
 
     def close(self) -> None:
         """End the processes, also those that hang."""

@@ -24,7 +24,8 @@ class EnvConfig:
         id: a gymnasium id.
         kwargs: keyword arguments of the environment.
         n_envs: copies stepped together.
-        vec: "dummy" steps them in this process, "subproc" gives each its own process.
+        vec: "dummy" steps them one after the other in this process, "subproc" gives each its own process, "vector"
+            takes the vectorised form that `gymnasium.make_vec` knows, or lets gymnasium step them where there is none.
         worker_timeout: seconds in which a process of "subproc" must answer; None waits forever.
         worker_restarts: how often a process that failed, died or hung is started again, per environment.
         normalize_observation, normalize_reward: running normalisation by SB3's VecNormalize.
@@ -35,7 +36,7 @@ class EnvConfig:
     id: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     n_envs: int = 16
-    vec: Literal["dummy", "subproc"] = "dummy"
+    vec: Literal["dummy", "subproc", "vector"] = "dummy"
     worker_timeout: float | None = None
     worker_restarts: int = 0
     normalize_observation: bool = False
@@ -49,7 +50,7 @@ class EnvConfig:
                 raise ConfigError(f"env.memory_inputs has {name!r}; {nearest(name, ('action', 'reward', 'start'))}")
         _at_least("env", self, 0, "worker_restarts")
         _above("env", self, 0, "worker_timeout")
-        _one_of("env", self, "vec", ("dummy", "subproc"))
+        _one_of("env", self, "vec", ("dummy", "subproc", "vector"))
 
 
 @dataclass(frozen=True)
