@@ -28,7 +28,7 @@ def test_readme_examples_run_one_after_the_other() -> None:
     assert run_blocks("README.md")["y"].shape == (8, 64)
 
 
-@pytest.mark.parametrize("page", ["action_masks", "memory_inputs"])
+@pytest.mark.parametrize("page", ["action_masks", "memory_inputs", "migration", "vector_environments"])
 def test_pages_of_the_docs_run(page: str) -> None:
     assert run_blocks(f"docs/{page}.md")["model"].num_timesteps >= 256
 
