@@ -16,13 +16,14 @@ STAMP := $(VENV)/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-triton slow-triton gpu-check lint slow bench clean
+.PHONY: help setup train test test-triton slow-triton gpu-check lint slow bench docs clean
 
 help:
 	@echo "make train   train an agent (PRESET=$(PRESET), OVERRIDES='a.b=value ...')"
 	@echo "make test    lint, types and the quick tests"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make slow    the slow tests"
+	@echo "make docs    the documentation as web pages, in site/"
 	@echo "make test-triton  the GPU kernels without a GPU: interpreter, then compiler (TRITON=$(TRITON))"
 	@echo "make slow-triton  the compiler for more kinds of GPU"
 	@echo "make gpu-check    correctness and speed of the kernels on this machine's GPU"
@@ -49,6 +50,9 @@ lint: $(STAMP)
 test: lint
 	$(ONE_THREAD) $(BIN)/pytest -q tests/test_layout.py
 	$(ONE_THREAD) $(BIN)/pytest -q -n $(WORKERS) --ignore=tests/test_layout.py
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 slow: $(STAMP)
 	$(ONE_THREAD) $(BIN)/pytest -q -m slow
@@ -83,4 +87,4 @@ bench: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.collapse
 
 clean:
-	rm -rf $(VENV) $(TRITON_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(TRITON_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,24 @@ def test_readme_examples_run_one_after_the_other() -> None:
     assert run_blocks("README.md")["y"].shape == (8, 64)
 
 
-@pytest.mark.parametrize("page", ["action_masks", "memory_inputs", "migration", "vector_environments"])
+def test_pages_build_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    assert "advantage_floor" in api and "check_memory_laws" in api
+
+
+@pytest.mark.parametrize("page", ["action_masks", "memory_inputs", "migration", "vector_environments", "index"])
 def test_pages_of_the_docs_run(page: str) -> None:
     assert run_blocks(f"docs/{page}.md")["model"].num_timesteps >= 256
+
+
+def test_memories_of_the_docs_have_equal_size() -> None:
+    cores = run_blocks("docs/choosing_a_memory.md")
+    sizes = [sum(part.numel() for part in cores[name].parameters()) for name in ("lstm", "ssm")]
+    assert max(sizes) < 1.1 * min(sizes)
 
 
 def test_memory_of_the_docs_is_registered() -> None:
