@@ -26,10 +26,6 @@ from xlstm_rl.kernels import triton_configs
 from xlstm_rl.kernels.triton_configs import DTYPES, WIDTHS
 
 SMALL = ("sm_86", "sm_120", "gfx942")
-# Recurrent weights that do not fit: `why_not` refuses them there.
-NOWHERE = {("slstm", 128, torch.float32)}
-NOT_ON_SMALL = {("slstm", 128, torch.bfloat16)}
-NOT_ON_AMD = {("slstm", 64, torch.float32), ("slstm", 64, torch.bfloat16)}
 # Instructions that may spill: newer compilers than the one that torch pins put two into the widest float32 kernel.
 SPILLS = {} if triton.__version__.startswith("3.7") else {("mlstm_backward", 128, torch.float32): 2}
 
@@ -53,10 +49,7 @@ def table() -> Iterator[None]:
 def test_kernel_fits_the_chip(
     target: str, kernel: str, D: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = kernel.split("_")[0], D, dtype
-    if case in NOWHERE or (target in SMALL and case in NOT_ON_SMALL) or (target == "gfx942" and case in NOT_ON_AMD):
-        pytest.skip("not covered")
-    monkeypatch.setattr(triton_configs, "is_small_chip", lambda device: target in SMALL)
+    monkeypatch.setattr(triton_configs, "shared_memory", lambda device: TARGETS[target].shared)
     with compiling(TARGETS[target]) as compiled:
         calls.call(kernel, D, dtype)
     for used in (usage(x, TARGETS[target]) for x in compiled):

@@ -74,8 +74,6 @@ def assert_close_as(dtype: torch.dtype, actual: Any, expected: Any) -> None:
 @every_dtype
 @every_width
 def test_every_width_equals_the_reference(operation: str, D: int, dtype: torch.dtype) -> None:
-    if operation == "slstm" and D == 128 and dtype == torch.float32:
-        pytest.skip("not covered")
     case = make(operation, D, 20 if operation == "mlstm" else 3, dtype)
     assert_close_as(dtype, cases.evaluate(case, "triton"), reference(case))
 
