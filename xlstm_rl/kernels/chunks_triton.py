@@ -84,17 +84,17 @@ def chunk_stabilizer(decays, input_gate, log_decay, reset, before, EXP: tl.const
 
 
 @triton.jit
-def chunk_weights(decays, input_gate, before, stabilizer, after):
-    """Weights of a chunk under its stabilizer [L], that before it and that after it.
+def chunk_weights(decays, input_gate, before, stabilizer, after, SCALE: tl.constexpr):
+    """Weights of a chunk under its stabilizer [L], that before it and that after it; SCALE is that of the keys.
 
     Returns weights [L (t), L (j)] of step j in the memory after t, [L] of the memory before the chunk after t, [L] of
     step j after the chunk, and the scalar of the memory before the chunk after it.
     """
     never: tl.constexpr = -float("inf")
     between, from_start, to_end, through, segment, last, sees = decays
-    inside = tl.exp(tl.where(sees, between + input_gate[None, :], never) - stabilizer[:, None])
+    inside = tl.exp(tl.where(sees, between + input_gate[None, :], never) - stabilizer[:, None]) * SCALE
     read = tl.exp(tl.where(segment == 0, from_start + before, never) - stabilizer)
-    write = tl.exp(tl.where(segment == last, to_end + input_gate, never) - after)
+    write = tl.exp(tl.where(segment == last, to_end + input_gate, never) - after) * SCALE
     keep = tl.exp(tl.where(last == 0, through + before, never) - after)
     return inside, read, write, keep
 

@@ -81,7 +81,6 @@ def _sequence(
     C = tl.load(state.cell + tile)
     n = tl.load(state.normalizer + vector)
     m = tl.load(state.stabilizer + head)
-    scale: tl.constexpr = D**-0.5
     field = tl.num_programs(0).to(tl.int64) * T
 
     for start in range(0, T, L):
@@ -92,9 +91,9 @@ def _sequence(
         decays = chunk_decays(log_decay, reset, L)
         stabilizer = chunk_stabilizer(decays, input_gate, log_decay, reset, m, EXP)
         m_end = tl.max(tl.where(tl.arange(0, L) == L - 1, stabilizer, 0.0), 0)
-        inside, read, write, keep = chunk_weights(decays, input_gate, m, stabilizer, m_end)
+        inside, read, write, keep = chunk_weights(decays, input_gate, m, stabilizer, m_end, D**-0.5)
 
-        weight = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inside * scale
+        weight = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inside
         total = tl.dot(q, C.to(q.dtype), input_precision=PRECISION) * read[:, None]
         total = tl.dot(weight.to(v.dtype), v, acc=total, input_precision=PRECISION)
         product = tl.sum(weight, 1) + tl.sum(q.to(tl.float32) * n[None, :], 1) * read
@@ -105,7 +104,7 @@ def _sequence(
                 store_steps(outputs.trace, stabilizer, row, valid)
                 store_steps(outputs.trace + field, product, row, valid)
 
-        C, n = write_chunk(C, n, k, v, write * scale, keep, PRECISION)
+        C, n = write_chunk(C, n, k, v, write, keep, PRECISION)
         m = m_end
 
     tl.store(outputs.last.cell + tile, C)

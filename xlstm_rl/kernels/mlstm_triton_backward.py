@@ -117,7 +117,6 @@ def _queries(
     C = tl.load(state.cell + tile)
     n = tl.load(state.normalizer + vector)
     m = tl.load(state.stabilizer + tl.program_id(0))
-    scale: tl.constexpr = D**-0.5
     field = tl.num_programs(0).to(tl.int64) * T
 
     for start in range(0, T, L):
@@ -126,7 +125,7 @@ def _queries(
         stabilizer, product, least, divisor = _divisors(saved.trace, field, row, valid)
         is_last = start + tl.arange(0, L) == tl.minimum(start + L, T) - 1
         m_end = tl.max(tl.where(is_last, stabilizer, 0.0), 0)
-        inside, read, write, keep = chunk_weights(decays, input_gate, m, stabilizer, m_end)
+        inside, read, write, keep = chunk_weights(decays, input_gate, m, stabilizer, m_end, D**-0.5)
 
         d_hidden = load_columns(d_hidden_ptr, row, column, valid, D).to(tl.float32)
         hidden = load_columns(saved.hidden, row, column, valid, D).to(tl.float32)
@@ -135,7 +134,7 @@ def _queries(
 
         v = load_columns(inputs.v, row, column, valid, D)
         d_total = (d_hidden / divisor[:, None]).to(v.dtype)
-        d_weight = (tl.dot(d_total, tl.trans(v), input_precision=PRECISION) + slope[:, None]) * (inside * scale)
+        d_weight = (tl.dot(d_total, tl.trans(v), input_precision=PRECISION) + slope[:, None]) * inside
         d_q = tl.dot(d_total, tl.trans(C.to(v.dtype)), input_precision=PRECISION) + slope[:, None] * n[None, :]
         q = load_columns(inputs.q, row, d, valid, D)
         k = load_columns(inputs.k, row, d, valid, D)
@@ -145,7 +144,7 @@ def _queries(
             store_steps(slopes.product, slope, row, valid)
         store_steps(slopes.queries + tl.program_id(1) * field, tl.sum(d_q * q.to(tl.float32), 1), row, valid)
 
-        C, n = write_chunk(C, n, k, v, write * scale, keep, PRECISION)
+        C, n = write_chunk(C, n, k, v, write, keep, PRECISION)
         m = m_end
 
 
@@ -186,7 +185,6 @@ def _others(
     H = H.to(tl.int64)
     d = tl.program_id(1) * BK + tl.arange(0, BK)
     column = tl.program_id(2) * BV + tl.arange(0, BV)
-    scale: tl.constexpr = D**-0.5
     field = tl.num_programs(0).to(tl.int64) * T
     part = tl.program_id(1) * field
     tile, vector = memory_places(d, column, D)
@@ -204,14 +202,12 @@ def _others(
         decays = chunk_decays(log_decay, reset, L)
         stabilizer, _, _, divisor = _divisors(saved.trace, field, row, valid)
         m = _stabilizer_before(state.stabilizer, saved.trace, start, T, H)
-        inside, read, write, keep = chunk_weights(decays, input_gate, m, stabilizer, m_end)
+        inside, read, write, keep = chunk_weights(decays, input_gate, m, stabilizer, m_end, D**-0.5)
         q = load_columns(inputs.q, row, d, valid, D)
         k = load_columns(inputs.k, row, d, valid, D)
         d_hidden = load_columns(d_hidden_ptr, row, column, valid, D).to(tl.float32)
         d_total = (d_hidden / divisor[:, None]).to(q.dtype)
         asked = q.to(tl.float32) * read[:, None]
-        inside *= scale
-        write *= scale
 
         if VALUES:
             weight = (tl.dot(q, tl.trans(k), input_precision=PRECISION) * inside).to(q.dtype)
@@ -221,6 +217,7 @@ def _others(
         if KEYS:
             v = load_columns(inputs.v, row, column, valid, D)
             slope = tl.load(slopes.product + row, mask=valid, other=0.0)
+            from_queries = tl.load(slopes.queries + part + row, mask=valid, other=0.0)
             d_weight = (tl.dot(d_total, tl.trans(v), input_precision=PRECISION) + slope[:, None]) * inside
             d_k = (tl.dot(v, tl.trans(d_C.to(q.dtype)), input_precision=PRECISION) + d_n[None, :]) * write[:, None]
             d_k = tl.dot(tl.trans(d_weight.to(q.dtype)), q, acc=d_k, input_precision=PRECISION)
@@ -229,7 +226,7 @@ def _others(
             d_input = tl.sum(d_k * k.to(tl.float32), 1)
             store_steps(gradients.input_gate + part, d_input, row, valid)
             # Reads after a step minus writes after it, of one episode: what decayed through the step.
-            net = tl.where(valid, tl.load(slopes.queries + part + row, mask=valid, other=0.0) - d_input, 0.0)
+            net = tl.where(valid, from_queries - d_input, 0.0)
             _, _, _, _, segment, last, sees = decays
             d_decay = tl.sum(tl.where(sees, net[:, None], 0.0), 0) + tl.where(segment == last, later, 0.0)
             d_forget = tl.where(reset == 0, d_decay * forget_slope(forget_gate, EXP), 0.0)

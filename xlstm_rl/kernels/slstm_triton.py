@@ -68,26 +68,45 @@ def units(row, H, D: tl.constexpr):
 
 @triton.jit
 def load_weights(recurrent_ptr, H, D: tl.constexpr, STREAMS: tl.constexpr):
-    """The weights of the four gates [D (in), D (out)] each, or where to load them from at every step."""
+    """The weights of the four gates [D (in), D (out)] each; with STREAMS where those of this head begin."""
     d = tl.arange(0, D)
-    at = recurrent_ptr + tl.program_id(1).to(tl.int64) * D * D + d[None, :] * D + d[:, None]
-    gate = H * D * D
-    places = (at, at + gate, at + 2 * gate, at + 3 * gate)
+    head_ptr = recurrent_ptr + tl.program_id(1).to(tl.int64) * D * D
     if STREAMS:
-        weights = places
+        weights = (head_ptr, head_ptr + H * D * D, head_ptr + 2 * H * D * D, head_ptr + 3 * H * D * D)
     else:
-        weights = (tl.load(places[0]), tl.load(places[1]), tl.load(places[2]), tl.load(places[3]))
+        at = head_ptr + d[None, :] * D + d[:, None]
+        gate = H * D * D
+        weights = (tl.load(at), tl.load(at + gate), tl.load(at + 2 * gate), tl.load(at + 3 * gate))
     return weights
 
 
 @triton.jit
-def weight_of(weights, gate: tl.constexpr, STREAMS: tl.constexpr):
-    """The weights [D (in), D (out)] of one gate."""
+def add_product(
+    total,
+    x,
+    weight,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    TURNED: tl.constexpr,
+    STREAMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`total` and x [ROWS, D] times a gate's weights, or times those turned, as the backward pass has them."""
     if STREAMS:
-        weight = tl.load(weights[gate])
+        # In two halves, to have fewer of the weights in registers; a loop, or the compiler would load both at once.
+        half: tl.constexpr = D // 2
+        d = tl.arange(0, D)[None, :]
+        k = tl.arange(0, half)[:, None]
+        at = weight + (k * D + d if TURNED else d * D + k)
+        halves = tl.reshape(x.to(tl.float32), (ROWS, 2, half))
+        which = tl.arange(0, 2)[None, :, None]
+        for part in range(0, 2):
+            left = tl.sum(tl.where(which == part, halves, 0.0), 1).to(x.dtype)
+            right = tl.load(at + part * (half * D if TURNED else half))
+            total = tl.dot(left, right, acc=total, input_precision=PRECISION)
     else:
-        weight = weights[gate]
-    return weight
+        total = tl.dot(x, tl.trans(weight) if TURNED else weight, acc=total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -100,26 +119,34 @@ def pre_activation(
     gate: tl.constexpr,
     H,
     D: tl.constexpr,
+    ROWS: tl.constexpr,
     STREAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A gate [ROWS, D] of a step with the feedback added."""
     x = tl.load(gates_ptr + at + gate * H * D, mask=rows, other=0.0)
-    return tl.dot(
-        hidden.to(x.dtype), weight_of(weights, gate, STREAMS), acc=x.to(tl.float32), input_precision=PRECISION
-    )
+    return add_product(x.to(tl.float32), hidden.to(x.dtype), weights[gate], ROWS, D, False, STREAMS, PRECISION)
 
 
 @triton.jit
 def pre_activations(
-    gates_ptr, step, rows, hidden, weights, H, D: tl.constexpr, STREAMS: tl.constexpr, PRECISION: tl.constexpr
+    gates_ptr,
+    step,
+    rows,
+    hidden,
+    weights,
+    H,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """All four gates [ROWS, D] of a step with the feedback added."""
     at = units(step * 4, H, D)
-    i = pre_activation(gates_ptr, at, rows, hidden, weights, 0, H, D, STREAMS, PRECISION)
-    f = pre_activation(gates_ptr, at, rows, hidden, weights, 1, H, D, STREAMS, PRECISION)
-    z = pre_activation(gates_ptr, at, rows, hidden, weights, 2, H, D, STREAMS, PRECISION)
-    o = pre_activation(gates_ptr, at, rows, hidden, weights, 3, H, D, STREAMS, PRECISION)
+    i = pre_activation(gates_ptr, at, rows, hidden, weights, 0, H, D, ROWS, STREAMS, PRECISION)
+    f = pre_activation(gates_ptr, at, rows, hidden, weights, 1, H, D, ROWS, STREAMS, PRECISION)
+    z = pre_activation(gates_ptr, at, rows, hidden, weights, 2, H, D, ROWS, STREAMS, PRECISION)
+    o = pre_activation(gates_ptr, at, rows, hidden, weights, 3, H, D, ROWS, STREAMS, PRECISION)
     return i, f, z, o
 
 
@@ -161,7 +188,7 @@ def _forward(
         step = b * T + t
         kept = (tl.load(inputs.reset + step, mask=b < B, other=0) == 0)[:, None]
         hidden = tl.where(kept, hidden, 0.0)
-        i, f, z, o = pre_activations(inputs.gates, step, rows, hidden, weights, H, D, STREAMS, PRECISION)
+        i, f, z, o = pre_activations(inputs.gates, step, rows, hidden, weights, H, D, ROWS, STREAMS, PRECISION)
         decayed = tl.where(kept, log_forget(f, EXP) + m, never)
         m = tl.maximum(decayed, i)
         forget = tl.exp(decayed - m)

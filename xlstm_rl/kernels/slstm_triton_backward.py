@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_rl.kernels.gates_triton import forget_slope, log_forget
-from xlstm_rl.kernels.slstm_triton import ROWS, load_weights, own_rows, pre_activations, tanh, units, weight_of
+from xlstm_rl.kernels.slstm_triton import ROWS, add_product, load_weights, own_rows, pre_activations, tanh, units
 from xlstm_rl.kernels.states import SLSTMState
 from xlstm_rl.kernels.triton_arguments import SLSTMInputs, SLSTMMemory, SLSTMSaved
 from xlstm_rl.kernels.triton_configs import launch_for
@@ -61,13 +61,6 @@ def _load_before(first_ptr, later_ptr, leaf, before, is_first, rows):
     """What a leaf was before a step: the initial state before the first one, the trace elsewhere."""
     initial = tl.load(first_ptr + leaf, mask=rows & is_first, other=0.0).to(tl.float32)
     return initial + tl.load(later_ptr + before, mask=rows & (is_first == 0), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _back_through(d_hidden, d_gate, weights, gate: tl.constexpr, STREAMS: tl.constexpr, PRECISION: tl.constexpr):
-    """Add what a gate contributes to the gradient of the output before."""
-    weight = tl.trans(weight_of(weights, gate, STREAMS))
-    return tl.dot(d_gate, weight, acc=d_hidden, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["B", "T", "H"])
@@ -122,7 +115,7 @@ def _backward(
         else:
             hidden = _load_before(state.hidden, saved.output, leaf, before, is_first, rows)
             hidden = tl.where(kept, hidden, 0.0)
-            i, f, z, o = pre_activations(inputs.gates, step, rows, hidden, weights, H, D, STREAMS, PRECISION)
+            i, f, z, o = pre_activations(inputs.gates, step, rows, hidden, weights, H, D, ROWS, STREAMS, PRECISION)
         forget = tl.exp(tl.where(kept & (old_n != 0.0), log_forget(f, EXP) + old_m, never) - m)
         write = tl.exp(i - m)
         z = tanh(z)
@@ -141,14 +134,14 @@ def _backward(
         tl.store(d_gate_ptr + 3 * gate, d_o, mask=rows)
         d_f = ((d_c * old_c + d_n * old_n) * forget * forget_slope(f, EXP)).to(kind)
         tl.store(d_gate_ptr + gate, d_f, mask=rows)
-        d_h = _back_through(tl.zeros_like(d_h), d_f, weights, 1, STREAMS, PRECISION)
-        d_h = _back_through(d_h, d_o, weights, 3, STREAMS, PRECISION)
+        d_h = add_product(tl.zeros_like(d_h), d_f, weights[1], ROWS, D, True, STREAMS, PRECISION)
+        d_h = add_product(d_h, d_o, weights[3], ROWS, D, True, STREAMS, PRECISION)
         d_i = ((d_c * z + d_n) * write).to(kind)
         tl.store(d_gate_ptr, d_i, mask=rows)
-        d_h = _back_through(d_h, d_i, weights, 0, STREAMS, PRECISION)
+        d_h = add_product(d_h, d_i, weights[0], ROWS, D, True, STREAMS, PRECISION)
         d_z = (d_c * write * (1.0 - z * z)).to(kind)
         tl.store(d_gate_ptr + 2 * gate, d_z, mask=rows)
-        d_h = _back_through(d_h, d_z, weights, 2, STREAMS, PRECISION)
+        d_h = add_product(d_h, d_z, weights[2], ROWS, D, True, STREAMS, PRECISION)
         d_h = tl.where(kept, d_h, 0.0)
         d_c = d_c * forget
         d_n = d_n * forget
