@@ -7,6 +7,7 @@ and notices neither addresses out of range nor races. `install` mends the first 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ ARITHMETIC = (
 )
 
 
+@cache
 def install() -> None:
-    """Patch the interpreter of this process; call once."""
+    """Patch the interpreter of this process; once, however often it is called."""
     # The GPU says nothing when an exponential overflows; what comes of it is for the tests to see.
     np.seterr(over="ignore")
     Builder.cast_impl = _cast

@@ -100,7 +100,7 @@ _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
 _SMALL_CHIP: dict[str, dict[tuple[int, bool], Launch]] = {
     "mlstm_forward": {(64, False): Launch(8, "tf32x3")},
     "mlstm_backward": {(16, True): Launch(1), (64, False): Launch(8), (128, True): Launch(4)},
-    "slstm_forward": {(64, False): Launch(8)},
+    "slstm_forward": {(64, False): Launch(8), (64, True): Launch(8)},
     "slstm_backward": {(64, False): Launch(8)},
 }
 _SMALL = 137 * KIB
