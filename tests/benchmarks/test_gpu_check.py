@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +21,10 @@ DRY = ("--dry-run", "--rounds", "1")
 
 
 def without_public_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = gpu_check.find_spec
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "mlstm_kernels" else found(name))
+    def find(name: str) -> ModuleSpec | None:
+        return None if name == "mlstm_kernels" else find_spec(name)
+
+    monkeypatch.setattr(gpu_check, "find_spec", find)
 
 
 def with_public_kernels(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:

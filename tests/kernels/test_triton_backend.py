@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels import cases
-from xlstm_rl.kernels import dispatch, mlstm_sequence, triton_backend, why_not
-from xlstm_rl.kernels.triton_configs import KIB, DeviceFacts
+from xlstm_rl.kernels import dispatch, mlstm_sequence, triton_backend, triton_configs, why_not
+from xlstm_rl.kernels.triton_configs import DTYPES, KIB, WIDTHS, DeviceFacts, launch_for
 
 ROOT = Path(__file__).parents[2]
 H100 = DeviceFacts((9, 0), 227 * KIB, is_amd=False)
@@ -43,9 +43,29 @@ def on_gpu(shape: tuple[int, ...], D: int, dtype: torch.dtype = torch.float32) -
 @pytest.mark.parametrize("facts", (H100, RTX_3090, MI_300), ids=("H100", "RTX 3090", "MI 300"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("D", (16, 32, 64, 128))
-def test_mlstm_of_every_width_can_run(gpu: Any, facts: DeviceFacts, D: int, dtype: torch.dtype) -> None:
+def test_both_memories_of_every_width_can_run(gpu: Any, facts: DeviceFacts, D: int, dtype: torch.dtype) -> None:
     gpu(facts)
     assert why_not("triton", on_gpu(Q, D, dtype)) is None
+    assert why_not("triton", on_gpu(GATES, D, dtype)) is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "streaming"),
+    (
+        (H100, {(128, torch.float32)}),
+        (RTX_3090, {(128, torch.float32), (128, torch.bfloat16)}),
+        (MI_300, {(D, dtype) for D in (64, 128) for dtype in DTYPES}),
+    ),
+    ids=("H100", "RTX 3090", "MI 300"),
+)
+def test_recurrent_weights_are_streamed_only_where_they_do_not_fit(
+    gpu: Any, facts: DeviceFacts, streaming: set[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(facts)
+    monkeypatch.setattr(triton_configs, "device_facts", lambda device: facts)
+    for kernel in ("slstm_forward", "slstm_backward"):
+        launches = {(D, dtype): launch_for(kernel, on_gpu(GATES, D, dtype)) for D in WIDTHS for dtype in DTYPES}
+        assert {key for key, launch in launches.items() if launch.streams} == streaming
 
 
 @pytest.mark.parametrize(
@@ -53,9 +73,6 @@ def test_mlstm_of_every_width_can_run(gpu: Any, facts: DeviceFacts, D: int, dtyp
     (
         (H100, (Q, 48, torch.float32), r"head width 48 is not covered, only \(16, 32, 64, 128\)"),
         (H100, (Q, 16, torch.float64), "dtype torch.float64 is not covered, only torch.float32 and torch.bfloat16"),
-        (H100, (GATES, 128, torch.float32), "width 128 in float32 do not fit on a chip"),
-        (RTX_3090, (GATES, 128, torch.bfloat16), "needs 152576 bytes of shared memory, this device has 101376"),
-        (MI_300, (GATES, 64, torch.bfloat16), "needs 76800 bytes of shared memory, this device has 65536"),
         (RTX_2080, (Q, 16, torch.float32), r"compute capability \(7, 5\) is below \(8, 0\)"),
     ),
 )
