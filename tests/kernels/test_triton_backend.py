@@ -31,7 +31,7 @@ Q, GATES = (2, 3, 1), (2, 3, 4, 1)  # shapes without the head width
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Sets the GPU that CUDA tensors, which hold nothing here, are on."""
-    monkeypatch.setattr(triton_backend, "_TRITON_MISSING", False)
+    monkeypatch.setattr(triton_backend, "_TRITON", (3, 7))
     with FakeTensorMode():
         yield lambda facts: monkeypatch.setattr(triton_backend, "device_facts", lambda device: facts)
 
@@ -84,8 +84,14 @@ def test_what_is_not_covered_has_a_reason(gpu: Any, facts: DeviceFacts, tensor: 
 
 def test_missing_triton_is_the_reason(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(H100)
-    monkeypatch.setattr(triton_backend, "_TRITON_MISSING", True)
+    monkeypatch.setattr(triton_backend, "_TRITON", None)
     assert why_not("triton", on_gpu(Q, 16)) == "the package triton is not installed"
+
+
+def test_old_triton_is_the_reason(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(H100)
+    monkeypatch.setattr(triton_backend, "_TRITON", (3, 1))
+    assert why_not("triton", on_gpu(Q, 16)) == "triton 3.1 is too old, 3.5 or newer is needed"
 
 
 def test_cpu_is_the_reason() -> None:

@@ -154,7 +154,7 @@ def loss(case: cases.Case) -> Tensor:
 def test_call_on_fake_gpu_tensors_is_one_graph(
     operation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_backend, "_TRITON_MISSING", False)
+    monkeypatch.setattr(triton_backend, "_TRITON", (3, 7))
     monkeypatch.setattr(triton_backend, "device_facts", lambda device: DeviceFacts((9, 0), 227 * KIB, is_amd=False))
     case = without_gradients(make(operation, dtype))
     torch._dynamo.reset()

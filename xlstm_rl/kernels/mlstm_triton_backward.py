@@ -207,7 +207,6 @@ def _others(
         k = load_columns(inputs.k, row, d, valid, D)
         d_hidden = load_columns(d_hidden_ptr, row, column, valid, D).to(tl.float32)
         d_total = (d_hidden / divisor[:, None]).to(q.dtype)
-        asked = q.to(tl.float32) * read[:, None]
 
         if VALUES:
             weight = (tl.dot(q, tl.trans(k), input_precision=PRECISION) * inside).to(q.dtype)
@@ -232,9 +231,11 @@ def _others(
             d_forget = tl.where(reset == 0, d_decay * forget_slope(forget_gate, EXP), 0.0)
             store_steps(gradients.forget_gate + part, d_forget, row, valid)
             later = tl.sum(tl.where(segment == 0, net, 0.0), 0) + tl.where(last == 0, later, 0.0)
-            d_n = d_n * keep + tl.sum(asked * slope[:, None], 0)
 
-        d_C = tl.dot(tl.trans(asked.to(q.dtype)), d_total, acc=d_C * keep, input_precision=PRECISION)
+        if KEYS:
+            d_n = d_n * keep + tl.sum(q.to(tl.float32) * (read * slope)[:, None], 0)
+        d_read = (d_hidden * (read / divisor)[:, None]).to(q.dtype)
+        d_C = tl.dot(tl.trans(q), d_read, acc=d_C * keep, input_precision=PRECISION)
         m_end = m
 
     if KEYS:

@@ -100,7 +100,7 @@ def add_product(
         at = weight + (k * D + d if TURNED else d * D + k)
         halves = tl.reshape(x.to(tl.float32), (ROWS, 2, half))
         which = tl.arange(0, 2)[None, :, None]
-        for part in range(0, 2):
+        for part in tl.range(0, 2, num_stages=2):
             left = tl.sum(tl.where(which == part, halves, 0.0), 1).to(x.dtype)
             right = tl.load(at + part * (half * D if TURNED else half))
             total = tl.dot(left, right, acc=total, input_precision=PRECISION)

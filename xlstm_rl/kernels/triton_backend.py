@@ -1,6 +1,7 @@
 """The GPU backend as the door sees it: when it can run, and its two entries. Triton is imported at the first launch."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -11,15 +12,25 @@ from xlstm_rl.kernels import triton_operators
 from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState, empty_mlstm_state, empty_slstm_state
 from xlstm_rl.kernels.triton_configs import DTYPES, WIDTHS, DeviceFacts, device_facts
 
-_TRITON_MISSING = find_spec("triton") is None
+# The oldest that compiles the kernels.
+_OLDEST_TRITON = (3, 5)
+
+
+def _installed_triton() -> tuple[int, ...] | None:
+    return tuple(int(part) for part in version("triton").split(".")[:2]) if find_spec("triton") is not None else None
+
+
+_TRITON = _installed_triton()
 
 
 def why_not_triton(tensor: Tensor, /) -> str | None:
     """None, or why the GPU kernels cannot compute with q [B, T, H, K] or gates [B, T, 4, H, D] like this."""
     if tensor.device.type != "cuda":
         return f"the tensor is on {tensor.device.type} and Triton needs a CUDA device"
-    if _TRITON_MISSING:
+    if _TRITON is None:
         return "the package triton is not installed"
+    if _TRITON < _OLDEST_TRITON:
+        return "triton {}.{} is too old, {}.{} or newer is needed".format(*_TRITON, *_OLDEST_TRITON)
     D, dtype = tensor.shape[-1], tensor.dtype
     if dtype not in DTYPES:
         return f"dtype {dtype} is not covered, only {' and '.join(map(str, DTYPES))}"
