@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks import gpu_check
 from tests.conftest import TOLERANCE, assert_close
 from tests.kernels import cases
-from xlstm_rl.kernels import ForgetActivation, dispatch, triton_backend, triton_operators
+from xlstm_rl.kernels import ForgetActivation, dispatch, triton_backend, triton_configs, triton_operators
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -71,6 +71,17 @@ def assert_close_as(dtype: torch.dtype, actual: Any, expected: Any) -> None:
 @every_width
 def test_every_width_equals_the_reference(operation: str, D: int, dtype: torch.dtype) -> None:
     case = make(operation, D, 20 if operation == "mlstm" else 3, dtype)
+    assert_close_as(dtype, cases.evaluate(case, "triton"), reference(case))
+
+
+@every_dtype
+@pytest.mark.parametrize("D", (64, 128))
+def test_streamed_recurrent_weights_equal_the_reference(
+    D: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_configs, "shared_memory", lambda device: 64 * triton_configs.KIB)
+    case = make("slstm", D, 3, dtype)
+    assert triton_configs.launch_for("slstm_forward", case.sequence[0]).streams
     assert_close_as(dtype, cases.evaluate(case, "triton"), reference(case))
 
 

@@ -93,7 +93,7 @@ def add_product(
 ):
     """`total` and x [ROWS, D] times a gate's weights, or times those turned, as the backward pass has them."""
     if STREAMS:
-        # In two halves, to have fewer of the weights in registers; a loop, or the compiler would load both at once.
+        # Half of them at a time, the other on its way: unrolled, they are more than the registers hold.
         half: tl.constexpr = D // 2
         d = tl.arange(0, D)[None, :]
         k = tl.arange(0, half)[:, None]

@@ -73,7 +73,7 @@ _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
         (64, False): Launch(8, "tf32x3"),
         (128, False): Launch(8),
         (16, True): Launch(2),
-        (32, True): Launch(2, share=32),
+        (32, True): Launch(2),
         (64, True): Launch(4, share=32),
         (128, True): Launch(8, share=64),
     },
