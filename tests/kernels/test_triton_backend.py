@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,27 @@ def test_old_triton_is_the_reason(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> 
     gpu(H100)
     monkeypatch.setattr(triton_backend, "_TRITON", (3, 1))
     assert why_not("triton", on_gpu(Q, 16)) == "triton 3.1 is too old, 3.5 or newer is needed"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    (
+        ("triton", "3.7.1", (3, 7)),
+        ("pytorch-triton-rocm", "3.4.0+gitf7888497", (3, 4)),
+        ("triton-of-somebody", "1.0", triton_backend._OLDEST_TRITON),
+    ),
+)
+def test_triton_is_found_under_every_name(
+    name: str, text: str, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(asked: str) -> str:
+        if asked != name:
+            raise PackageNotFoundError(asked)
+        return text
+
+    monkeypatch.setattr(triton_backend, "find_spec", lambda package: object())
+    monkeypatch.setattr(triton_backend, "version", version)
+    assert triton_backend._installed_triton() == expected
 
 
 def test_cpu_is_the_reason() -> None:

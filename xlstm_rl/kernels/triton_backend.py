@@ -1,7 +1,8 @@
 """The GPU backend as the door sees it: when it can run, and its two entries. Triton is imported at the first launch."""
 
 from collections.abc import Callable
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
@@ -12,12 +13,20 @@ from xlstm_rl.kernels import triton_operators
 from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState, empty_mlstm_state, empty_slstm_state
 from xlstm_rl.kernels.triton_configs import DTYPES, WIDTHS, DeviceFacts, device_facts
 
-# The oldest that compiles the kernels.
+# The oldest that is known to compile the kernels.
 _OLDEST_TRITON = (3, 5)
+# Builds of PyTorch bring it under other names.
+_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows")
 
 
 def _installed_triton() -> tuple[int, ...] | None:
-    return tuple(int(part) for part in version("triton").split(".")[:2]) if find_spec("triton") is not None else None
+    """Major and minor version; that of a build of unknown name is taken to do."""
+    if find_spec("triton") is None:
+        return None
+    for name in _DISTRIBUTIONS:
+        with suppress(PackageNotFoundError):
+            return tuple(int(part) for part in version(name).split(".")[:2])
+    return _OLDEST_TRITON
 
 
 _TRITON = _installed_triton()
