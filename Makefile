@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-triton slow-triton gpu-check lint slow bench docs clean
+.PHONY: help setup train test test-triton test-triton-interpreter test-triton-compiler slow-triton gpu-check lint slow bench docs clean
 
 help:
 	@echo "make train   train an agent (PRESET=$(PRESET), OVERRIDES='a.b=value ...')"
@@ -24,8 +24,10 @@ help:
 	@echo "make lint    ruff and mypy alone"
 	@echo "make slow    the slow tests"
 	@echo "make docs    the documentation as web pages, in site/"
-	@echo "make test-triton  the GPU kernels without a GPU: interpreter, then compiler (TRITON=$(TRITON))"
-	@echo "make slow-triton  the compiler for more kinds of GPU"
+	@echo "make test-triton  the GPU kernels without a GPU, two jobs (TRITON=$(TRITON)):"
+	@echo "make test-triton-interpreter  what they compute, run by Triton's interpreter"
+	@echo "make test-triton-compiler     what they become, compiled ahead of time for several GPUs"
+	@echo "make slow-triton  the compiler job for more kinds of GPU"
 	@echo "make gpu-check    correctness and speed of the kernels on this machine's GPU"
 	@echo "make bench   speed and learning benchmarks"
 	@echo "make clean   remove what make created, runs/ excepted"
@@ -68,9 +70,14 @@ $(TRITON_STAMP): $(STAMP)
 	rm -f $(TRITON_VENV)/.installed-*
 	touch $@
 
-# Two processes: what was imported to be interpreted cannot be compiled.
-test-triton: $(TRITON_STAMP)
-	$(ONE_THREAD) OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q tests/gpu/test_interpreter.py
+# Two jobs: what was imported to be interpreted cannot be compiled.
+test-triton: test-triton-interpreter test-triton-compiler
+
+test-triton-interpreter: $(TRITON_STAMP)
+	$(ONE_THREAD) OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q \
+		tests/gpu/test_interpreter.py tests/gpu/test_sanitizer.py
+
+test-triton-compiler: $(TRITON_STAMP)
 	$(ONE_THREAD) TRITON_INTERPRET=0 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q tests/gpu/test_compilation.py
 
 slow-triton: $(TRITON_STAMP)

@@ -1,48 +1,60 @@
 """Calls of the launchers on small tensors of any width and dtype, for compiling."""
 
-from typing import Any
+import math
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from xlstm_rl.kernels import mlstm_triton, mlstm_triton_backward, slstm_triton, triton_configs
+from xlstm_rl.kernels import triton_configs, triton_operators
 
 KERNELS = ("mlstm_forward", "mlstm_step", "mlstm_backward", "slstm_forward", "slstm_acting", "slstm_backward")
 ONE_STEP = ("mlstm_step", "slstm_acting")
 
 
-def call(kernel: str, D: int, dtype: torch.dtype, forget_activation: str = "sigmoid", B: int = 3, T: int = 33) -> None:
+class Sizes(NamedTuple):
+    """What no kernel is compiled for; `offset` is that of the tensors from an aligned address, in elements."""
+
+    B: int = 3
+    T: int = 33
+    H: int = 2
+    offset: int = 0
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(math.prod(shape) + self.offset, dtype=dtype)[self.offset :].view(shape)
+
+
+USUAL = Sizes()
+
+
+def call(kernel: str, D: int, dtype: torch.dtype, forget_activation: str = "sigmoid", sizes: Sizes = USUAL) -> None:
     """Launch a kernel once."""
     operation, direction = kernel.split("_")
-    {"mlstm": _mlstm, "slstm": _slstm}[operation](direction, D, dtype, forget_activation, B, T)
+    sizes = sizes._replace(T=1) if kernel in ONE_STEP else sizes
+    {"mlstm": _mlstm, "slstm": _slstm}[operation](direction, D, dtype, forget_activation, sizes)
 
 
-def _mlstm(direction: str, D: int, dtype: torch.dtype, forget_activation: str, B: int, T: int) -> None:
-    H = 2
-    T = 1 if direction == "step" else T
-    q, k, v = (torch.zeros(B, T, H, D, dtype=dtype) for _ in range(3))
-    gates = [torch.zeros(B, T, H, dtype=dtype) for _ in range(2)]
-    state: Any = torch.zeros(B, H, D, D), torch.zeros(B, H, D), torch.zeros(B, H)
-    inputs: Any = (q, k, v, *gates, *state, torch.zeros(B, T, dtype=torch.bool))
+def _mlstm(direction: str, D: int, dtype: torch.dtype, forget_activation: str, sizes: Sizes) -> None:
+    B, T, H, _ = sizes
+    q, k, v = (sizes.zeros(B, T, H, D, dtype=dtype) for _ in range(3))
+    gates = [sizes.zeros(B, T, H, dtype=dtype) for _ in range(2)]
+    state = sizes.zeros(B, H, D, D), sizes.zeros(B, H, D), sizes.zeros(B, H)
+    inputs = (q, k, v, *gates, *state, sizes.zeros(B, T, dtype=torch.bool))
     if direction == "backward":
-        trace = torch.zeros(2, B, T, H)
-        arguments: Any = (v, *state[:2], *inputs, v, *state[:2], trace, forget_activation)
-        mlstm_triton_backward.backward(*arguments)
+        saved = (v, *state[:2], sizes.zeros(2, B, T, H))
+        triton_operators.launch_mlstm_backward(v, *state[:2], *inputs, *saved, forget_activation)
     else:
-        arguments = (*inputs, forget_activation, direction == "forward")
-        mlstm_triton.forward(*arguments)
+        triton_operators.launch_mlstm(*inputs, forget_activation, direction == "forward")
 
 
-def _slstm(direction: str, D: int, dtype: torch.dtype, forget_activation: str, B: int, T: int) -> None:
-    H = 2
-    T = 1 if direction == "acting" else T
-    gates, recurrent = torch.zeros(B, T, 4, H, D, dtype=dtype), torch.zeros(4, H, D, D, dtype=dtype)
-    state: Any = [torch.zeros(B, H, D) for _ in range(4)]
-    inputs: Any = (gates, recurrent, *state, torch.zeros(B, T, dtype=torch.bool))
+def _slstm(direction: str, D: int, dtype: torch.dtype, forget_activation: str, sizes: Sizes) -> None:
+    B, T, H, _ = sizes
+    gates, recurrent = sizes.zeros(B, T, 4, H, D, dtype=dtype), sizes.zeros(4, H, D, D, dtype=dtype)
+    state = [sizes.zeros(B, H, D) for _ in range(4)]
+    inputs = (gates, recurrent, *state, sizes.zeros(B, T, dtype=torch.bool))
     if direction == "backward":
-        output = torch.zeros(B, T, H, D, dtype=dtype)
-        trace = torch.zeros(triton_configs.slstm_trace_fields(gates), B, T, H, D)
-        arguments: Any = (output, *state[:3], *inputs, output, trace, forget_activation)
-        slstm_triton.backward(*arguments)
+        output = sizes.zeros(B, T, H, D, dtype=dtype)
+        saved = (output, sizes.zeros(triton_configs.slstm_trace_fields(gates), B, T, H, D))
+        triton_operators.launch_slstm_backward(output, *state[:3], *inputs, *saved, forget_activation)
     else:
-        arguments = (*inputs, forget_activation, direction == "forward")
-        slstm_triton.forward(*arguments)
+        triton_operators.launch_slstm(*inputs, forget_activation, direction == "forward")

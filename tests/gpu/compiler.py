@@ -104,6 +104,28 @@ def usage(kernel: Any, target: Target) -> Usage:
     )
 
 
+def narrow_products(kernel: Any) -> list[str]:
+    """Multiplications in 32 bits of what may be large, as lines of the kernel's intermediate code.
+
+    Small are constants, positions in a tile, programs of the second and third dimension of the grid, quotients,
+    remainders, and what is made of or counted up to these alone. Arguments, rows of the batch and time are not.
+    """
+    small: set[str] = set()
+    found = []
+    for line in kernel.asm["ttir"].splitlines():
+        loop = re.search(r"scf\.for (%\w+ = %\w+ to %\w+)", line)
+        target, *operands = re.findall(r"%[\w#]+", loop[1] if loop else line) or [""]
+        if re.search(r"arith\.muli.* : (?:i32|tensor<[\dx]+xi32>)", line) and not small.issuperset(operands):
+            found.append(line.strip())
+        is_source = re.search(r"tt\.(?:func|load|get_num_programs|get_program_id x)", line)
+        is_bounded = re.search(r"arith\.(?:div|rem)[su]i", line)
+        if is_bounded or (not is_source and small.issuperset(operands)):
+            small.add(target)
+        else:
+            small.discard(target)
+    return found
+
+
 def _matrix(kernel: Any) -> int:
     text = kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"]
     return len(re.findall(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma|\bv_mfma|\bv_wmma", text))

@@ -6,6 +6,8 @@ and notices neither addresses out of range nor races. `install` mends the first 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,9 @@ ARITHMETIC = (
 )
 
 
+@cache
 def install() -> None:
-    """Patch the interpreter of this process; call once."""
+    """Patch the interpreter of this process; once, however often it is called."""
     # The GPU says nothing when an exponential overflows; what comes of it is for the tests to see.
     np.seterr(over="ignore")
     Builder.cast_impl = _cast
@@ -178,8 +181,18 @@ def _remember_extents(
 ) -> Any:
     result = _old(self, arguments, kwargs)
     named = {**dict(zip(self.arg_names, result[0], strict=False)), **result[1]}
-    _extents[:] = [Extents({name: x for name, x in named.items() if hasattr(x, "data_ptr")})]
+    _extents[:] = [Extents(dict(_tensors(named)))]
     return result
+
+
+def _tensors(named: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The tensors among arguments, those in tuples too, by full name."""
+    for name, x in named.items():
+        if isinstance(x, tuple):
+            fields = getattr(x, "_fields", map(str, range(len(x))))
+            yield from _tensors({f"{name}.{field}": part for field, part in zip(fields, x, strict=True)})
+        elif hasattr(x, "data_ptr"):
+            yield name, x
 
 
 def _patch_language_once_per_launch() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels import cases
-from xlstm_rl.kernels import dispatch, mlstm_sequence, triton_backend, why_not
-from xlstm_rl.kernels.triton_configs import KIB, DeviceFacts
+from xlstm_rl.kernels import dispatch, mlstm_sequence, triton_backend, triton_configs, why_not
+from xlstm_rl.kernels.triton_configs import DTYPES, KIB, WIDTHS, DeviceFacts, launch_for
 
 ROOT = Path(__file__).parents[2]
 H100 = DeviceFacts((9, 0), 227 * KIB, is_amd=False)
@@ -31,7 +32,7 @@ Q, GATES = (2, 3, 1), (2, 3, 4, 1)  # shapes without the head width
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Sets the GPU that CUDA tensors, which hold nothing here, are on."""
-    monkeypatch.setattr(triton_backend, "_TRITON_MISSING", False)
+    monkeypatch.setattr(triton_backend, "_TRITON", (3, 7))
     with FakeTensorMode():
         yield lambda facts: monkeypatch.setattr(triton_backend, "device_facts", lambda device: facts)
 
@@ -43,9 +44,29 @@ def on_gpu(shape: tuple[int, ...], D: int, dtype: torch.dtype = torch.float32) -
 @pytest.mark.parametrize("facts", (H100, RTX_3090, MI_300), ids=("H100", "RTX 3090", "MI 300"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("D", (16, 32, 64, 128))
-def test_mlstm_of_every_width_can_run(gpu: Any, facts: DeviceFacts, D: int, dtype: torch.dtype) -> None:
+def test_both_memories_of_every_width_can_run(gpu: Any, facts: DeviceFacts, D: int, dtype: torch.dtype) -> None:
     gpu(facts)
     assert why_not("triton", on_gpu(Q, D, dtype)) is None
+    assert why_not("triton", on_gpu(GATES, D, dtype)) is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "streaming"),
+    (
+        (H100, {(128, torch.float32)}),
+        (RTX_3090, {(128, torch.float32), (128, torch.bfloat16)}),
+        (MI_300, {(D, dtype) for D in (64, 128) for dtype in DTYPES}),
+    ),
+    ids=("H100", "RTX 3090", "MI 300"),
+)
+def test_recurrent_weights_are_streamed_only_where_they_do_not_fit(
+    gpu: Any, facts: DeviceFacts, streaming: set[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(facts)
+    monkeypatch.setattr(triton_configs, "device_facts", lambda device: facts)
+    for kernel in ("slstm_forward", "slstm_backward"):
+        launches = {(D, dtype): launch_for(kernel, on_gpu(GATES, D, dtype)) for D in WIDTHS for dtype in DTYPES}
+        assert {key for key, launch in launches.items() if launch.streams} == streaming
 
 
 @pytest.mark.parametrize(
@@ -53,9 +74,6 @@ def test_mlstm_of_every_width_can_run(gpu: Any, facts: DeviceFacts, D: int, dtyp
     (
         (H100, (Q, 48, torch.float32), r"head width 48 is not covered, only \(16, 32, 64, 128\)"),
         (H100, (Q, 16, torch.float64), "dtype torch.float64 is not covered, only torch.float32 and torch.bfloat16"),
-        (H100, (GATES, 128, torch.float32), "width 128 in float32 do not fit on a chip"),
-        (RTX_3090, (GATES, 128, torch.bfloat16), "needs 152576 bytes of shared memory, this device has 101376"),
-        (MI_300, (GATES, 64, torch.bfloat16), "needs 76800 bytes of shared memory, this device has 65536"),
         (RTX_2080, (Q, 16, torch.float32), r"compute capability \(7, 5\) is below \(8, 0\)"),
     ),
 )
@@ -67,8 +85,35 @@ def test_what_is_not_covered_has_a_reason(gpu: Any, facts: DeviceFacts, tensor: 
 
 def test_missing_triton_is_the_reason(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(H100)
-    monkeypatch.setattr(triton_backend, "_TRITON_MISSING", True)
+    monkeypatch.setattr(triton_backend, "_TRITON", None)
     assert why_not("triton", on_gpu(Q, 16)) == "the package triton is not installed"
+
+
+def test_old_triton_is_the_reason(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(H100)
+    monkeypatch.setattr(triton_backend, "_TRITON", (3, 1))
+    assert why_not("triton", on_gpu(Q, 16)) == "triton 3.1 is too old, 3.5 or newer is needed"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    (
+        ("triton", "3.7.1", (3, 7)),
+        ("pytorch-triton-rocm", "3.4.0+gitf7888497", (3, 4)),
+        ("triton-of-somebody", "1.0", triton_backend._OLDEST_TRITON),
+    ),
+)
+def test_triton_is_found_under_every_name(
+    name: str, text: str, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(asked: str) -> str:
+        if asked != name:
+            raise PackageNotFoundError(asked)
+        return text
+
+    monkeypatch.setattr(triton_backend, "find_spec", lambda package: object())
+    monkeypatch.setattr(triton_backend, "version", version)
+    assert triton_backend._installed_triton() == expected
 
 
 def test_cpu_is_the_reason() -> None:

@@ -1,74 +1,67 @@
 """The mLSTM forward on a GPU: one launch per sequence, the matrix memory on chip from the first step to the last."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_rl.kernels.gates_triton import chunk_weights, least_divisor, load_gates, log_forget
+from xlstm_rl.kernels.chunks_triton import (
+    chunk_decays,
+    chunk_stabilizer,
+    chunk_weights,
+    least_divisor,
+    load_chunk,
+    load_columns,
+    memory_places,
+    store_columns,
+    store_steps,
+    write_chunk,
+)
+from xlstm_rl.kernels.gates_triton import log_forget
+from xlstm_rl.kernels.states import MLSTMState
+from xlstm_rl.kernels.triton_arguments import MLSTMInputs
 from xlstm_rl.kernels.triton_configs import launch_for
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    cell: Tensor,
-    normalizer: Tensor,
-    stabilizer: Tensor,
-    reset: Tensor,
-    forget_activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Hidden [B, T, H, D] in the dtype of q, the float32 leaves of the state, and the trace for the backward pass.
+class Forward(NamedTuple):
+    """What the forward pass gives.
 
-    The trace is float32 [2, B, T, H], stabilizer and `n . q` of every step; without `keep` its T is 0.
-    Inputs are contiguous, q, k and v of one width, the state in float32, reset bool; T is at least 1.
+    Attributes:
+        hidden: [B, T, H, D] in the dtype of q.
+        last: the state after the last step, float32.
+        trace: float32 [2, B, T, H], stabilizer and `n . q` of every step; without `keep` its T is 0.
     """
-    B, T, H, D = q.shape
-    hidden = torch.empty_like(v)
-    final = torch.empty_like(cell), torch.empty_like(normalizer), torch.empty_like(stabilizer)
-    trace = stabilizer.new_empty(2, B, T if keep else 0, H)
-    inputs = (q, k, v, input_gate, forget_gate, reset.view(torch.uint8), cell, normalizer, stabilizer)
+
+    hidden: Tensor
+    last: MLSTMState
+    trace: Tensor
+
+
+def forward(inputs: MLSTMInputs, state: MLSTMState, forget_activation: str, keep: bool) -> Forward:
+    """Run a sequence; inputs contiguous, q, k and v of one width, the state in float32; T is at least 1."""
+    B, T, H, D = inputs.q.shape
+    last = MLSTMState(*(torch.empty_like(leaf) for leaf in state))
+    outputs = Forward(torch.empty_like(inputs.v), last, state.cell.new_empty(2, B, T if keep else 0, H))
     exponential = forget_activation == "exp"
-    with torch.cuda.device_of(q):
+    launch = launch_for("mlstm_step" if T == 1 else "mlstm_forward", inputs.q)
+    grid = (B * H, D // launch.share)
+    with torch.cuda.device_of(inputs.q):
         if T == 1:
-            launch = launch_for("mlstm_step", q)
-            _step[(B * H, D // launch.share)](
-                *(*inputs, hidden, *final, trace, H, D, launch.share, exponential, keep),
-                num_warps=launch.warps,
-                enable_fp_fusion=True,
-            )
+            fixed: tuple[object, ...] = (D, launch.share, exponential, keep)
+            _step[grid](inputs.as_bytes(), state, outputs, H, *fixed, **launch.options)
         else:
-            launch = launch_for("mlstm_forward", q)
-            _sequence[(B * H, D // launch.share)](
-                *(*inputs, hidden, *final, trace, T, H, D, launch.share, launch.chunk),
-                *(exponential, keep, launch.precision),
-                num_warps=launch.warps,
-                num_stages=1,
-                enable_fp_fusion=True,
-            )
-    return hidden, *final, trace
+            fixed = (D, launch.share, launch.chunk, exponential, keep, launch.precision)
+            _sequence[grid](inputs.as_bytes(), state, outputs, T, H, *fixed, **launch.options)
+    return outputs
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def _sequence(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    input_ptr,
-    forget_ptr,
-    reset_ptr,
-    cell_ptr,
-    normalizer_ptr,
-    stabilizer_ptr,
-    hidden_ptr,
-    last_cell_ptr,
-    last_normalizer_ptr,
-    last_stabilizer_ptr,
-    trace_ptr,
+    inputs,
+    state,
+    outputs,
     T,
     H,
     D: tl.constexpr,
@@ -80,66 +73,51 @@ def _sequence(
 ):
     """One program per row, head and BV columns of the memory walks the chunks in order."""
     head = tl.program_id(0).to(tl.int64)
-    b = head // H
     d = tl.arange(0, D)
     column = tl.program_id(1) * BV + tl.arange(0, BV)
     # What does not belong to columns is stored by the first program of a head.
     first = tl.program_id(1) == 0
-    tile = head * D * D + d[:, None] * D + column[None, :]
-    C = tl.load(cell_ptr + tile)
-    n = tl.load(normalizer_ptr + head * D + d)
-    m = tl.load(stabilizer_ptr + head)
-    scale: tl.constexpr = D**-0.5
+    tile, vector = memory_places(d, column, D)
+    C = tl.load(state.cell + tile)
+    n = tl.load(state.normalizer + vector)
+    m = tl.load(state.stabilizer + head)
     field = tl.num_programs(0).to(tl.int64) * T
 
     for start in range(0, T, L):
-        t = start + tl.arange(0, L)
-        valid = t < T
-        row = (b * T + t) * H + head % H
-        at = row[:, None] * D
-        q = tl.load(q_ptr + at + d[None, :], mask=valid[:, None], other=0.0)
-        k = tl.load(k_ptr + at + d[None, :], mask=valid[:, None], other=0.0)
-        v = tl.load(v_ptr + at + column[None, :], mask=valid[:, None], other=0.0)
-        input_gate, _, log_decay, reset = load_gates(input_ptr, forget_ptr, reset_ptr, row, b * T + t, valid, EXP)
-        inside, read, write, keep, stabilizer, m = chunk_weights(input_gate, log_decay, reset, m, L, EXP)
+        row, valid, input_gate, _, log_decay, reset = load_chunk(inputs, start, T, H, L, EXP)
+        q = load_columns(inputs.q, row, d, valid, D)
+        k = load_columns(inputs.k, row, d, valid, D)
+        v = load_columns(inputs.v, row, column, valid, D)
+        decays = chunk_decays(log_decay, reset, L)
+        stabilizer = chunk_stabilizer(decays, input_gate, log_decay, reset, m, EXP)
+        m_end = tl.max(tl.where(tl.arange(0, L) == L - 1, stabilizer, 0.0), 0)
+        inside, read, write, keep = chunk_weights(decays, input_gate, m, stabilizer, m_end, D**-0.5)
 
-        weight = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inside * scale
+        weight = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inside
         total = tl.dot(q, C.to(q.dtype), input_precision=PRECISION) * read[:, None]
         total = tl.dot(weight.to(v.dtype), v, acc=total, input_precision=PRECISION)
         product = tl.sum(weight, 1) + tl.sum(q.to(tl.float32) * n[None, :], 1) * read
         hidden = total / tl.maximum(tl.abs(product), least_divisor(stabilizer))[:, None]
-        tl.store(hidden_ptr + at + column[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=valid[:, None])
+        store_columns(outputs.hidden, hidden, row, column, valid, D)
         if KEEP:
             if first:
-                tl.store(trace_ptr + row, stabilizer, mask=valid)
-                tl.store(trace_ptr + field + row, product, mask=valid)
+                store_steps(outputs.trace, stabilizer, row, valid)
+                store_steps(outputs.trace + field, product, row, valid)
 
-        written = k.to(tl.float32) * (write * scale)[:, None]
-        C = tl.dot(tl.trans(written.to(v.dtype)), v, acc=C * keep, input_precision=PRECISION)
-        n = n * keep + tl.sum(written, 0)
+        C, n = write_chunk(C, n, k, v, write, keep, PRECISION)
+        m = m_end
 
-    tl.store(last_cell_ptr + tile, C)
+    tl.store(outputs.last.cell + tile, C)
     if first:
-        tl.store(last_normalizer_ptr + head * D + d, n)
-        tl.store(last_stabilizer_ptr + head, m)
+        tl.store(outputs.last.normalizer + vector, n)
+        tl.store(outputs.last.stabilizer + head, m)
 
 
 @triton.jit(do_not_specialize=["H"])
 def _step(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    input_ptr,
-    forget_ptr,
-    reset_ptr,
-    cell_ptr,
-    normalizer_ptr,
-    stabilizer_ptr,
-    hidden_ptr,
-    last_cell_ptr,
-    last_normalizer_ptr,
-    last_stabilizer_ptr,
-    trace_ptr,
+    inputs,
+    state,
+    outputs,
     H,
     D: tl.constexpr,
     BV: tl.constexpr,
@@ -150,16 +128,16 @@ def _step(
     head = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, D)
     column = tl.program_id(1) * BV + tl.arange(0, BV)
-    at = head * D * D + d[:, None] * D + column[None, :]
-    C = tl.load(cell_ptr + at)
-    n = tl.load(normalizer_ptr + head * D + d)
-    fresh = tl.load(reset_ptr + head // H) != 0
-    m = tl.where(fresh, 0.0, tl.load(stabilizer_ptr + head))
-    q = tl.load(q_ptr + head * D + d).to(tl.float32)
-    k = tl.load(k_ptr + head * D + d).to(tl.float32)
-    v = tl.load(v_ptr + head * D + column).to(tl.float32)
-    input_gate = tl.load(input_ptr + head).to(tl.float32)
-    decayed = log_forget(tl.load(forget_ptr + head).to(tl.float32), EXP) + m
+    tile, vector = memory_places(d, column, D)
+    C = tl.load(state.cell + tile)
+    n = tl.load(state.normalizer + vector)
+    fresh = tl.load(inputs.reset + head // H) != 0
+    m = tl.where(fresh, 0.0, tl.load(state.stabilizer + head))
+    q = tl.load(inputs.q + vector).to(tl.float32)
+    k = tl.load(inputs.k + vector).to(tl.float32)
+    v = tl.load(inputs.v + head * D + column).to(tl.float32)
+    input_gate = tl.load(inputs.input_gate + head).to(tl.float32)
+    decayed = log_forget(tl.load(inputs.forget_gate + head).to(tl.float32), EXP) + m
 
     m = tl.maximum(tl.maximum(decayed, input_gate), 0.0)
     keep = tl.where(fresh, 0.0, tl.exp(decayed - m))
@@ -168,12 +146,11 @@ def _step(
     n = n * keep + written
     product = tl.sum(q * n, 0)
     hidden = tl.sum(q[:, None] * C, 0) / tl.maximum(tl.abs(product), least_divisor(m))
-    tl.store(hidden_ptr + head * D + column, hidden.to(hidden_ptr.dtype.element_ty))
-    tl.store(last_cell_ptr + at, C)
-    first = tl.program_id(1) == 0
-    if first:
-        tl.store(last_normalizer_ptr + head * D + d, n)
-        tl.store(last_stabilizer_ptr + head, m)
+    tl.store(outputs.hidden + head * D + column, hidden.to(outputs.hidden.dtype.element_ty))
+    tl.store(outputs.last.cell + tile, C)
+    if tl.program_id(1) == 0:
+        tl.store(outputs.last.normalizer + vector, n)
+        tl.store(outputs.last.stabilizer + head, m)
         if KEEP:
-            tl.store(trace_ptr + head, m)
-            tl.store(trace_ptr + tl.num_programs(0) + head, product)
+            tl.store(outputs.trace + head, m)
+            tl.store(outputs.trace + tl.num_programs(0) + head, product)

@@ -4,7 +4,7 @@ Found by compiling for every GPU and taking what spills no register there; nothi
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,25 +23,34 @@ class Launch(NamedTuple):
             the digits; bfloat16 always takes the tensor cores.
         chunk: steps per chunk of the mLSTM.
         share: rows or columns of the mLSTM's matrix memory per program, a divisor of its width.
+        streams: whether the sLSTM loads its recurrent weights at every step instead of keeping them on chip.
     """
 
     warps: int
     dots: str = "ieee"
     chunk: int = 16
     share: int = 16
+    streams: bool = False
 
     @property
     def precision(self) -> str:
         """`dots` as this machine has it: AMD has matrix instructions for float32 and no three-product mode."""
         return self.dots if torch.version.hip is None else "ieee"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told beside the arguments."""
+        options = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
+        # All registers there are: left alone, the compiler may spill some to run more programs at a time.
+        return options if torch.version.hip is not None else {**options, "maxnreg": 255}
 
-# By head width and whether the inputs are bfloat16. Float32 weights of an sLSTM of width 128 do not fit on any chip.
+
+# By head width and whether the inputs are bfloat16.
 _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
     "mlstm_forward": {
         (16, False): Launch(1),
         (32, False): Launch(8, share=32),
-        (64, False): Launch(4, "tf32x3"),
+        (64, False): Launch(8, "tf32x3"),
         (128, False): Launch(8),
         (16, True): Launch(1),
         (32, True): Launch(4, share=32),
@@ -59,12 +68,12 @@ _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
         }.items()
     },
     "mlstm_backward": {
-        (16, False): Launch(1),
+        (16, False): Launch(2),
         (32, False): Launch(4, share=32),
         (64, False): Launch(8, "tf32x3"),
         (128, False): Launch(8),
         (16, True): Launch(2),
-        (32, True): Launch(2, share=32),
+        (32, True): Launch(2),
         (64, True): Launch(4, share=32),
         (128, True): Launch(8, share=64),
     },
@@ -89,26 +98,34 @@ _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
 }
 # In place of these on chips with less shared memory, consumer and AMD cards.
 _SMALL_CHIP: dict[str, dict[tuple[int, bool], Launch]] = {
-    "mlstm_forward": {(64, False): Launch(8, "tf32x3")},
-    "mlstm_backward": {(16, True): Launch(1), (128, True): Launch(4)},
-    "slstm_forward": {(64, False): Launch(8)},
+    "mlstm_backward": {(16, True): Launch(1), (64, False): Launch(8), (128, True): Launch(8)},
+    "slstm_forward": {(64, False): Launch(8), (64, True): Launch(8)},
     "slstm_backward": {(64, False): Launch(8)},
 }
 _SMALL = 137 * KIB
-# Bytes of shared memory that some recurrent weights of an sLSTM need; the others fit on every GPU.
-SLSTM_SHARED = {(64, torch.float32): 81 * KIB, (64, torch.bfloat16): 75 * KIB, (128, torch.bfloat16): 149 * KIB}
+# Bytes of shared memory without which an sLSTM streams its recurrent weights; the others fit on every GPU.
+_WEIGHTS_ON_CHIP = {(64, False): 81 * KIB, (64, True): 75 * KIB, (128, False): 512 * KIB, (128, True): 149 * KIB}
+_STREAMING = {
+    (64, False): Launch(4, "tf32x3", streams=True),
+    (64, True): Launch(4, streams=True),
+    (128, False): Launch(8, "tf32x3", streams=True),
+    (128, True): Launch(8, streams=True),
+}
 
 
 def launch_for(kernel: str, tensor: Tensor) -> Launch:
     """The configuration of a kernel for inputs [..., D] like this one, on its device."""
     key = tensor.shape[-1], tensor.dtype == torch.bfloat16
+    shared = shared_memory(tensor.device)
+    if kernel.startswith("slstm") and shared < _WEIGHTS_ON_CHIP.get(key, 0):
+        return _STREAMING[key]
     launch = _CONFIGS[kernel][key]
-    return _SMALL_CHIP.get(kernel, {}).get(key, launch) if is_small_chip(tensor.device) else launch
+    return launch if shared >= _SMALL else _SMALL_CHIP.get(kernel, {}).get(key, launch)
 
 
-def is_small_chip(device: torch.device) -> bool:
-    """Whether a program has less shared memory than on the data-centre cards."""
-    return device.type == "cuda" and device_facts(device).shared_memory < _SMALL
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; tests without a GPU take the configurations of an H100."""
+    return device_facts(device).shared_memory if device.type == "cuda" else 227 * KIB
 
 
 class DeviceFacts(NamedTuple):

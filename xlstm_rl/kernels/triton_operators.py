@@ -5,12 +5,14 @@
 They compute on CUDA tensors only. The state is float32; reset is bool [B, T]; T is at least 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xlstm_rl.kernels.states import MLSTMState, SLSTMState
+from xlstm_rl.kernels.triton_arguments import MLSTMInputs, MLSTMMemory, MLSTMSaved, SLSTMInputs, SLSTMMemory, SLSTMSaved
 from xlstm_rl.kernels.triton_configs import slstm_trace_fields
 
 _NAMESPACE = "xlstm_rl"
@@ -53,32 +55,59 @@ def launch_mlstm(*arguments: Any) -> tuple[Tensor, ...]:
     """Run the mLSTM kernel."""
     from xlstm_rl.kernels import mlstm_triton
 
-    return mlstm_triton.forward(*_contiguous(arguments))
+    *tensors, activation, keep = _as_kernels_want(arguments)
+    hidden, last, trace = mlstm_triton.forward(*_mlstm_arguments(tensors), activation, keep)
+    return hidden, *last, trace
 
 
 def launch_mlstm_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Run the two backward kernels of the mLSTM."""
+    """Run the backward kernels of the mLSTM."""
     from xlstm_rl.kernels import mlstm_triton_backward
 
-    return mlstm_triton_backward.backward(*_contiguous(arguments))
+    d_hidden, d_cell, d_normalizer, *tensors, activation = _as_kernels_want(arguments)
+    *tensors, hidden, cell, normalizer, trace = tensors
+    saved = MLSTMSaved(hidden, MLSTMMemory(cell, normalizer), trace)
+    d_last = MLSTMMemory(d_cell, d_normalizer)
+    return mlstm_triton_backward.backward(d_hidden, d_last, *_mlstm_arguments(tensors), saved, activation)
 
 
 def launch_slstm(*arguments: Any) -> tuple[Tensor, ...]:
     """Run the sLSTM kernel."""
     from xlstm_rl.kernels import slstm_triton
 
-    return slstm_triton.forward(*_contiguous(arguments))
+    *tensors, activation, keep = _as_kernels_want(arguments)
+    output, last, trace = slstm_triton.forward(*_slstm_arguments(tensors), activation, keep)
+    return output, *last, trace
 
 
 def launch_slstm_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Run the backward kernel of the sLSTM."""
-    from xlstm_rl.kernels import slstm_triton
+    from xlstm_rl.kernels import slstm_triton_backward
 
-    return slstm_triton.backward(*_contiguous(arguments))
+    d_output, d_cell, d_normalizer, d_hidden, *tensors, output, trace, activation = _as_kernels_want(arguments)
+    saved, d_last = SLSTMSaved(output, trace), SLSTMMemory(d_cell, d_normalizer, d_hidden)
+    return slstm_triton_backward.backward(d_output, d_last, *_slstm_arguments(tensors), saved, activation)
 
 
-def _contiguous(arguments: tuple[Any, ...]) -> list[Any]:
-    return [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
+def _as_kernels_want(arguments: Sequence[Any]) -> list[Any]:
+    """Contiguous, and at addresses that are multiples of 16: for other ones Triton would compile once more."""
+    return [_aligned(x.contiguous()) if isinstance(x, Tensor) else x for x in arguments]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _mlstm_arguments(tensors: Sequence[Any]) -> tuple[MLSTMInputs, MLSTMState]:
+    """Group the tensors, which come in the order of the operator."""
+    q, k, v, input_gate, forget_gate, *state, reset = tensors
+    return MLSTMInputs(q, k, v, input_gate, forget_gate, reset), MLSTMState(*state)
+
+
+def _slstm_arguments(tensors: Sequence[Any]) -> tuple[SLSTMInputs, SLSTMState]:
+    """Group the tensors, which come in the order of the operator."""
+    gates, recurrent, *state, reset = tensors
+    return SLSTMInputs(gates, recurrent, reset), SLSTMState(*state)
 
 
 def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -86,21 +115,11 @@ def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
-def _mlstm_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    cell: Tensor,
-    normalizer: Tensor,
-    stabilizer: Tensor,
-    reset: Tensor,
-    forget_activation: str,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    B, T, H, _ = q.shape
-    return *_empty_like(v, cell, normalizer, stabilizer), stabilizer.new_empty(2, B, T if keep else 0, H)
+def _mlstm_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, _, keep = arguments
+    inputs, state = _mlstm_arguments(tensors)
+    B, T, H, _ = inputs.q.shape
+    return *_empty_like(inputs.v, *state), state.stabilizer.new_empty(2, B, T if keep else 0, H)
 
 
 def _mlstm_backward_shapes(
@@ -109,20 +128,12 @@ def _mlstm_backward_shapes(
     return _empty_like(*arguments[:7])
 
 
-def _slstm_shapes(
-    gates: Tensor,
-    recurrent: Tensor,
-    cell: Tensor,
-    normalizer: Tensor,
-    hidden: Tensor,
-    stabilizer: Tensor,
-    reset: Tensor,
-    forget_activation: str,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    B, T, _, H, D = gates.shape
-    trace = cell.new_empty(slstm_trace_fields(gates), B, T if keep else 0, H, D)
-    return gates.new_empty(B, T, H, D), *_empty_like(cell, normalizer, hidden, stabilizer), trace
+def _slstm_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, _, keep = arguments
+    inputs, state = _slstm_arguments(tensors)
+    B, T, _, H, D = inputs.gates.shape
+    trace = state.cell.new_empty(slstm_trace_fields(inputs.gates), B, T if keep else 0, H, D)
+    return inputs.gates.new_empty(B, T, H, D), *_empty_like(*state), trace
 
 
 def _slstm_backward_shapes(
