@@ -111,7 +111,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     import gymnasium
 
-    from xlstm_rl.envs import task_facts
+    from xlstm_rl.envs import suite_ids, task_facts
     from xlstm_rl.memory import memory_names
 
     console = Console()
@@ -121,13 +121,15 @@ def _list(options: argparse.Namespace) -> int:
         memory = " ".join(str(word) for word in (config.memory.name, config.memory.settings.get("blocks", "")))
         presets.add_row(name, memory.strip(), f"{config.total_steps:,}", config.description)
     envs = _table("environments", "id", "horizon", "optimum", "best without memory")
-    for env_id in sorted(key for key in gymnasium.registry if key.startswith("xlstm_rl/")):
+    ids = {key for key in gymnasium.registry if key.startswith("xlstm_rl/")}
+    for env_id in sorted(ids - set(suite_ids())):
         env = gymnasium.make(env_id)
         facts = task_facts(env)
         env.close()
         envs.add_row(env_id, *(("-",) * 3 if facts is None else (f"{value:.4g}" for value in facts)))
     console.print(presets, envs, sep="\n")
     console.print(f"memories: {', '.join(memory_names())}", highlight=False)
+    console.print(f"of other packages: {', '.join(suite_ids())}", highlight=False)
     return 0
 
 

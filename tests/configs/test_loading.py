@@ -163,7 +163,7 @@ def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     ("name", "override", "expected"),
     [
         ("tmze", "seed=1", ["'tmze'", "did you mean 'tmaze'?"]),
-        ("TMaze-v0", "seed=1", ["'TMaze-v0'", "did you mean 'xlstm_rl/TMaze-v0'?"]),
+        ("xlstm_rl/TMase-v0", "seed=1", ["'xlstm_rl/TMase-v0'", "did you mean 'xlstm_rl/TMaze-v0'?"]),
         ("tmaze", "sed=1", ["'sed'", "override 'sed=1'", "did you mean 'seed'?"]),
         ("tmaze", "ppo.gama=1", ["'ppo.gama'", "did you mean 'gamma'?"]),
         ("tmaze", "memory.hidden=3", ["memory.hidden", "did you mean 'hidden_size'?"]),

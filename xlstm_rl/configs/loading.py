@@ -25,8 +25,8 @@ def load(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     """The configuration of `name`, changed by overrides.
 
     Args:
-        name: a preset, a path ending in ".yaml", or any gymnasium id (then with the defaults). The module of an id
-            such as "module:Env-v0" is imported, as `gymnasium.make` does.
+        name: a preset, a path ending in ".yaml", or any gymnasium id (then with the defaults), "xlstm_rl/" before it
+            may be left out. The module of an id such as "module:Env-v0" is imported, as `gymnasium.make` does.
         overrides: "a.b=value" each, the value spelled as in YAML; later ones win. Another `memory.name` than the one
             of `name` drops the memory settings there, `hidden_size` excepted, because another memory has others; the
             overrides all stay, in whatever order they are given.
@@ -41,8 +41,9 @@ def load(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     elif name.endswith((".yaml", ".yml")):
         values = _read(Path(name))
     else:
-        _check_registered(name, "neither a preset nor a registered environment", preset_names())
-        values = {"env": {"id": name}}
+        env_id = f"xlstm_rl/{name}" if f"xlstm_rl/{name}" in gymnasium.registry else name
+        _check_registered(env_id, "neither a preset nor a registered environment", preset_names())
+        values = {"env": {"id": env_id}}
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = _merge(changes, _parse_override(override))
@@ -91,8 +92,10 @@ def _check_registered(env_id: str, complaint: str, also_known: Iterable[str] = (
     try:
         gymnasium.spec(registered_id)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        ours = [key for key in gymnasium.registry if key.startswith("xlstm_rl/")]
-        raise ConfigError(f"{env_id!r} is {complaint}; {nearest(env_id, [*also_known, *ours])}") from error
+        ours = {key: str(spec.entry_point) for key, spec in gymnasium.registry.items() if key.startswith("xlstm_rl/")}
+        foreign = {key for key, maker in ours.items() if maker.startswith("xlstm_rl.envs.suites:")}
+        hint = nearest(env_id, [*also_known, *(ours.keys() - foreign)], foreign)
+        raise ConfigError(f"{env_id!r} is {complaint}; {hint}") from error
 
 
 def _import_module(module: str, env_id: str) -> None:

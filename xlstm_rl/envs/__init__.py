@@ -7,6 +7,7 @@ from xlstm_rl.envs.registration import register_envs
 from xlstm_rl.envs.repeat_first import RepeatFirst, cue_recall
 from xlstm_rl.envs.repeat_previous import RepeatPrevious
 from xlstm_rl.envs.resumable import Resumable
+from xlstm_rl.envs.suites import register_suites, suite_ids
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 from xlstm_rl.envs.t_maze import TMaze
 from xlstm_rl.envs.task_facts import TaskFacts, task_facts
@@ -24,7 +25,10 @@ __all__ = [
     "TaskFacts",
     "cue_recall",
     "register_envs",
+    "register_suites",
+    "suite_ids",
     "task_facts",
 ]
 
 register_envs()
+register_suites()
