@@ -16,9 +16,9 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from xlstm_rl.envs import TaskFacts, register_envs, suite_ids, task_facts
 
-STREAM_IDS = [
-    f"xlstm_rl/{name}-v0" for name in ("RepeatFirst", "RepeatPrevious", "Parity", "KeyValueRecall", "CueRecall")
-]
+STREAMS = ["RepeatFirst", "RepeatPrevious", "Parity", "KeyValueRecall", "CueRecall", "Copy", "Overwrite"]
+STREAMS += ["NearestSoFar", "Cycle", "ShellGame", "NoisyEvidence", "KeyDoor"]
+STREAM_IDS = [f"xlstm_rl/{name}-v0" for name in STREAMS]
 OWN_IDS = ["xlstm_rl/TMaze-v0", *STREAM_IDS]
 CONTROL_IDS = [f"xlstm_rl/{name}NoVelocity-v0" for name in ("CartPole", "Pendulum", "Acrobot")]
 each_id = pytest.mark.parametrize("env_id", OWN_IDS + CONTROL_IDS)
@@ -122,7 +122,15 @@ def test_the_spec_makes_the_same_environment_again(env_id: str) -> None:
         ("xlstm_rl/RepeatPrevious-v0", {"lag": 2, "length": 10, "num_symbols": 3}, 10, 4, 3),
         ("xlstm_rl/Parity-v0", {"length": 30}, 30, 3, 2),
         ("xlstm_rl/KeyValueRecall-v0", {"num_pairs": 3, "num_values": 5, "num_keys": 7}, 6, 13, 5),
+        ("xlstm_rl/KeyValueRecall-v0", {"num_keys": 30, "key_exponent": 1.0}, 16, 35, 4),
         ("xlstm_rl/CueRecall-v0", {"delay": 3, "num_cues": 4}, 5, 5, 4),
+        ("xlstm_rl/Copy-v0", {"num_items": 5, "num_symbols": 3}, 10, 4, 3),
+        ("xlstm_rl/Overwrite-v0", {"num_keys": 3, "num_writes": 7, "num_values": 5}, 10, 9, 5),
+        ("xlstm_rl/NearestSoFar-v0", {"num_items": 6, "num_values": 3, "dim": 4}, 8, 8, 3),
+        ("xlstm_rl/Cycle-v0", {"modulus": 5, "num_moves": 9}, 10, 9, 5),
+        ("xlstm_rl/ShellGame-v0", {"num_shells": 4, "num_swaps": 6}, 7, 29, 4),
+        ("xlstm_rl/NoisyEvidence-v0", {"num_samples": 5, "accuracy": 0.8}, 6, 3, 2),
+        ("xlstm_rl/KeyDoor-v0", {"delay": 30, "num_keys": 3, "noise": 1.0}, 32, 7, 3),
     ],
 )
 def test_parameters_pass_through_make(

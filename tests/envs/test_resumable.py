@@ -10,9 +10,8 @@ from gymnasium import spaces
 
 from xlstm_rl.envs import Resumable, resumable
 
-ENVS = [*(f"xlstm_rl/{name}-v0" for name in ("TMaze", "RepeatFirst", "RepeatPrevious", "Parity", "KeyValueRecall"))]
-ENVS += [*(f"xlstm_rl/{name}-v0" for name in ("CueRecall", "CartPoleNoVelocity", "PendulumNoVelocity"))]
-ENVS += ["xlstm_rl/AcrobotNoVelocity-v0", "FrozenLake-v1", "MountainCar-v0"]
+ENVS = sorted(env_id for env_id in gym.registry if env_id.startswith("xlstm_rl/"))
+ENVS += ["FrozenLake-v1", "MountainCar-v0"]
 
 
 def play(env: gym.Env[Any, Any], steps: int) -> list[Any]:

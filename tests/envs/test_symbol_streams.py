@@ -11,7 +11,22 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from xlstm_rl.envs import KeyValueRecall, Parity, RepeatFirst, RepeatPrevious, SymbolStreamEnv, cue_recall
+from xlstm_rl.envs import (
+    Chance,
+    Copy,
+    Cycle,
+    KeyDoor,
+    KeyValueRecall,
+    NearestSoFar,
+    NoisyEvidence,
+    Overwrite,
+    Parity,
+    RepeatFirst,
+    RepeatPrevious,
+    ShellGame,
+    SymbolStreamEnv,
+    cue_recall,
+)
 
 SIZES: dict[str, Callable[[], SymbolStreamEnv]] = {
     "first": RepeatFirst,
@@ -26,8 +41,19 @@ SIZES: dict[str, Callable[[], SymbolStreamEnv]] = {
     "recall": KeyValueRecall,
     "recall_one_pair": lambda: KeyValueRecall(1, 2),
     "recall_many_keys": lambda: KeyValueRecall(16, 5, 40),
+    "recall_rare_keys": lambda: KeyValueRecall(4, 3, 20, key_exponent=1.5),
     "cue": cue_recall,
     "cue_no_delay": lambda: cue_recall(0, 5),
+    "copy": Copy,
+    "copy_one": lambda: Copy(1, 2),
+    "overwrite": Overwrite,
+    "overwrite_nothing": lambda: Overwrite(3, 3, 2),
+    "nearest": NearestSoFar,
+    "nearest_of_one": lambda: NearestSoFar(1, 2, 1),
+    "cycle": Cycle,
+    "cycle_shortest": lambda: Cycle(2, 1),
+    "shells": ShellGame,
+    "shells_five": lambda: ShellGame(5, 20),
 }
 SMALL_SIZES: dict[str, Callable[[], SymbolStreamEnv]] = {
     "first": lambda: RepeatFirst(4, 3),
@@ -37,43 +63,68 @@ SMALL_SIZES: dict[str, Callable[[], SymbolStreamEnv]] = {
     "parity": lambda: Parity(6),
     "recall": lambda: KeyValueRecall(3, 2),
     "recall_many_keys": lambda: KeyValueRecall(2, 3, 4),
+    "recall_rare_keys": lambda: KeyValueRecall(2, 3, 4, key_exponent=1.5),
     "cue": lambda: cue_recall(3, 4),
+    "copy": lambda: Copy(4, 3),
+    "overwrite": lambda: Overwrite(2, 4, 2),
+    "nearest": lambda: NearestSoFar(5, 3),
+    "cycle": lambda: Cycle(4, 4),
+    "shells": lambda: ShellGame(3, 3),
+    "evidence": lambda: NoisyEvidence(5, 0.7),
 }
 each_size = pytest.mark.parametrize("size", SIZES)
 each_small_size = pytest.mark.parametrize("size", SMALL_SIZES)
 
 
-class ScriptedGenerator:
-    """Stands in for `np_random` and visits every equally likely outcome, one per episode."""
+class ScriptedChance(Chance):
+    """Visits every outcome of its draws, one per episode, and knows how likely each is; real numbers stay the same."""
 
     def __init__(self) -> None:
-        self.counts: list[int] = []
+        super().__init__([])
+        self.chances: list[list[float]] = []
         self.choices: list[int] = []
         self._position = 0
-
-    def integers(self, n: int, size: int) -> NDArray[np.int64]:
-        code = self._choose(n**size)
-        return np.array([code // n**place % n for place in range(size)])
-
-    def permutation(self, n: int) -> NDArray[np.int64]:
-        code = self._choose(math.factorial(n))
-        return np.array(next(itertools.islice(itertools.permutations(range(n)), code, None)))
 
     def outcomes(self) -> Iterator[None]:
         while True:
             self._position = 0
             yield
-            while self.choices and self.choices[-1] + 1 == self.counts[-1]:
+            while self.choices and self.choices[-1] + 1 == len(self.chances[-1]):
                 self.choices.pop()
-                self.counts.pop()
+                self.chances.pop()
             if not self.choices:
                 return
             self.choices[-1] += 1
 
-    def _choose(self, count: int) -> int:
+    def probability(self) -> float:
+        return math.prod(chances[choice] for chances, choice in zip(self.chances, self.choices, strict=True))
+
+    def reals(self, size: int) -> NDArray[np.float64]:
+        return np.random.default_rng(0).random((1, size))
+
+    def symbols(self, num_symbols: int, size: int) -> NDArray[np.int64]:
+        code = self._choose([num_symbols**-size] * num_symbols**size)
+        return np.array([[code // num_symbols**place % num_symbols for place in range(size)]])
+
+    def permutation(self, size: int) -> NDArray[np.int64]:
+        return self.weighted_order(np.ones(size))
+
+    def weighted_order(self, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+        orders = list(itertools.permutations(range(len(weights))))
+        chances = []
+        for order in orders:
+            left = [float(weights[list(order[place:])].sum()) for place in range(len(order))]
+            chances.append(math.prod(float(weights[key]) / rest for key, rest in zip(order, left, strict=True)))
+        return np.array([orders[self._choose(chances)]])
+
+    def happens(self, probability: float, size: int) -> NDArray[np.bool_]:
+        events = [self._choose([probability, 1.0 - probability]) == 0 for _ in range(size)]
+        return np.array([events])
+
+    def _choose(self, chances: list[float]) -> int:
         if self._position == len(self.choices):
             self.choices.append(0)
-            self.counts.append(count)
+            self.chances.append(chances)
         self._position += 1
         return self.choices[self._position - 1]
 
@@ -90,20 +141,17 @@ def play(env: gym.Env[Any, Any], policy: Callable[[NDArray[np.float32]], int], *
 
 def best_memoryless_return(env: SymbolStreamEnv) -> float:
     """Exact, over all episodes: actions do not change what is shown, so the best policy is best at each observation."""
-    generator: Any = ScriptedGenerator()
-    env.np_random = generator
+    chance = ScriptedChance()
     weights: dict[bytes, NDArray[np.float64]] = defaultdict(lambda: np.zeros(env.action_space.n))  # type: ignore[attr-defined]
-    num_outcomes = 0
-    for _ in generator.outcomes():
-        num_outcomes += 1
-        observation, _ = env.reset()
-        ended = False
-        while not ended:
-            action = env.oracle_action()
-            seen = observation.tobytes()
-            observation, reward, ended, _, _ = env.step(action)
-            weights[seen][action] += reward
-    return float(sum(weight.max() for weight in weights.values())) / num_outcomes
+    total = 0.0
+    for _ in chance.outcomes():
+        frames, answers, *_ = env.episodes(chance)
+        total += chance.probability()
+        for frame, answer in zip(frames[0], answers[0], strict=False):
+            if answer >= 0:
+                weights[frame.tobytes()][answer] += chance.probability() / env.num_asked
+    assert total == pytest.approx(1.0, abs=1e-12)
+    return float(sum(weight.max() for weight in weights.values()))
 
 
 @each_size
@@ -254,6 +302,99 @@ def test_key_value_recall_asks_in_an_order_of_its_own_and_values_are_independent
     assert equal == pytest.approx(500, abs=4 * math.sqrt(375))
 
 
+def test_rare_keys_come_up_as_seldom_as_their_weights_say() -> None:
+    env = KeyValueRecall(1, 2, 4, key_exponent=1.0)
+    env.reset(seed=0)
+    counts = sum(env.reset()[0][:4] for _ in range(4000))
+    expected = 4000 / np.arange(1, 5) / sum(1 / key for key in range(1, 5))
+    assert np.abs(counts - expected).max() < 4 * math.sqrt(1000)
+
+
+def test_copy_asks_for_all_symbols_in_their_order() -> None:
+    env = Copy(5, 7)
+    seen = [env.reset(seed=0)[0]] + [env.step(0)[0] for _ in range(4)]
+    env.step(0)
+    said = []
+    for _ in range(5):
+        said.append(env.oracle_action())
+        env.step(0)
+    assert said == [int(symbol[:-1].argmax()) for symbol in seen]
+
+
+def test_overwrite_asks_for_the_value_written_last() -> None:
+    env = Overwrite(4, 15, 5)
+    for seed in range(10):
+        seen = env.reset(seed=seed)[0]
+        now: dict[int, int] = {}
+        asked = []
+        for _ in range(15):
+            now[int(seen[:4].argmax())] = int(seen[4:-1].argmax())
+            seen = env.step(0)[0]
+        for _ in range(4):
+            asked.append(int(seen[:4].argmax()))
+            assert env.oracle_action() == now[asked[-1]] and not seen[4:-1].any()
+            seen = env.step(0)[0]
+        assert sorted(asked) == [0, 1, 2, 3]
+
+
+def test_nearest_so_far_asks_for_the_nearest_of_the_items_before() -> None:
+    env = NearestSoFar(20, 5, 3)
+    target = env.reset(seed=1)[0]
+    assert not target[3:].any()
+    best, value = np.inf, -1
+    for step in range(1, 22):
+        seen = env.step(0)[0]
+        if step > 1:
+            assert seen[-1] == 1.0 and env.oracle_action() == value
+        distance = float(np.linalg.norm(seen[:3] - target[:3]))
+        if distance < best:
+            best, value = distance, int(seen[3:-1].argmax())
+    assert not seen[:-1].any()
+
+
+def test_cycle_asks_where_the_moves_lead() -> None:
+    env = Cycle(5, 30)
+    place = int(env.reset(seed=2)[0][:5].argmax())
+    for _ in range(30):
+        seen = env.step(0)[0]
+        assert not seen[:5].any()
+        place = (place + int(seen[5:8].argmax()) - 1) % 5
+        assert env.oracle_action() == place
+
+
+def test_shell_game_asks_where_the_ball_went() -> None:
+    env = ShellGame(4, 30)
+    permutations = list(itertools.permutations(range(4)))
+    ball = int(env.reset(seed=2)[0][:4].argmax())
+    for _ in range(30):
+        seen = env.step(0)[0]
+        ball = permutations[int(seen[4:-1].argmax())][ball]
+        assert env.oracle_action() == ball
+
+
+@pytest.mark.parametrize(("num_samples", "accuracy"), [(1, 0.8), (5, 0.7), (9, 0.6), (3, 1.0)])
+def test_optimal_return_of_noisy_evidence_is_that_of_the_best_use_of_all_copies(
+    num_samples: int, accuracy: float
+) -> None:
+    env = NoisyEvidence(num_samples, accuracy)
+    chance = ScriptedChance()
+    weights: dict[bytes, NDArray[np.float64]] = defaultdict(lambda: np.zeros(2))
+    oracle = 0.0
+    for _ in chance.outcomes():
+        frames, answers, best, _ = env.episodes(chance)
+        weights[frames.tobytes()][answers[0, -1]] += chance.probability()
+        oracle += chance.probability() * (best[0, -1] == answers[0, -1])
+    assert sum(weight.max() for weight in weights.values()) == pytest.approx(env.facts.optimal_return, abs=1e-12)
+    assert oracle == pytest.approx(env.facts.optimal_return, abs=1e-12)
+
+
+def test_oracle_of_noisy_evidence_is_right_as_often_as_stated() -> None:
+    env = NoisyEvidence()
+    env.reset(seed=0)
+    returns = [play(env, lambda _: env.oracle_action()) for _ in range(3000)]
+    assert np.mean(returns) == pytest.approx(env.facts.optimal_return, abs=4 * 0.5 / math.sqrt(3000))
+
+
 @pytest.mark.parametrize("size", ["first", "previous", "parity"])
 def test_symbols_are_uniform_and_independent_of_the_one_before(size: str) -> None:
     env = SIZES[size]()
@@ -305,6 +446,17 @@ def test_render_tells_the_step_as_text() -> None:
         (lambda: KeyValueRecall(8, num_keys=7), "num_keys must be at least 8, got 7"),
         (lambda: cue_recall(-1), "delay must be at least 0, got -1"),
         (lambda: cue_recall(num_cues=1), "num_cues must be at least 2, got 1"),
+        (lambda: KeyValueRecall(key_exponent=-1.0), "key_exponent must be finite and in 0.0..inf, got -1.0"),
+        (lambda: Copy(0), "num_items must be at least 1, got 0"),
+        (lambda: Overwrite(6, 5), "num_writes must be at least 6, got 5"),
+        (lambda: NearestSoFar(dim=0), "dim must be at least 1, got 0"),
+        (lambda: Cycle(1), "modulus must be at least 2, got 1"),
+        (lambda: ShellGame(6), "num_shells must be at most 5, got 6"),
+        (lambda: NoisyEvidence(20), "num_samples must be odd, got 20; take 21"),
+        (lambda: NoisyEvidence(accuracy=0.5), "accuracy must be above 0.5, got 0.5"),
+        (lambda: NoisyEvidence(accuracy=1.5), "accuracy must be finite and in 0.5..1.0, got 1.5"),
+        (lambda: KeyDoor(-1), "delay must be at least 0, got -1"),
+        (lambda: KeyDoor(noise=float("nan")), "noise must be finite and in 0.0..inf, got nan"),
         (lambda: Parity(render_mode="human"), "render_mode must be None or one of .*got 'human'"),
     ],
 )

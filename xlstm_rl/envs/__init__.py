@@ -1,24 +1,40 @@
 """Partially observable tasks that need memory, registered with gymnasium as `xlstm_rl/<Name>-v0`."""
 
+from xlstm_rl.envs.chance import Chance
+from xlstm_rl.envs.copy_items import Copy
+from xlstm_rl.envs.cycle import Cycle
 from xlstm_rl.envs.hide_velocity import HideVelocity
+from xlstm_rl.envs.key_door import KeyDoor
 from xlstm_rl.envs.key_value_recall import KeyValueRecall
+from xlstm_rl.envs.nearest_so_far import NearestSoFar
+from xlstm_rl.envs.noisy_evidence import NoisyEvidence
+from xlstm_rl.envs.overwrite import Overwrite
 from xlstm_rl.envs.parity import Parity
 from xlstm_rl.envs.registration import register_envs
 from xlstm_rl.envs.repeat_first import RepeatFirst, cue_recall
 from xlstm_rl.envs.repeat_previous import RepeatPrevious
 from xlstm_rl.envs.resumable import Resumable
+from xlstm_rl.envs.shell_game import ShellGame
 from xlstm_rl.envs.suites import register_suites, suite_ids
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 from xlstm_rl.envs.t_maze import TMaze
 from xlstm_rl.envs.task_facts import TaskFacts, task_facts
 
 __all__ = [
+    "Chance",
+    "Copy",
+    "Cycle",
     "HideVelocity",
+    "KeyDoor",
     "KeyValueRecall",
+    "NearestSoFar",
+    "NoisyEvidence",
+    "Overwrite",
     "Parity",
     "RepeatFirst",
     "RepeatPrevious",
     "Resumable",
+    "ShellGame",
     "Stream",
     "SymbolStreamEnv",
     "TMaze",

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.chance import Chance
+from xlstm_rl.envs.parameters import real_number, whole_number
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 
 
@@ -21,7 +22,13 @@ class KeyValueRecall(SymbolStreamEnv):
     """
 
     def __init__(
-        self, num_pairs: int = 8, num_values: int = 4, num_keys: int | None = None, *, render_mode: str | None = None
+        self,
+        num_pairs: int = 8,
+        num_values: int = 4,
+        num_keys: int | None = None,
+        *,
+        key_exponent: float = 0.0,
+        render_mode: str | None = None,
     ) -> None:
         """Set the size of the task.
 
@@ -29,6 +36,9 @@ class KeyValueRecall(SymbolStreamEnv):
             num_pairs: Pairs to keep, at least 1.
             num_values: Different values, at least 2.
             num_keys: Different keys that pairs are made of, at least `num_pairs`; None for just as many.
+            key_exponent: Zipf exponent, at least 0: keys are drawn one after another without replacement, key k (from
+                0) with a weight of (k + 1) ** -key_exponent. With 0 all are alike; with more, and with more keys than
+                pairs, some keys are rare and yet asked like any other.
             render_mode: None, "ansi" or "rgb_array".
         """
         self._num_pairs = whole_number("num_pairs", num_pairs, at_least=1)
@@ -36,19 +46,21 @@ class KeyValueRecall(SymbolStreamEnv):
         self._num_keys = (
             self._num_pairs if num_keys is None else whole_number("num_keys", num_keys, at_least=self._num_pairs)
         )
+        exponent = real_number("key_exponent", key_exponent, at_least=0.0)
+        self._key_weights = np.arange(1.0, self._num_keys + 1.0) ** -exponent
         super().__init__(
             {"key": self._num_keys, "value": self._num_values},
             length=2 * self._num_pairs,
-            num_asked=self._num_pairs,
+            asked=range(self._num_pairs, 2 * self._num_pairs),
             num_answers=self._num_values,
             render_mode=render_mode,
         )
-        self._no_values = np.full(self._num_pairs, self._num_values)
 
-    def _draw(self) -> Stream:
-        keys = self.np_random.permutation(self._num_keys)[: self._num_pairs]
-        values = self.np_random.integers(self._num_values, size=self._num_pairs)
-        order = self.np_random.permutation(self._num_pairs)
-        shown_keys = np.concatenate([keys, keys[order]])
-        shown_values = np.concatenate([values, self._no_values])
-        return Stream((shown_keys, shown_values), values[order])
+    def draw(self, chance: Chance) -> Stream:
+        """New pairs and an order of questions."""
+        keys = chance.weighted_order(self._key_weights)[:, : self._num_pairs]
+        values = chance.symbols(self._num_values, self._num_pairs)
+        order = chance.permutation(self._num_pairs)
+        shown_keys = np.hstack([keys, np.take_along_axis(keys, order, 1)])
+        shown_values = np.hstack([values, np.full_like(values, self._num_values)])
+        return Stream((shown_keys, shown_values), np.take_along_axis(values, order, 1))

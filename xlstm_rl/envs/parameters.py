@@ -1,5 +1,6 @@
 """Checks of environment parameters."""
 
+import math
 import operator
 
 RENDER_MODES = ("ansi", "rgb_array")
@@ -20,6 +21,22 @@ def whole_number(name: str, value: int, *, at_least: int, at_most: int | None = 
         raise ValueError(f"{name} must be at least {at_least}, got {number}")
     if at_most is not None and number > at_most:
         raise ValueError(f"{name} must be at most {at_most}, got {number}")
+    return number
+
+
+def real_number(name: str, value: float, *, at_least: float, at_most: float = math.inf) -> float:
+    """`value` as a float.
+
+    Raises:
+        TypeError: `value` is not a number.
+        ValueError: `value` is not finite or outside `at_least..at_most`.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}") from None
+    if not (math.isfinite(number) and at_least <= number <= at_most):
+        raise ValueError(f"{name} must be finite and in {at_least}..{at_most}, got {number}")
     return number
 
 

@@ -1,5 +1,6 @@
 """State tracking: say at every step the parity of the bits seen so far."""
 
+from xlstm_rl.envs.chance import Chance
 from xlstm_rl.envs.parameters import whole_number
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 
@@ -26,8 +27,9 @@ class Parity(SymbolStreamEnv):
             render_mode: None, "ansi" or "rgb_array".
         """
         length = whole_number("length", length, at_least=2)
-        super().__init__({"bit": 2}, length=length, num_asked=length - 1, num_answers=2, render_mode=render_mode)
+        super().__init__({"bit": 2}, length=length, asked=range(1, length), num_answers=2, render_mode=render_mode)
 
-    def _draw(self) -> Stream:
-        bits = self.np_random.integers(2, size=self._length)
-        return Stream((bits,), (bits.cumsum() % 2)[1:])
+    def draw(self, chance: Chance) -> Stream:
+        """New bits and the parity from the second one on."""
+        bits = chance.symbols(2, self.length)
+        return Stream((bits,), (bits.cumsum(axis=1) % 2)[:, 1:])

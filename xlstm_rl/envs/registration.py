@@ -11,6 +11,13 @@ TASKS = {
     "Parity": "xlstm_rl.envs.parity:Parity",
     "KeyValueRecall": "xlstm_rl.envs.key_value_recall:KeyValueRecall",
     "CueRecall": "xlstm_rl.envs.repeat_first:cue_recall",
+    "Copy": "xlstm_rl.envs.copy_items:Copy",
+    "Overwrite": "xlstm_rl.envs.overwrite:Overwrite",
+    "NearestSoFar": "xlstm_rl.envs.nearest_so_far:NearestSoFar",
+    "Cycle": "xlstm_rl.envs.cycle:Cycle",
+    "ShellGame": "xlstm_rl.envs.shell_game:ShellGame",
+    "NoisyEvidence": "xlstm_rl.envs.noisy_evidence:NoisyEvidence",
+    "KeyDoor": "xlstm_rl.envs.key_door:KeyDoor",
 }
 # The name here, gymnasium's own id.
 CONTROL = {

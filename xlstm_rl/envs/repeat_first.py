@@ -1,5 +1,6 @@
 """Hold one symbol: say at the end what was shown at the start."""
 
+from xlstm_rl.envs.chance import Chance
 from xlstm_rl.envs.parameters import whole_number
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 
@@ -36,16 +37,17 @@ class RepeatFirst(SymbolStreamEnv):
         super().__init__(
             {"symbol": self._num_symbols},
             length=length,
-            num_asked=1,
+            asked=[length - 1],
             num_answers=self._num_symbols,
             render_mode=render_mode,
         )
 
-    def _draw(self) -> Stream:
-        symbols = self.np_random.integers(self._num_symbols, size=self._length)
-        answers = symbols[:1].copy()
+    def draw(self, chance: Chance) -> Stream:
+        """New symbols, the first of them asked for at the end."""
+        symbols = chance.symbols(self._num_symbols, self.length)
+        answers = symbols[:, :1].copy()
         if not self._distractors:
-            symbols[1:] = self._num_symbols
+            symbols[:, 1:] = self._num_symbols
         return Stream((symbols,), answers)
 
 

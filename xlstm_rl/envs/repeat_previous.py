@@ -1,5 +1,6 @@
 """Shift register: say at every step the symbol of some steps ago."""
 
+from xlstm_rl.envs.chance import Chance
 from xlstm_rl.envs.parameters import whole_number
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 
@@ -33,11 +34,12 @@ class RepeatPrevious(SymbolStreamEnv):
         super().__init__(
             {"symbol": self._num_symbols},
             length=length,
-            num_asked=length - self._lag,
+            asked=range(self._lag, length),
             num_answers=self._num_symbols,
             render_mode=render_mode,
         )
 
-    def _draw(self) -> Stream:
-        symbols = self.np_random.integers(self._num_symbols, size=self._length)
-        return Stream((symbols,), symbols[: -self._lag])
+    def draw(self, chance: Chance) -> Stream:
+        """New symbols, asked for `lag` steps later."""
+        symbols = chance.symbols(self._num_symbols, self.length)
+        return Stream((symbols,), symbols[:, : -self._lag])

@@ -1,128 +1,201 @@
-"""Tasks that show a stream of symbols and pay for every right answer in its asked tail."""
+"""Tasks that show a stream of symbols and ask for answers at fixed steps."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from xlstm_rl.envs.chance import Chance, Reals, Symbols
 from xlstm_rl.envs.drawing import Picture, draw
 from xlstm_rl.envs.parameters import RENDER_MODES, known_render_mode
 from xlstm_rl.envs.task_facts import TaskFacts
 
 Observation = NDArray[np.float32]
-Symbols = NDArray[np.int64]
 
 
 class Stream(NamedTuple):
-    """One episode: what is shown and what is right.
+    """N episodes: what is shown and what is right.
 
     Attributes:
-        shown: Per field, the symbol of each step, [T]; a field of n symbols shows nothing where the entry is n.
-        answers: Right actions of the asked steps, which are the last ones, [num_asked].
+        shown: Per field, the symbol of each step, [N, T] int64, where n shows nothing in a field of n symbols; or the
+            real numbers of each step, [N, T, n].
+        answers: Right actions of the asked steps, [N, num_asked].
+        best: What an agent with perfect memory says, [N, num_asked], where it cannot always be right; None for
+            `answers`.
+        extra: Rewards that do not depend on the actions, [N, T]; None for none.
     """
 
-    shown: tuple[Symbols, ...]
+    shown: tuple[Symbols | Reals, ...]
     answers: Symbols
+    best: Symbols | None = None
+    extra: Reals | None = None
+
+
+class Episodes(NamedTuple):
+    """N episodes, ready to be played.
+
+    Attributes:
+        frames: Observations, [N, T + 1, size]; zeros after the last step.
+        answers: Right action of each step, [N, T]; -1 where none is asked.
+        best: What the oracle does, [N, T].
+        extra: Rewards that do not depend on the actions, [N, T]; None for none.
+    """
+
+    frames: Observation
+    answers: Symbols
+    best: Symbols
+    extra: Reals | None
 
 
 class SymbolStreamEnv(gym.Env[Observation, np.int64]):
-    """A fixed number of steps, each showing one-hot symbols; the last `num_asked` of them ask for an answer.
+    """A fixed number of steps, each showing one-hot symbols or numbers; some of them ask for an answer.
 
-    Observation: Box [0, 1], the one-hot code of every field, then a flag that is 1 where an answer is asked; zeros
-    after the last step.
+    Observation: Box, the one-hot code (or the numbers) of every field, then a flag that is 1 where an answer is asked;
+    zeros after the last step.
     Actions: Discrete(num_answers), ignored where no answer is asked.
     Reward: 1 / num_asked for a right answer, so the return is the hit rate and its optimum is 1.
     Memoryless return: 1 / num_answers, exactly. It rests on what every subclass promises: at an asked step the right
     answer is uniform given the observation, so each action is right with that probability.
     Uniformly random actions collect just as much.
     End: `terminated` after `length` steps; `info["is_success"]` then tells whether every answer was right.
+
+    A task with `all_or_nothing` pays 1 at the last step if every answer was right, and nothing before.
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}
 
     def __init__(
-        self, fields: Mapping[str, int], *, length: int, num_asked: int, num_answers: int, render_mode: str | None
+        self,
+        fields: Mapping[str, int],
+        *,
+        length: int,
+        asked: Sequence[int],
+        num_answers: int,
+        render_mode: str | None,
+        real_fields: Sequence[str] = (),
+        optimal_return: float = 1.0,
+        all_or_nothing: bool = False,
     ) -> None:
         """Prepare the spaces.
 
         Args:
-            fields: Name and number of symbols of each part of the observation.
+            fields: Name and size of each part of the observation: its number of symbols, or of numbers.
             length: Steps of an episode.
-            num_asked: How many of the last steps ask for an answer.
+            asked: Steps that ask for an answer, from 0, ascending.
             num_answers: Number of actions.
             render_mode: None, "ansi" or "rgb_array".
+            real_fields: Those fields that show numbers in [-1, 1] and not symbols.
+            optimal_return: Expected return of an agent with perfect memory.
+            all_or_nothing: Whether only a full set of right answers pays.
         """
         self.render_mode = known_render_mode(render_mode)
-        self.observation_space = gym.spaces.Box(0.0, 1.0, (sum(fields.values()) + 1,), np.float32)
+        low = np.concatenate([np.full(size, -1.0 * (name in real_fields)) for name, size in fields.items()] + [[0.0]])
+        self.observation_space = gym.spaces.Box(low.astype(np.float32), np.float32(1.0), dtype=np.float32)
         self.action_space = gym.spaces.Discrete(num_answers)
-        self.facts = TaskFacts(horizon=length, optimal_return=1.0, memoryless_return=1.0 / num_answers)
+        self.facts = TaskFacts(length, optimal_return, memoryless_return=1.0 / num_answers)
+        self.length = length
+        self.num_asked = len(asked)
+        self.all_or_nothing = all_or_nothing
         self._fields = dict(fields)
+        self._real_fields = frozenset(real_fields)
         self._codes = [np.eye(size + 1, size, dtype=np.float32) for size in fields.values()]
-        self._length = length
-        self._num_asked = num_asked
         self._num_answers = num_answers
-        self._first_asked = length - num_asked
+        self._asked = np.array(asked)
         self._step = length
         self._hits = 0
-        self._frames = np.zeros((length + 1, sum(fields.values()) + 1), np.float32)
+        self._frames = np.zeros((length + 1, len(low)), np.float32)
         self._answers: list[int] = []
+        self._best: list[int] = []
+        self._extra: list[float] | None = None
         self._last_action: int | None = None
 
     @abstractmethod
-    def _draw(self) -> Stream:
-        """A new episode, drawn with `self.np_random`."""
+    def draw(self, chance: Chance) -> Stream:
+        """New episodes; all their randomness comes from `chance`."""
+
+    def episodes(self, chance: Chance) -> Episodes:
+        """New episodes with their observations; changes nothing in this environment."""
+        stream = self.draw(chance)
+        count = len(stream.answers)
+        frames = np.zeros((count, self.length + 1, len(self._frames[0])), np.float32)
+        start = 0
+        for (name, size), code, shown in zip(self._fields.items(), self._codes, stream.shown, strict=True):
+            frames[:, :-1, start : start + size] = shown if name in self._real_fields else code[shown]
+            start += size
+        frames[:, self._asked, -1] = 1.0
+        answers = np.full((count, self.length), -1)
+        answers[:, self._asked] = stream.answers
+        best = np.zeros((count, self.length), np.int64)
+        best[:, self._asked] = stream.answers if stream.best is None else stream.best
+        return Episodes(frames, answers, best, stream.extra)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode; `options` are not used."""
         super().reset(seed=seed)
-        stream = self._draw()
-        self._frames[:-1, :-1] = np.hstack(
-            [code[symbols] for code, symbols in zip(self._codes, stream.shown, strict=True)]
-        )
-        self._frames[self._first_asked : -1, -1] = 1.0
-        self._answers = stream.answers.tolist()
-        self._step = 0
-        self._hits = 0
-        self._last_action = None
+        self.play(self.episodes(Chance([self.np_random])), 0)
         return self._frames[0].copy(), {}
+
+    def play(self, episodes: Episodes, row: int, *, step: int = 0, hits: int = 0, action: int | None = None) -> None:
+        """Be in the given row of `episodes` at `step`, after `hits` right answers and the last action `action`."""
+        self._frames = episodes.frames[row]
+        self._answers = episodes.answers[row].tolist()
+        self._best = episodes.best[row].tolist()
+        self._extra = None if episodes.extra is None else episodes.extra[row].tolist()
+        self._step = step
+        self._hits = hits
+        self._last_action = action
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Answer the current observation and show the next one."""
         choice = int(action)
         if not 0 <= choice < self._num_answers:
             raise ValueError(f"action must be in 0..{self._num_answers - 1}, got {action}")
-        if self._step >= self._length:
+        if self._step >= self.length:
             raise gym.error.ResetNeeded("the episode is over or was never started; call reset()")
-        asked = self._step - self._first_asked
-        hit = asked >= 0 and self._answers[asked] == choice
+        hit = self._answers[self._step] == choice
         self._hits += hit
+        ended = self._step + 1 == self.length
+        success = self._hits == self.num_asked
+        reward = float(ended and success) if self.all_or_nothing else hit / self.num_asked
+        if self._extra is not None:
+            reward += self._extra[self._step]
         self._step += 1
         self._last_action = choice
-        ended = self._step == self._length
-        info = {"is_success": self._hits == self._num_asked} if ended else {}
-        return self._frames[self._step].copy(), hit / self._num_asked, ended, False, info
+        return self._frames[self._step].copy(), reward, ended, False, {"is_success": success} if ended else {}
 
     def oracle_action(self) -> int:
-        """The right answer to the current observation; 0 where none is asked."""
-        asked = self._step - self._first_asked
-        return self._answers[asked] if 0 <= asked < self._num_asked else 0
+        """What an agent with perfect memory answers to the current observation; 0 where no answer is asked."""
+        return self._best[self._step] if self._step < self.length else 0
 
     def render(self) -> str | Picture | None:
-        """The current step as a line of text (`step 3/24: symbol 2, not asked; ...`), or the observation as cells."""
-        return draw(self.render_mode, self._describe, lambda: self._frames[self._step][None])
+        """The step as a line of text (`step 3/24: symbol 2, not asked; ...`), or the observations so far as cells.
+
+        The picture has a column for each step, and a last row that marks the present one.
+        """
+        return draw(self.render_mode, self._describe, self._brightness)
+
+    def _brightness(self) -> NDArray[np.float32]:
+        low = np.asarray(self.observation_space.low)  # type: ignore[attr-defined]
+        cells = np.zeros((len(low) + 1, self.length + 1), np.float32)
+        cells[:-1, : self._step + 1] = ((self._frames[: self._step + 1] - low) / (1.0 - low)).T
+        cells[-1, self._step] = 1.0
+        return cells
 
     def _describe(self) -> str:
         frame = self._frames[self._step]
         parts, start = [], 0
         for name, size in self._fields.items():
             code = frame[start : start + size]
-            parts.append(f"{name} {int(code.argmax()) if code.any() else '-'}")
+            if name in self._real_fields:
+                parts.append(f"{name} ({', '.join(f'{number:.2f}' for number in code)})")
+            else:
+                parts.append(f"{name} {int(code.argmax()) if code.any() else '-'}")
             start += size
         parts.append("asked" if frame[-1] else "not asked")
         last = "-" if self._last_action is None else self._last_action
-        return f"step {self._step}/{self._length}: {', '.join(parts)}; last action {last}, {self._hits} right so far\n"
+        return f"step {self._step}/{self.length}: {', '.join(parts)}; last action {last}, {self._hits} right so far\n"
