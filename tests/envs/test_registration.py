@@ -19,7 +19,7 @@ from xlstm_rl.envs import TaskFacts, register_envs, suite_ids, task_facts
 STREAMS = ["RepeatFirst", "RepeatPrevious", "Parity", "KeyValueRecall", "CueRecall", "Copy", "Overwrite"]
 STREAMS += ["NearestSoFar", "Cycle", "ShellGame", "NoisyEvidence", "KeyDoor"]
 STREAM_IDS = [f"xlstm_rl/{name}-v0" for name in STREAMS]
-OWN_IDS = ["xlstm_rl/TMaze-v0", *STREAM_IDS]
+OWN_IDS = ["xlstm_rl/TMaze-v0", "xlstm_rl/Pairs-v0", "xlstm_rl/Bandit-v0", *STREAM_IDS]
 CONTROL_IDS = [f"xlstm_rl/{name}NoVelocity-v0" for name in ("CartPole", "Pendulum", "Acrobot")]
 each_id = pytest.mark.parametrize("env_id", OWN_IDS + CONTROL_IDS)
 each_own_id = pytest.mark.parametrize("env_id", OWN_IDS)
@@ -79,8 +79,12 @@ def test_equal_seeds_give_equal_trajectories_and_others_differ(env_id: str) -> N
 @each_id
 def test_an_unseeded_reset_goes_on_with_the_random_numbers(env_id: str) -> None:
     env = gym.make(env_id)
-    first = env.reset(seed=0)[0]
-    assert any(not np.array_equal(first, env.reset()[0]) for _ in range(30))
+
+    def start(seed: int | None) -> list[Any]:
+        return [env.reset(seed=seed)[0].tolist(), env.step(env.action_space.sample() * 0)[0].tolist()]
+
+    first = start(0)
+    assert any(start(None) != first for _ in range(30))
 
 
 @each_own_id
@@ -131,6 +135,8 @@ def test_the_spec_makes_the_same_environment_again(env_id: str) -> None:
         ("xlstm_rl/ShellGame-v0", {"num_shells": 4, "num_swaps": 6}, 7, 29, 4),
         ("xlstm_rl/NoisyEvidence-v0", {"num_samples": 5, "accuracy": 0.8}, 6, 3, 2),
         ("xlstm_rl/KeyDoor-v0", {"delay": 30, "num_keys": 3, "noise": 1.0}, 32, 7, 3),
+        ("xlstm_rl/Pairs-v0", {"num_pairs": 3, "num_turns": 5}, 14, 27, 6),
+        ("xlstm_rl/Bandit-v0", {"num_pulls": 7, "better": 0.9}, 7, 3, 2),
     ],
 )
 def test_parameters_pass_through_make(

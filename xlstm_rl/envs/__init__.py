@@ -1,5 +1,6 @@
 """Partially observable tasks that need memory, registered with gymnasium as `xlstm_rl/<Name>-v0`."""
 
+from xlstm_rl.envs.bandit import Bandit
 from xlstm_rl.envs.chance import Chance
 from xlstm_rl.envs.copy_items import Copy
 from xlstm_rl.envs.cycle import Cycle
@@ -9,6 +10,7 @@ from xlstm_rl.envs.key_value_recall import KeyValueRecall
 from xlstm_rl.envs.nearest_so_far import NearestSoFar
 from xlstm_rl.envs.noisy_evidence import NoisyEvidence
 from xlstm_rl.envs.overwrite import Overwrite
+from xlstm_rl.envs.pairs import Pairs
 from xlstm_rl.envs.parity import Parity
 from xlstm_rl.envs.registration import register_envs
 from xlstm_rl.envs.repeat_first import RepeatFirst, cue_recall
@@ -21,6 +23,7 @@ from xlstm_rl.envs.t_maze import TMaze
 from xlstm_rl.envs.task_facts import TaskFacts, task_facts
 
 __all__ = [
+    "Bandit",
     "Chance",
     "Copy",
     "Cycle",
@@ -30,6 +33,7 @@ __all__ = [
     "NearestSoFar",
     "NoisyEvidence",
     "Overwrite",
+    "Pairs",
     "Parity",
     "RepeatFirst",
     "RepeatPrevious",

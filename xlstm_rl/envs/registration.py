@@ -18,6 +18,8 @@ TASKS = {
     "ShellGame": "xlstm_rl.envs.shell_game:ShellGame",
     "NoisyEvidence": "xlstm_rl.envs.noisy_evidence:NoisyEvidence",
     "KeyDoor": "xlstm_rl.envs.key_door:KeyDoor",
+    "Pairs": "xlstm_rl.envs.pairs:Pairs",
+    "Bandit": "xlstm_rl.envs.bandit:Bandit",
 }
 # The name here, gymnasium's own id.
 CONTROL = {
