@@ -19,8 +19,10 @@ from xlstm_rl.envs.resumable import Resumable
 from xlstm_rl.envs.shell_game import ShellGame
 from xlstm_rl.envs.suites import register_suites, suite_ids
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.symbol_stream_vector import SymbolStreamVectorEnv
 from xlstm_rl.envs.t_maze import TMaze
 from xlstm_rl.envs.task_facts import TaskFacts, task_facts
+from xlstm_rl.envs.vector import TaskVectorEnv
 
 __all__ = [
     "Bandit",
@@ -41,8 +43,10 @@ __all__ = [
     "ShellGame",
     "Stream",
     "SymbolStreamEnv",
+    "SymbolStreamVectorEnv",
     "TMaze",
     "TaskFacts",
+    "TaskVectorEnv",
     "cue_recall",
     "register_envs",
     "register_suites",

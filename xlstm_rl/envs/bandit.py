@@ -63,7 +63,7 @@ class Bandit(gym.Env[NDArray[np.float32], np.int64]):
         self.usual: list[bool] = []
         self.steps = self.num_pulls
         self.votes = 0
-        self._last: tuple[int, bool] | None = None
+        self.last_pull: tuple[int, bool] | None = None
 
     def draw(self, chance: Chance) -> Arms:
         """New bandits."""
@@ -79,7 +79,7 @@ class Bandit(gym.Env[NDArray[np.float32], np.int64]):
         self.usual = arms.usual[0].tolist()
         self.steps = 0
         self.votes = 0
-        self._last = None
+        self.last_pull = None
         return np.zeros(3, np.float32), {}
 
     def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
@@ -92,7 +92,7 @@ class Bandit(gym.Env[NDArray[np.float32], np.int64]):
         paid = (arm == self.better) == self.usual[self.steps]
         self.steps += 1
         self.votes += 1 if (arm == 1) == paid else -1
-        self._last = (arm, paid)
+        self.last_pull = (arm, paid)
         seen = np.zeros(3, np.float32)
         seen[arm] = 1.0
         seen[2] = paid
@@ -109,14 +109,14 @@ class Bandit(gym.Env[NDArray[np.float32], np.int64]):
         return draw(self.render_mode, self._describe, self._brightness)
 
     def _describe(self) -> str:
-        last = "no pull yet" if self._last is None else f"arm {self._last[0]} paid {int(self._last[1])}"
+        last = "no pull yet" if self.last_pull is None else f"arm {self.last_pull[0]} paid {int(self.last_pull[1])}"
         return f"pull {self.steps}/{self.num_pulls}: {last}; arm {self.better} is better\n"
 
     def _brightness(self) -> NDArray[np.float32]:
         cells = np.zeros((2, 2), np.float32)
-        if self._last is not None:
-            cells[0, self._last[0]] = 1.0
-            cells[1, self._last[0]] = float(self._last[1])
+        if self.last_pull is not None:
+            cells[0, self.last_pull[0]] = 1.0
+            cells[1, self.last_pull[0]] = float(self.last_pull[1])
         return cells
 
 

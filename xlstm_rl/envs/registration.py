@@ -4,22 +4,23 @@ import gymnasium as gym
 
 from xlstm_rl.envs.hide_velocity import HideVelocity
 
+# Where each is found in this package, for one environment and for a batch of them.
 TASKS = {
-    "TMaze": "xlstm_rl.envs.t_maze:TMaze",
-    "RepeatFirst": "xlstm_rl.envs.repeat_first:RepeatFirst",
-    "RepeatPrevious": "xlstm_rl.envs.repeat_previous:RepeatPrevious",
-    "Parity": "xlstm_rl.envs.parity:Parity",
-    "KeyValueRecall": "xlstm_rl.envs.key_value_recall:KeyValueRecall",
-    "CueRecall": "xlstm_rl.envs.repeat_first:cue_recall",
-    "Copy": "xlstm_rl.envs.copy_items:Copy",
-    "Overwrite": "xlstm_rl.envs.overwrite:Overwrite",
-    "NearestSoFar": "xlstm_rl.envs.nearest_so_far:NearestSoFar",
-    "Cycle": "xlstm_rl.envs.cycle:Cycle",
-    "ShellGame": "xlstm_rl.envs.shell_game:ShellGame",
-    "NoisyEvidence": "xlstm_rl.envs.noisy_evidence:NoisyEvidence",
-    "KeyDoor": "xlstm_rl.envs.key_door:KeyDoor",
-    "Pairs": "xlstm_rl.envs.pairs:Pairs",
-    "Bandit": "xlstm_rl.envs.bandit:Bandit",
+    "TMaze": ("t_maze:TMaze", "t_maze_vector:TMazeVectorEnv"),
+    "RepeatFirst": ("repeat_first:RepeatFirst", "vector_tasks:repeat_first_vector"),
+    "RepeatPrevious": ("repeat_previous:RepeatPrevious", "vector_tasks:repeat_previous_vector"),
+    "Parity": ("parity:Parity", "vector_tasks:parity_vector"),
+    "KeyValueRecall": ("key_value_recall:KeyValueRecall", "vector_tasks:key_value_recall_vector"),
+    "CueRecall": ("repeat_first:cue_recall", "vector_tasks:cue_recall_vector"),
+    "Copy": ("copy_items:Copy", "vector_tasks:copy_vector"),
+    "Overwrite": ("overwrite:Overwrite", "vector_tasks:overwrite_vector"),
+    "NearestSoFar": ("nearest_so_far:NearestSoFar", "vector_tasks:nearest_so_far_vector"),
+    "Cycle": ("cycle:Cycle", "vector_tasks:cycle_vector"),
+    "ShellGame": ("shell_game:ShellGame", "vector_tasks:shell_game_vector"),
+    "NoisyEvidence": ("noisy_evidence:NoisyEvidence", "vector_tasks:noisy_evidence_vector"),
+    "KeyDoor": ("key_door:KeyDoor", "vector_tasks:key_door_vector"),
+    "Pairs": ("pairs:Pairs", "pairs_vector:PairsVectorEnv"),
+    "Bandit": ("bandit:Bandit", "bandit_vector:BanditVectorEnv"),
 }
 # The name here, gymnasium's own id.
 CONTROL = {
@@ -31,10 +32,10 @@ CONTROL = {
 
 def register_envs() -> None:
     """Register every task as `xlstm_rl/<Name>-v0`; calling it again changes nothing."""
-    for name, entry_point in TASKS.items():
+    for name, (single, batch) in TASKS.items():
         env_id = f"xlstm_rl/{name}-v0"
         if env_id not in gym.registry:
-            gym.register(env_id, entry_point=entry_point)
+            gym.register(env_id, f"xlstm_rl.envs.{single}", vector_entry_point=f"xlstm_rl.envs.{batch}")
     for name, source in CONTROL.items():
         env_id = f"xlstm_rl/{name}-v0"
         if env_id not in gym.registry:

@@ -6,11 +6,13 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from xlstm_rl.envs.chance import Chance, Symbols
 from xlstm_rl.envs.drawing import Picture, draw
 from xlstm_rl.envs.parameters import RENDER_MODES, known_render_mode, whole_number
 from xlstm_rl.envs.task_facts import TaskFacts
 
 FORWARD, LEFT, RIGHT = 0, 1, 2
+NO_ARM = 0
 # Indices of the one-hot observation; the sign to turn left is SIGN_LEFT.
 SIGN_LEFT, SIGN_RIGHT, CORRIDOR, JUNCTION = 0, 1, 2, 3
 STEP_LIMIT_FACTOR = 4
@@ -45,30 +47,34 @@ class TMaze(gym.Env[NDArray[np.float32], np.int64]):
             corridor_length: Forward steps from the start to the junction, at least 1; 1000 is fine.
             render_mode: None, "ansi" or "rgb_array".
         """
-        self._corridor_length = whole_number("corridor_length", corridor_length, at_least=1)
+        self.corridor_length = whole_number("corridor_length", corridor_length, at_least=1)
         self.render_mode = known_render_mode(render_mode)
         self.observation_space = gym.spaces.Box(0.0, 1.0, (4,), np.float32)
         self.action_space = gym.spaces.Discrete(3)
-        self._step_limit = STEP_LIMIT_FACTOR * (self._corridor_length + 1)
+        self._step_limit = STEP_LIMIT_FACTOR * (self.corridor_length + 1)
         self.facts = TaskFacts(horizon=self._step_limit, optimal_return=1.0, memoryless_return=0.5)
         self._codes = np.eye(4, dtype=np.float32)
-        self._named_arm = LEFT
-        self._position = 0
+        self.named_arm = LEFT
+        self.position = 0
         self._step = 0
-        self._entered_arm: int | None = None
+        self.entered_arm = NO_ARM
         self._ended = True
+
+    def draw(self, chance: Chance) -> Symbols:
+        """Arms that new signs name, LEFT or RIGHT, [N]."""
+        return LEFT + chance.symbols(2, 1)[:, 0]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Put the agent in front of a new sign; `options` are not used."""
         super().reset(seed=seed)
-        self._named_arm = LEFT + int(self.np_random.integers(2))
-        self._position = 0
+        self.named_arm = int(self.draw(Chance([self.np_random]))[0])
+        self.position = 0
         self._step = 0
-        self._entered_arm = None
+        self.entered_arm = NO_ARM
         self._ended = False
-        return self._codes[SIGN_LEFT if self._named_arm == LEFT else SIGN_RIGHT].copy(), {}
+        return self._codes[SIGN_LEFT if self.named_arm == LEFT else SIGN_RIGHT].copy(), {}
 
     def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Walk, turn or bump."""
@@ -78,22 +84,22 @@ class TMaze(gym.Env[NDArray[np.float32], np.int64]):
         if self._ended:
             raise gym.error.ResetNeeded("the episode is over or was never started; call reset()")
         self._step += 1
-        at_junction = self._position == self._corridor_length
+        at_junction = self.position == self.corridor_length
         if at_junction and move != FORWARD:
-            self._entered_arm = move
+            self.entered_arm = move
             self._ended = True
-            success = move == self._named_arm
+            success = move == self.named_arm
             return np.zeros(4, np.float32), float(success), True, False, {"is_success": success}
         if move == FORWARD and not at_junction:
-            self._position += 1
-        cell = JUNCTION if self._position == self._corridor_length else CORRIDOR
+            self.position += 1
+        cell = JUNCTION if self.position == self.corridor_length else CORRIDOR
         self._ended = self._step == self._step_limit
         info = {"is_success": False} if self._ended else {}
         return self._codes[cell].copy(), 0.0, False, self._ended, info
 
     def oracle_action(self) -> int:
         """Forward in the corridor, then into the arm that the sign named."""
-        return FORWARD if self._position < self._corridor_length else self._named_arm
+        return FORWARD if self.position < self.corridor_length else self.named_arm
 
     def render(self) -> str | Picture | None:
         """The maze as three lines of text (`A` the agent, `$` the arm that pays) or as cells."""
@@ -107,10 +113,10 @@ class TMaze(gym.Env[NDArray[np.float32], np.int64]):
         return np.array([[levels[cell] for cell in row] for row in self._cells()], np.float32)
 
     def _cells(self) -> list[list[str]]:
-        length = self._corridor_length
+        length = self.corridor_length
         rows = [[" "] * (length + 1), ["."] * (length + 1), [" "] * (length + 1)]
         rows[0][length] = rows[2][length] = "."
-        rows[0 if self._named_arm == LEFT else 2][length] = "$"
-        row = 1 if self._entered_arm is None else 0 if self._entered_arm == LEFT else 2
-        rows[row][self._position] = "A"
+        rows[0 if self.named_arm == LEFT else 2][length] = "$"
+        row = 1 if self.entered_arm == NO_ARM else 0 if self.entered_arm == LEFT else 2
+        rows[row][self.position] = "A"
         return rows
