@@ -1,0 +1,86 @@
+"""Speed of the tasks: one environment, gymnasium's batch of such, and the batch of our own.
+
+    python -m benchmarks.env_speed                     # all tasks, about a minute
+    python -m benchmarks.env_speed --num-envs 16 --seconds 2
+
+Thousands of environment steps per second of CPU time, resets included, with random actions; the best of three turns.
+The batch of gymnasium is `SyncVectorEnv`; both batches reset at the step after the end of an episode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import gymnasium as gym
+
+import xlstm_rl.envs  # noqa: F401  (registers the tasks)
+
+TURNS = 3
+
+
+def steps_per_second(play: Callable[[int], None], steps_per_call: int, seconds: float) -> float:
+    """Best rate of `play(calls)` over the turns, each of which takes about `seconds`."""
+    calls = 100
+    elapsed = 0.0
+    while elapsed < seconds / 10:
+        calls *= 2
+        start = time.process_time()
+        play(calls)
+        elapsed = time.process_time() - start
+    calls = round(calls * seconds / elapsed)
+    rates = []
+    for _ in range(TURNS):
+        start = time.process_time()
+        play(calls)
+        rates.append(calls * steps_per_call / (time.process_time() - start))
+    return max(rates)
+
+
+def single_speed(env_id: str, seconds: float) -> float:
+    env = gym.make(env_id).unwrapped
+    env.action_space.seed(0)
+    env.reset(seed=0)
+    actions = [env.action_space.sample() for _ in range(997)]
+
+    def play(calls: int) -> None:
+        for call in range(calls):
+            _, _, terminated, truncated, _ = env.step(actions[call % 997])
+            if terminated or truncated:
+                env.reset()
+
+    return steps_per_second(play, 1, seconds)
+
+
+def batch_speed(env_id: str, mode: str, num_envs: int, seconds: float) -> float:
+    envs = gym.make_vec(env_id, num_envs, mode)
+    envs.reset(seed=0)
+    envs.action_space.seed(0)
+    actions = [envs.action_space.sample() for _ in range(97)]
+
+    def play(calls: int) -> None:
+        for call in range(calls):
+            envs.step(actions[call % 97])
+
+    return steps_per_second(play, num_envs, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-envs", type=int, default=64, help="environments of a batch (64)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="CPU seconds of a turn (0.3)")
+    options = parser.parse_args()
+    print(f"thousands of steps per CPU second; batches of {options.num_envs}\n")
+    print("| task | single | gymnasium's batch | own batch |\n|---|---|---|---|")
+    for env_id in sorted(key for key in gym.registry if key.startswith("xlstm_rl/")):
+        single = single_speed(env_id, options.seconds)
+        sync = batch_speed(env_id, "sync", options.num_envs, options.seconds)
+        has_own = gym.spec(env_id).vector_entry_point is not None
+        own = batch_speed(env_id, "vector_entry_point", options.num_envs, options.seconds) if has_own else None
+        cells = (f"{rate / 1e3:,.0f}" if rate is not None else "-" for rate in (single, sync, own))
+        print(f"| {env_id.split('/')[1].removesuffix('-v0')} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
