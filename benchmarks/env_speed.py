@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import gymnasium as gym
 
-import xlstm_rl.envs  # noqa: F401  (registers the tasks)
+from xlstm_rl.envs.registration import CONTROL, TASKS
 
 TURNS = 3
 
@@ -73,13 +73,14 @@ def main() -> None:
     options = parser.parse_args()
     print(f"thousands of steps per CPU second; batches of {options.num_envs}\n")
     print("| task | single | gymnasium's batch | own batch |\n|---|---|---|---|")
-    for env_id in sorted(key for key in gym.registry if key.startswith("xlstm_rl/")):
+    for name in sorted((*TASKS, *CONTROL)):
+        env_id = f"xlstm_rl/{name}-v0"
         single = single_speed(env_id, options.seconds)
         sync = batch_speed(env_id, "sync", options.num_envs, options.seconds)
         has_own = gym.spec(env_id).vector_entry_point is not None
         own = batch_speed(env_id, "vector_entry_point", options.num_envs, options.seconds) if has_own else None
         cells = (f"{rate / 1e3:,.0f}" if rate is not None else "-" for rate in (single, sync, own))
-        print(f"| {env_id.split('/')[1].removesuffix('-v0')} | {' | '.join(cells)} |", flush=True)
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ def test_memories_of_the_docs_have_equal_size() -> None:
     cores = run_blocks("docs/choosing_a_memory.md")
     sizes = [sum(part.numel() for part in cores[name].parameters()) for name in ("lstm", "ssm")]
     assert max(sizes) < 1.1 * min(sizes)
+
+
 def test_tasks_of_the_docs_run() -> None:
     assert run_blocks("docs/tasks.md")["batch"].num_envs == 32
 

@@ -113,13 +113,17 @@ def _make_one(config: EnvConfig, ignore_interrupts: bool) -> gymnasium.Env[Any, 
 
 
 def _make_vector(config: EnvConfig, n_envs: int, seed: int) -> VecEnv:
-    native = gymnasium.spec(config.id).vector_entry_point is not None
-    make = partial(gymnasium.make_vec, config.id, n_envs, "vector_entry_point" if native else "sync", **config.kwargs)
-    try:
-        # no step is spent on resets
-        vector_env = make(vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
-    except TypeError:
-        vector_env = make()
+    # In this mode no step is spent on resets.
+    at_once = AutoresetMode.SAME_STEP
+    if gymnasium.spec(config.id).vector_entry_point is None:
+        vector_env = gymnasium.make_vec(config.id, n_envs, "sync", {"autoreset_mode": at_once}, **config.kwargs)
+    else:
+        make = partial(gymnasium.make_vec, config.id, n_envs, "vector_entry_point", **config.kwargs)
+        try:
+            vector_env = make(autoreset_mode=at_once)
+        # not all have the choice
+        except TypeError:
+            vector_env = make()
     env: VecEnv = GymnasiumVecEnv(vector_env)
     if config.memory_inputs:
         env = VecMemoryInputs(env, config.memory_inputs)

@@ -9,8 +9,9 @@ import pytest
 from gymnasium import spaces
 
 from xlstm_rl.envs import Resumable, resumable
+from xlstm_rl.envs.registration import CONTROL, TASKS
 
-ENVS = sorted(env_id for env_id in gym.registry if env_id.startswith("xlstm_rl/"))
+ENVS = [f"xlstm_rl/{name}-v0" for name in (*TASKS, *CONTROL)]
 ENVS += ["FrozenLake-v1", "MountainCar-v0"]
 
 

@@ -9,8 +9,9 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from xlstm_rl.envs import Parity, SymbolStreamVectorEnv, TaskVectorEnv, task_facts
+from xlstm_rl.envs.registration import TASKS
 
-IDS = sorted(key for key in gym.registry if key.startswith("xlstm_rl/") and "NoVelocity" not in key)
+IDS = [f"xlstm_rl/{name}-v0" for name in TASKS]
 # Small tasks, whose episodes end often.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "TMaze": {"corridor_length": 2},

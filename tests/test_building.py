@@ -1,0 +1,38 @@
+"""From a configuration to environments."""
+
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from xlstm_rl.agents import GymnasiumVecEnv
+from xlstm_rl.building import make_env
+from xlstm_rl.configs import load
+from xlstm_rl.envs import TaskVectorEnv
+
+
+@pytest.mark.parametrize(
+    ("env_id", "kind", "mode"),
+    [
+        ("xlstm_rl/Parity-v0", TaskVectorEnv, AutoresetMode.SAME_STEP),
+        ("xlstm_rl/CartPoleNoVelocity-v0", SyncVectorEnv, AutoresetMode.SAME_STEP),
+        ("CartPole-v1", object, AutoresetMode.NEXT_STEP),
+    ],
+)
+def test_vector_takes_the_own_vectorised_form_and_resets_at_once_where_it_can(
+    env_id: str, kind: type, mode: AutoresetMode
+) -> None:
+    env = make_env(load(env_id, ["env.vec=vector"]), 4, seed=0)
+    assert isinstance(env, GymnasiumVecEnv)
+    assert isinstance(env.env, kind) and env.env.metadata["autoreset_mode"] is mode
+    assert np.asarray(env.reset()).shape[0] == 4
+
+
+def test_vector_and_dummy_show_the_same_episodes() -> None:
+    settings = ["env.kwargs.length=5", "env.vec=vector"]
+    envs = [make_env(load("xlstm_rl/Parity-v0", settings[:count]), 3, seed=7) for count in (2, 1)]
+    ours, theirs = (np.asarray(env.reset()) for env in envs)
+    np.testing.assert_array_equal(ours, theirs)
+    for _ in range(12):
+        results = [env.step(np.array([0, 1, 1])) for env in envs]
+        for part in range(3):
+            np.testing.assert_allclose(np.asarray(results[0][part]), np.asarray(results[1][part]), rtol=1e-6)
