@@ -18,10 +18,10 @@ LINKS = ("kernels", "agents", "envs", "configs")
 # Each may import those before it.
 ORDER = (
     *("_version", "kernels", "memory", "agents", "configs", "report"),
-    *("run_folder", "building", "callbacks", "interruption", "training", "cli"),
+    *("run_folder", "building", "callbacks", "interruption", "training", "bench", "cli"),
 )
 # Meet environments only to register them, to wrap them or to read their facts; agents meet them through gymnasium.
-READ_ENVS = {"__init__", "building", "training", "cli"}
+READ_ENVS = {"__init__", "building", "training", "bench", "cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -33,6 +33,27 @@ class StopOnRequest(BaseCallback):
         return not self._requested()
 
 
+class StopAfterEvaluation(BaseCallback):
+    """Ends training after an evaluation with which `stop_when` is content.
+
+    Args:
+        returns: where evaluations are written.
+        stop_when: called with the rows of all evaluations so far, again after each.
+    """
+
+    def __init__(self, returns: Returns, stop_when: Callable[[Sequence[Row]], bool]) -> None:
+        super().__init__()
+        self._returns, self._stop_when = returns, stop_when
+        self._seen = 0
+
+    def _on_step(self) -> bool:
+        # training rows come too, but only evaluations can change the answer
+        if len(self._returns.rows) == self._seen:
+            return True
+        self._seen = len(self._returns.rows)
+        return not self._stop_when(self._returns.of("eval"))
+
+
 class EpisodeRecorder(BaseCallback):
     """Writes a row per rollout with its episodes and keeps the live view up to date.
 

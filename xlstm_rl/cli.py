@@ -1,4 +1,4 @@
-"""The command `xlstm-rl`: train, evaluate, list."""
+"""The command `xlstm-rl`: train, evaluate, bench, list."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xlstm_rl._version import __version__
+from xlstm_rl.bench.commands import add_parser as add_bench_parser
 from xlstm_rl.configs import ConfigError, load, preset_names
 from xlstm_rl.run_folder import default_run_path
 
@@ -64,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
     evaluate.set_defaults(run=_evaluate)
 
-    listing = commands.add_parser("list", help="presets, environments, memories", description="What there is.")
+    add_bench_parser(commands)
+
+    listing = commands.add_parser(
+        "list", help="presets, environments, memories, benchmarks", description="What there is."
+    )
     listing.set_defaults(run=_list)
     return parser
 
@@ -111,6 +116,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     import gymnasium
 
+    from xlstm_rl.bench.spec import load_spec, spec_names
     from xlstm_rl.envs import suite_ids, task_facts
     from xlstm_rl.memory import memory_names
 
@@ -128,6 +134,12 @@ def _list(options: argparse.Namespace) -> int:
         env.close()
         envs.add_row(env_id, *(("-",) * 3 if facts is None else (f"{value:.4g}" for value in facts)))
     console.print(presets, envs, sep="\n")
+    benchmarks = _table("benchmarks", "name", "tasks", "agents", "runs", "description")
+    for name in spec_names():
+        spec = load_spec(name)
+        runs = len(spec.tasks) * len(spec.agents) * len(spec.seeds)
+        benchmarks.add_row(name, str(len(spec.tasks)), ", ".join(spec.agents), str(runs), spec.description or "")
+    console.print(benchmarks)
     console.print(f"memories: {', '.join(memory_names())}", highlight=False)
     console.print(f"of other packages: {', '.join(suite_ids())}", highlight=False)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,13 @@ from xlstm_rl.building import (
     normalized_like,
     read_facts,
 )
-from xlstm_rl.callbacks import EpisodeRecorder, PeriodicCheckpoint, PeriodicEvaluation, StopOnRequest
+from xlstm_rl.callbacks import (
+    EpisodeRecorder,
+    PeriodicCheckpoint,
+    PeriodicEvaluation,
+    StopAfterEvaluation,
+    StopOnRequest,
+)
 from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.envs import TaskFacts
 from xlstm_rl.interruption import Interruption
@@ -39,7 +45,10 @@ from xlstm_rl.report import LiveView, Returns, Row, Score, read_returns, score_t
 from xlstm_rl.report.curve import plot_curve
 from xlstm_rl.run_folder import RunFolder
 
+StopWhen = Callable[[Sequence[Row]], bool]
+
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+TRAINED, EMPTIED = "trained agent", "same agent, memory emptied every step"
 # Distances from the training seed, so that evaluation meets other episodes than training did.
 INTERIM_SEED = 100_000
 FINAL_SEED = 200_000
@@ -67,7 +76,14 @@ class RunResult(NamedTuple):
     interrupted_by: signal.Signals | None
 
 
-def train(config: TrainConfig, run_dir: Path, *, numbered: bool = False, console: Console | None = None) -> RunResult:
+def train(
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    numbered: bool = False,
+    stop_when: StopWhen | None = None,
+    console: Console | None = None,
+) -> RunResult:
     """Train, save and evaluate an agent.
 
     SIGINT (Ctrl-C) and SIGTERM end training at the next step; the model and a checkpoint are saved and the result says
@@ -77,6 +93,8 @@ def train(config: TrainConfig, run_dir: Path, *, numbered: bool = False, console
         config: the run.
         run_dir: where it is written; must not exist or be empty.
         numbered: if `run_dir` is taken, write to the first free one of `run_dir`-2, `run_dir`-3 and so on.
+        stop_when: called with the rows of all evaluations so far after each of them; true ends training there, as
+            finished. None trains for `total_steps`.
         console: shows progress and the closing table; None shows nothing.
 
     Raises:
@@ -90,10 +108,16 @@ def train(config: TrainConfig, run_dir: Path, *, numbered: bool = False, console
         model = make_model(config, normalized(env, config))
         folder = RunFolder.create(run_dir, config, numbered=numbered)
         _say(console, f"run folder {folder.path}")
-        return _run(model, config, folder, Returns(folder.returns), {}, console)
+        return _run(model, config, folder, Returns(folder.returns), {}, stop_when, console)
 
 
-def resume(run_dir: Path, overrides: Sequence[str] = (), *, console: Console | None = None) -> RunResult:
+def resume(
+    run_dir: Path,
+    overrides: Sequence[str] = (),
+    *,
+    stop_when: StopWhen | None = None,
+    console: Console | None = None,
+) -> RunResult:
     """Go on with an interrupted run from its last usable checkpoint, or from the start if it has none.
 
     Rows and events after the checkpoint are removed and made again; on the CPU, with environments that `Resumable`
@@ -102,6 +126,7 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, console: Console | N
     Args:
         run_dir: as `train` made it; not in use by a run.
         overrides: "total_steps=N", to go on for longer.
+        stop_when: as for `train`.
         console: shows progress, damaged checkpoints and the closing table; None shows nothing.
 
     Raises:
@@ -123,13 +148,13 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, console: Console | N
             folder.write_config(config)
         if resumed is None:
             _say(console, f"{folder.path} has no checkpoint yet; it starts anew")
-            return _run(make_model(config, env), config, folder, Returns(folder.returns), {}, console)
+            return _run(make_model(config, env), config, folder, Returns(folder.returns), {}, stop_when, console)
         _say(console, f"{folder.path} goes on after {resumed.model.num_timesteps:,} steps")
         if resumed.restarted is not None:
             _say(console, f"all environments start new episodes: {resumed.restarted}")
         notes = resumed.notes
         returns = Returns(folder.returns, read_returns(folder.returns, notes["rows"]), notes["seconds"])
-        return _run(resumed.model, config, folder, returns, notes["log"], console)
+        return _run(resumed.model, config, folder, returns, notes["log"], stop_when, console)
 
 
 def evaluate_run(
@@ -182,8 +207,8 @@ def final_scores(
     with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
         random_actions = evaluate_random(env, n_episodes, seed=seed)
     scores = [
-        _score("trained agent", run(), config),
-        _score("same agent, memory emptied every step", run(empty_state_every_step=True), config),
+        _score(TRAINED, run(), config),
+        _score(EMPTIED, run(empty_state_every_step=True), config),
         _score("random actions", random_actions, config),
     ]
     if facts is not None:
@@ -219,13 +244,14 @@ def _run(
     folder: RunFolder,
     returns: Returns,
     log: Mapping[str, Sequence[Any]],
+    stop_when: StopWhen | None,
     console: Console,
 ) -> RunResult:
     """Learn what is left to learn, save, evaluate and report."""
     facts = read_facts(config.env)
     model.set_logger(_make_logger(folder, model.num_timesteps, log))
     try:
-        interruption = _learn(model, config, folder, returns, console)
+        interruption = _learn(model, config, folder, returns, stop_when, console)
     except (FloatingPointError, WorkerError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
             raise
@@ -246,7 +272,12 @@ def _run(
 
 
 def _learn(
-    model: RecurrentPPO, config: TrainConfig, folder: RunFolder, returns: Returns, console: Console
+    model: RecurrentPPO,
+    config: TrainConfig,
+    folder: RunFolder,
+    returns: Returns,
+    stop_when: StopWhen | None,
+    console: Console,
 ) -> Interruption:
     def save(model: RecurrentPPO) -> None:
         for output in model.logger.output_formats:
@@ -262,6 +293,7 @@ def _learn(
         save_best = partial(folder.save, path=folder.best)
         callbacks = [
             StopOnRequest(lambda: interruption.signal is not None),
+            *([] if stop_when is None else [StopAfterEvaluation(returns, stop_when)]),
             EpisodeRecorder(returns, view, config.eval.success_return),
             PeriodicEvaluation(config.eval.every_steps, interim, returns, view, save_best),
             # last: what is written must be all that the others did

@@ -18,6 +18,7 @@ from xlstm_rl.envs.repeat_previous import RepeatPrevious
 from xlstm_rl.envs.resumable import Resumable
 from xlstm_rl.envs.shell_game import ShellGame
 from xlstm_rl.envs.suites import register_suites, suite_ids
+from xlstm_rl.envs.suite import ABILITIES, SuiteTask, longer, suite_task
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 from xlstm_rl.envs.symbol_stream_vector import SymbolStreamVectorEnv
 from xlstm_rl.envs.t_maze import TMaze
@@ -29,6 +30,7 @@ __all__ = [
     "Chance",
     "Copy",
     "Cycle",
+    "ABILITIES",
     "HideVelocity",
     "KeyDoor",
     "KeyValueRecall",
@@ -42,15 +44,18 @@ __all__ = [
     "Resumable",
     "ShellGame",
     "Stream",
+    "SuiteTask",
     "SymbolStreamEnv",
     "SymbolStreamVectorEnv",
     "TMaze",
     "TaskFacts",
     "TaskVectorEnv",
     "cue_recall",
+    "longer",
     "register_envs",
     "register_suites",
     "suite_ids",
+    "suite_task",
     "task_facts",
 ]
 

@@ -67,7 +67,10 @@ class HideVelocity(
 
     @property
     def facts(self) -> TaskFacts | None:
-        """What is known about the task; None where it was never measured, e.g. under another step limit.
+        """What is known about the task; None where it was never measured, e.g. under most other step limits.
+
+        CartPole pays 1 per step, so its optimum is any step limit, and a pole that falls after 50 steps does so under
+        any longer limit too.
 
         Estimates all, but for CartPole's optimum of 500, the step limit. The optima of Pendulum (-150) and Acrobot
         (-70) are what the best agents of RL Baselines3 Zoo reach with velocities in sight. The memoryless returns are
@@ -75,10 +78,13 @@ class HideVelocity(
         2000 episodes: CartPole 50, Pendulum -1035, Acrobot -100. A search bounds the true ceiling from below only; the
         runs on CartPole and Pendulum agreed, those on Acrobot were still improving slowly.
         """
-        spec = self.env.spec
-        if self._known_facts is None or spec is None or spec.max_episode_steps != self._known_facts.horizon:
+        spec, known = self.env.spec, self._known_facts
+        limit = None if spec is None else spec.max_episode_steps
+        if known is None or limit is None:
             return None
-        return self._known_facts
+        if known.optimal_return == known.horizon and limit > known.horizon:
+            return TaskFacts(limit, float(limit), known.memoryless_return)
+        return known if limit == known.horizon else None
 
     def observation(self, observation: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
         """The entries that are not hidden, as a new array."""

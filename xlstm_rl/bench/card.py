@@ -1,0 +1,219 @@
+"""The report card of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xlstm_rl.bench.checks import Check, check
+from xlstm_rl.bench.documents import Code, Picture, Section, Table
+from xlstm_rl.bench.records import Record
+from xlstm_rl.bench.results import Results
+from xlstm_rl.bench.statistics import (
+    Estimate,
+    estimate,
+    interquartile_mean,
+    probability_of_improvement,
+    wilson_interval,
+)
+
+FAILURE_LINES = 12
+
+
+def card_sections(results: Results, figures: Path) -> list[Section]:
+    """The card, to be written as Markdown or HTML.
+
+    Args:
+        results: with one record at least.
+        figures: the folder that `draw_all` filled.
+    """
+    checks = check(results)
+    return [
+        Section("Overall", [_state_of(results, checks), _overall(results)]),
+        Section("Tasks", [_legend(results), _tasks(results)]),
+        Section(
+            "Abilities",
+            [
+                "Interquartile mean of the score over the runs of all tasks of an ability, with its 95 % interval.",
+                _abilities(results),
+                Picture(figures / "abilities.png", "Score by ability"),
+            ],
+        ),
+        Section("Is this card worth anything?", [_checks(checks), *_notes(checks)]),
+        Section(
+            "Figures",
+            [
+                Picture(figures / "curves.png", "Score of evaluations during training"),
+                Picture(figures / "lengths.png", "Score in episodes longer than those of training"),
+                Picture(figures / "profiles.png", "Share of runs above a score"),
+            ],
+        ),
+        *_failures(results),
+        Section("How it was made", _making(results)),
+    ]
+
+
+def spell(value: Estimate | None, digits: int = 2) -> str:
+    """A figure with its interval, such as "0.93 [0.90, 0.97]"."""
+    if value is None:
+        return "-"
+    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def common_scores(
+    results: Results, agent: str, other_results: Results, other: str, tasks: Sequence[str]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Final scores of two agents on the tasks and seeds that both have, paired."""
+    before, after = [], []
+    for task in tasks:
+        one = {record.seed: record.greedy.score for record in results.of(task, agent)}
+        two = {record.seed: record.greedy.score for record in other_results.of(task, other)}
+        seeds = sorted(one.keys() & two.keys())
+        if seeds:
+            before.append(np.array([one[seed] for seed in seeds]))
+            after.append(np.array([two[seed] for seed in seeds]))
+    return before, after
+
+
+def _state_of(results: Results, checks: Sequence[Check]) -> str:
+    planned = len(results.records) + len(results.failures) + len(results.missing)
+    broken, unknown = (sum(item.answer == word for item in checks) for word in ("no", "not known"))
+    verdict = f"{len(checks) - broken - unknown} of the {len(checks)} checks below hold"
+    if broken or unknown:
+        verdict += f", {broken} do not and {unknown} cannot be told"
+    return (
+        f"{len(results.records)} of {planned} runs: {len(results.tasks)} tasks, {len(results.agents)} agents, "
+        f"{len(results.seeds)} seeds; {verdict}. A score of 0 is the best policy without memory, 1 the optimum; "
+        "figures are interquartile means of the final weights, played greedily, with bootstrap 95 % intervals."
+    )
+
+
+def _overall(results: Results) -> Table:
+    first = results.agents[0]
+    columns = ["agent", "score", "solved runs", f"{first} is better", "sampled actions", "CPU min", "tuning runs"]
+    rows = []
+    for agent in results.agents:
+        records = [record for record in results.records if record.agent == agent]
+        if not records:
+            rows.append([agent, *["-"] * (len(columns) - 1)])
+            continue
+        solved = sum(record.greedy.score >= results.solved_score for record in records)
+        low, high = wilson_interval(solved, len(records))
+        pair = common_scores(results, agent, results, first, results.tasks)
+        better = None if agent == first or not pair[0] else probability_of_improvement(*pair)
+        rows.append(
+            [
+                agent,
+                spell(estimate(results.scores(agent))),
+                f"{solved} of {len(records)} [{low:.2f}, {high:.2f}]",
+                spell(better),
+                f"{interquartile_mean(np.array([record.sampled.score for record in records])):.2f}",
+                f"{sum(record.cpu_minutes for record in records):.1f}",
+                str(max(record.tuning_runs for record in records)),
+            ]
+        )
+    return Table(columns, rows)
+
+
+def _legend(results: Results) -> str:
+    stop = (
+        "" if results.stop_score is None else f" Training ended early once evaluations stayed at {results.stop_score}."
+    )
+    return (
+        f"Solved: runs with a score of {results.solved_score} or more. Steps: median over the runs that got there of "
+        f"the first evaluation that reached {results.solved_score}. Worst: lowest of the last five evaluations of "
+        "training, interquartile mean over seeds. 4x, 16x: episodes so many times longer than in training, the memory "
+        f"carried all along. Emptied: the memory emptied at every step.{stop}"
+    )
+
+
+def _tasks(results: Results) -> Table:
+    columns = [
+        *("ability", "task", "agent", "memory", "score", "solved", "steps", "worst", "4x", "16x", "emptied"),
+        *("parameters", "state bytes", "CPU min"),
+    ]
+    rows = []
+    for ability, tasks in results.abilities().items():
+        for task in tasks:
+            rows.append(_oracle_row(ability, task, [r for r in results.records if r.task == task], len(columns)))
+            for agent in results.agents:
+                group = results.of(task, agent)
+                if group:
+                    rows.append([ability, task, agent, *_task_row(group, results.solved_score)])
+    return Table(columns, rows, text_columns=4)
+
+
+def _oracle_row(ability: str, task: str, records: Sequence[Record], width: int) -> list[str]:
+    scores = [record.oracle.score for record in records if record.oracle is not None]
+    row = [ability, task, "oracle", "", f"{np.mean(scores):.2f}" if scores else "none scripted"]
+    return row + ["-"] * (width - len(row))
+
+
+def _task_row(group: Sequence[Record], solved_score: float) -> list[str]:
+    solved = sum(record.greedy.score >= solved_score for record in group)
+    steps = [step for record in group if (step := record.steps_to(solved_score)) is not None]
+    return [
+        group[0].memory,
+        spell(estimate([np.array([record.greedy.score for record in group])])),
+        f"{solved} of {len(group)}",
+        f"{np.median(steps):,.0f} ({len(steps)})" if steps else "-",
+        _middle(record.worst_of_last_five for record in group),
+        *(
+            _middle(record.longer[key].score if key in record.longer else None for record in group)
+            for key in ("4", "16")
+        ),
+        _middle(record.emptied.score for record in group),
+        f"{group[0].parameters:,}",
+        f"{group[0].state.bytes_last:,}",
+        f"{np.mean([record.cpu_minutes for record in group]):.1f}",
+    ]
+
+
+def _middle(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{interquartile_mean(np.array(known)):.2f}" if known else "-"
+
+
+def _abilities(results: Results) -> Table:
+    rows = []
+    for ability, tasks in results.abilities().items():
+        groups = [results.scores(agent, tasks) for agent in results.agents]
+        rows.append([ability, ", ".join(tasks), *(spell(estimate(scores) if scores else None) for scores in groups)])
+    return Table(["ability", "tasks", *results.agents], rows, text_columns=2)
+
+
+def _checks(checks: Sequence[Check]) -> Table:
+    return Table(["what must hold", "holds"], [[item.question, item.answer] for item in checks], text_columns=2)
+
+
+def _notes(checks: Sequence[Check]) -> list[str]:
+    return [
+        f"{item.question}: " + "; ".join([*item.problems, *item.unknown]) + "."
+        for item in checks
+        if item.problems or item.unknown
+    ]
+
+
+def _failures(results: Results) -> list[Section]:
+    if not results.failures:
+        return []
+    parts: list[str | Table | Picture | Code] = []
+    for name, reason in results.failures.items():
+        parts += [name, Code("\n".join(reason.splitlines()[-FAILURE_LINES:]))]
+    return [Section("Runs that failed", parts)]
+
+
+def _making(results: Results) -> list[str | Table | Picture | Code]:
+    example = results.records[0]
+    episodes = f"{example.greedy.episodes} episodes for the score"
+    long = next((figure.episodes for record in results.records for figure in record.longer.values()), None)
+    versions = {tuple(sorted((k, str(v)) for k, v in record.versions.items())) for record in results.records}
+    said = "; or ".join(", ".join(f"{key} {value}" for key, value in version) for version in sorted(versions))
+    return [
+        f"Seeds {', '.join(map(str, results.seeds))}; {episodes}"
+        + (f", {long} at each other length." if long else "."),
+        *(f"{agent} has as many memory parameters as {other}." for agent, other in results.parameters_of.items()),
+        f"Made with {said}.",
+    ]

@@ -1,0 +1,141 @@
+"""The figures of a report card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xlstm_rl.bench.records import Record
+from xlstm_rl.bench.results import Results
+from xlstm_rl.bench.statistics import estimate, performance_profile
+
+COLUMNS = 4
+Array = NDArray[np.float64]
+
+
+def draw_all(results: Results, folder: Path) -> None:
+    """Write curves.png, abilities.png, lengths.png and profiles.png to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _panels(results, results.tasks, _draw_curves, folder / "curves.png", ("environment steps", "score"))
+    with_lengths = [task for task in results.tasks if any(r.longer for r in results.records if r.task == task)]
+    _panels(results, with_lengths, _draw_lengths, folder / "lengths.png", ("times the training length", "score"))
+    _draw_abilities(results, folder / "abilities.png")
+    _draw_profiles(results, folder / "profiles.png")
+
+
+def _figure(width: float, height: float) -> Any:
+    # Loaded here because only cards need it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, format="png", dpi=110)
+
+
+def _panels(
+    results: Results,
+    tasks: Sequence[str],
+    draw: Callable[[Any, Sequence[Record], str, str], None],
+    path: Path,
+    labels: tuple[str, str],
+) -> None:
+    """A panel per task, in which `draw` adds each agent."""
+    columns = min(COLUMNS, max(len(tasks), 1))
+    rows = max(-(-len(tasks) // columns), 1)
+    figure = _figure(3.4 * columns, 2.7 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel, task in zip(panels, tasks, strict=False):
+        for index, agent in enumerate(results.agents):
+            group = results.of(task, agent)
+            if group:
+                draw(panel, group, agent, f"C{index}")
+        for height, style in ((0.0, ":"), (1.0, "--")):
+            panel.axhline(height, color="0.4", linestyle=style, linewidth=1)
+        panel.set_title(task, fontsize="medium")
+        panel.set_xlabel(labels[0])
+        panel.grid(alpha=0.3)
+    for panel in panels[len(tasks) :]:
+        panel.set_visible(False)
+    if tasks:
+        panels[0].set_ylabel(labels[1])
+        panels[0].legend(fontsize="x-small")
+    else:
+        figure.suptitle("no task has such figures", fontsize="medium")
+    _save(figure, path)
+
+
+def _draw_curves(panel: Any, group: Sequence[Record], agent: str, colour: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    curves = [np.array(record.curve_scores) for record in group if record.curve]
+    if not curves:
+        return
+    steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    # until its first evaluation a run has no score, after its last one it keeps the score it has
+    held = np.stack([np.interp(steps, curve[:, 0], curve[:, 1]) for curve in curves], axis=1)  # [steps, seeds]
+    band = np.array([estimate([scores]) for scores in held])
+    panel.plot(steps, band[:, 0], color=colour, label=agent, linewidth=1.5)
+    panel.fill_between(steps, band[:, 1], band[:, 2], color=colour, alpha=0.2, linewidth=0)
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _draw_lengths(panel: Any, group: Sequence[Record], agent: str, colour: str) -> None:
+    lengths = sorted({int(key) for record in group for key in record.longer})
+    scores = [np.array([record.greedy.score for record in group])]
+    scores += [np.array([r.longer[str(key)].score for r in group if str(key) in r.longer]) for key in lengths]
+    band = np.array([estimate([values]) for values in scores])
+    ticks = [1, *lengths]
+    panel.plot(ticks, band[:, 0], color=colour, label=agent, marker="o", markersize=3, linewidth=1.5)
+    panel.fill_between(ticks, band[:, 1], band[:, 2], color=colour, alpha=0.2, linewidth=0)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(ticks, [str(tick) for tick in ticks])
+
+
+def _draw_abilities(results: Results, path: Path) -> None:
+    abilities = results.abilities()
+    figure = _figure(max(1.6 * len(abilities) + 2, 5), 3.4)
+    panel = figure.subplots()
+    width = 0.8 / len(results.agents)
+    for index, agent in enumerate(results.agents):
+        places, bars = [], []
+        for place, tasks in enumerate(abilities.values()):
+            scores = results.scores(agent, tasks)
+            if scores:
+                places.append(place + (index - (len(results.agents) - 1) / 2) * width)
+                bars.append(estimate(scores))
+        values = np.array(bars).reshape(-1, 3)
+        # rounding can put the value a hair outside its interval
+        errors = np.maximum([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]], 0)
+        panel.bar(places, values[:, 0], width, yerr=errors, label=agent, color=f"C{index}", error_kw={"linewidth": 1})
+    panel.axhline(1.0, color="0.4", linestyle="--", linewidth=1)
+    panel.set_xticks(range(len(abilities)), list(abilities), fontsize="small")
+    panel.set_ylabel("score")
+    panel.legend(fontsize="x-small")
+    panel.grid(alpha=0.3, axis="y")
+    _save(figure, path)
+
+
+def _draw_profiles(results: Results, path: Path) -> None:
+    figure = _figure(5.2, 3.4)
+    panel = figure.subplots()
+    thresholds: Array = np.linspace(-0.1, 1.05, 93)
+    for index, agent in enumerate(results.agents):
+        scores = results.scores(agent)
+        if scores:
+            share, low, high = performance_profile(scores, thresholds)
+            panel.plot(thresholds, share, color=f"C{index}", label=agent, linewidth=1.5)
+            panel.fill_between(thresholds, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
+    panel.set_xlabel("score")
+    panel.set_ylabel("share of runs above it")
+    panel.legend(fontsize="x-small")
+    panel.grid(alpha=0.3)
+    _save(figure, path)

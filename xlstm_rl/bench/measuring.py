@@ -1,0 +1,167 @@
+"""Measuring a finished run: final weights greedy and sampled, the oracle, longer episodes, the memory's state."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.agents.evaluation import EvaluationResult, evaluate
+from xlstm_rl.bench.plan import PlannedRun, score
+from xlstm_rl.bench.records import Figure, Record, StateHealth
+from xlstm_rl.bench.spec import BenchSpec
+from xlstm_rl.building import make_env, normalized_as_saved, normalized_like, read_facts
+from xlstm_rl.configs import TrainConfig
+from xlstm_rl.envs import TaskFacts, longer
+from xlstm_rl.report import Score
+from xlstm_rl.run_folder import RunFolder
+from xlstm_rl.training import EMPTIED, FINAL_SEED, TRAINED, RunResult
+
+# Times the training length.
+LENGTHS = (4, 16)
+
+
+class WatchedModel:
+    """A model whose memory state is watched while it plays.
+
+    Args:
+        model: with Stable-Baselines3's `predict`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._sizes: list[int] = []
+        self._largest, self._finite = 0.0, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+        action_masks: Any = None,
+    ) -> tuple[np.ndarray, Any]:
+        """`predict` of the model."""
+        actions, state = self._model.predict(observation, state, episode_start, deterministic, action_masks)
+        self._sizes.append(sum(part.nbytes for part in state) // len(actions))
+        largest = max((float(np.abs(part).max()) for part in state if part.size), default=0.0)
+        self._finite = self._finite and bool(np.isfinite(largest))
+        self._largest = max(self._largest, largest) if self._finite else self._largest
+        return actions, state
+
+    def health(self, length: int) -> StateHealth:
+        """What was seen; `length` is noted with it."""
+        return StateHealth(self._sizes[0], self._sizes[-1], self._largest, self._finite, length)
+
+
+class _Oracle:
+    """Plays what the scripted oracle of each environment says."""
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+
+    def predict(self, observation: Any, **_: Any) -> tuple[np.ndarray, None]:
+        return np.array(self._env.env_method("oracle_action")), None
+
+
+def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Callable[[], float]) -> Record:
+    """The record of a run that has just ended; `cpu_seconds` is asked last, for what was spent until then."""
+    config, folder = run.config, RunFolder(result.folder)
+    with closing(make_env(config, 1, config.seed, here=True)) as env:
+        model = RecurrentPPO.load(folder.model, env=normalized_as_saved(env, config, folder.model), device="cpu")
+        scores = {line.agent: line for line in result.scores}
+        long_figures, state = _play_longer(model, run, spec.long_episodes)
+        evaluations = [row for row in result.rows if row.kind == "eval"]
+        return Record(
+            task=run.task.name,
+            agent=run.agent,
+            seed=config.seed,
+            ability=run.task.purpose.ability,
+            env=config.env.id,
+            memory=" ".join(
+                str(word) for word in (config.memory.name, config.memory.settings.get("blocks", ""))
+            ).strip(),
+            parameters=_count(model.policy),
+            memory_parameters=_count(model.policy.memory_actor),
+            tuning_runs=spec.agents[run.agent].tuning_runs,
+            total_steps=config.total_steps,
+            steps=result.rows[-1].step if result.rows else model.num_timesteps,
+            optimal_return=run.task.facts.optimal_return,
+            memoryless_return=run.task.facts.memoryless_return,
+            curve=[[row.step, row.mean_return] for row in evaluations],
+            greedy=_of_score(scores[TRAINED], run.task.facts),
+            sampled=_figure(_play(model, config, spec.episodes, deterministic=False), run.task.facts),
+            emptied=_of_score(scores[EMPTIED], run.task.facts),
+            oracle=_play_oracle(run, spec.episodes),
+            longer=long_figures,
+            state=state,
+            cpu_minutes=round(cpu_seconds() / 60, 3),
+            versions=_versions(folder.versions),
+        )
+
+
+def _play_longer(model: RecurrentPPO, run: PlannedRun, n_episodes: int) -> tuple[dict[str, Figure], StateHealth]:
+    """Figures at each length whose ends are known, and the state's health at the greatest."""
+    figures: dict[str, Figure] = {}
+    for factor, config in _lengths(run):
+        watched = WatchedModel(model)
+        played = _play(watched, config, n_episodes)
+        facts = None if run.task.given_ends else read_facts(config.env)
+        if factor > 1 and facts is not None:
+            figures[str(factor)] = _figure(played, facts)
+    return figures, watched.health(factor)
+
+
+def _lengths(run: PlannedRun) -> list[tuple[int, TrainConfig]]:
+    """The lengths to play at; the training length alone where the task has no other."""
+    kwargs = {factor: longer(run.config.env.id, run.config.env.kwargs, run.task.purpose, factor) for factor in LENGTHS}
+    envs = {factor: dataclasses.replace(run.config.env, kwargs=k) for factor, k in kwargs.items() if k is not None}
+    lengths = [(factor, dataclasses.replace(run.config, env=env)) for factor, env in envs.items()]
+    return lengths or [(1, run.config)]
+
+
+def _play(model: Any, config: TrainConfig, n_episodes: int, *, deterministic: bool = True) -> EvaluationResult:
+    seed = config.seed + FINAL_SEED
+    with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
+        env = normalized_like(env, model.get_vec_normalize_env())
+        return evaluate(model, env, n_episodes, deterministic=deterministic, seed=seed)
+
+
+def _play_oracle(run: PlannedRun, n_episodes: int) -> Figure | None:
+    seed = run.config.seed + FINAL_SEED
+    with closing(make_env(run.config, min(run.config.eval.n_envs, n_episodes), seed, here=True)) as env:
+        if not env.has_attr("oracle_action"):
+            return None
+        return _figure(evaluate(_Oracle(env), env, n_episodes, seed=seed), run.task.facts)
+
+
+def _figure(result: EvaluationResult, facts: TaskFacts) -> Figure:
+    n = len(result.returns)
+    mean, error = float(result.returns.mean()), float(result.returns.std() / max(n - 1, 1) ** 0.5)
+    return Figure(mean, error, score(mean, facts), n)
+
+
+def _of_score(line: Score, facts: TaskFacts) -> Figure:
+    assert line.standard_error is not None and line.episodes is not None
+    return Figure(line.mean_return, line.standard_error, score(line.mean_return, facts), line.episodes)
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _versions(path: Path) -> dict[str, Any]:
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in noted.items() if name not in ("command", "seed")}
+    return {**kept, "machine": platform.machine(), "cores": os.cpu_count()}

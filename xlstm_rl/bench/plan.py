@@ -1,0 +1,170 @@
+"""The runs of a benchmark, each with its whole configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from xlstm_rl.bench.spec import AgentSpec, BenchSpec, TaskSpec
+from xlstm_rl.building import make_env, make_model, read_facts
+from xlstm_rl.configs import ConfigError, EnvConfig, MemoryConfig, TrainConfig, load
+from xlstm_rl.envs import SuiteTask, TaskFacts, suite_task
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all agents of a task share.
+
+    Attributes:
+        name: in the benchmark.
+        purpose: its ability and its length.
+        facts: its known ends.
+        given_ends: the known ends come from the specification, and hold for the length of training only.
+    """
+
+    name: str
+    purpose: SuiteTask
+    facts: TaskFacts
+    given_ends: bool
+
+    def score(self, mean_return: float) -> float:
+        """0 for the best policy without memory, 1 for the optimum."""
+        return score(mean_return, self.facts)
+
+
+def score(mean_return: float, facts: TaskFacts) -> float:
+    """0 for the best policy without memory, 1 for the optimum."""
+    return (mean_return - facts.memoryless_return) / (facts.optimal_return - facts.memoryless_return)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training run and where its traces lie."""
+
+    task: Task
+    agent: str
+    config: TrainConfig
+    out: Path
+
+    @property
+    def name(self) -> str:
+        """Task, agent and seed."""
+        return f"{self.task.name}/{self.agent}/{self.config.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.out / "runs" / self.name
+
+    @property
+    def record(self) -> Path:
+        """What was measured; there once the run is done."""
+        return self.out / "records" / f"{self.name}.json"
+
+    @property
+    def failure(self) -> Path:
+        """Why the run failed."""
+        return self.record.with_suffix(".failure.txt")
+
+    @property
+    def log(self) -> Path:
+        """What the worker process printed."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def spent(self) -> Path:
+        """CPU seconds of earlier starts of the run."""
+        return self.folder.with_name(f"{self.folder.name}.spent.json")
+
+
+def plan_runs(spec: BenchSpec, out: Path, only: Sequence[str] = ()) -> list[PlannedRun]:
+    """All runs, seed by seed, so that an early end leaves whole rounds.
+
+    Args:
+        spec: the benchmark.
+        out: its folder.
+        only: patterns "task/agent/seed"; parts may be left out or hold "*". None given takes all.
+
+    Raises:
+        ConfigError: a run cannot be configured, or no run fits a pattern.
+    """
+    pairs = [(task, agent, config) for task, configs in _configure(spec) for agent, config in configs.items()]
+    runs = [
+        PlannedRun(task, agent, dataclasses.replace(config, seed=seed), out)
+        for seed in spec.seeds
+        for task, agent, config in pairs
+    ]
+    for pattern in only:
+        if not any(_fits(run, pattern) for run in runs):
+            raise ConfigError(f"--only {pattern!r} fits no run; the first is {runs[0].name!r}, parts may be '*'")
+    return [run for run in runs if not only or any(_fits(run, pattern) for pattern in only)]
+
+
+def _fits(run: PlannedRun, pattern: str) -> bool:
+    parts = pattern.split("/")
+    names = run.name.split("/")
+    return len(parts) <= len(names) and all(map(fnmatchcase, names, parts))
+
+
+def _configure(spec: BenchSpec) -> list[tuple[Task, dict[str, TrainConfig]]]:
+    return [_configure_task(spec, name, task) for name, task in spec.tasks.items()]
+
+
+def _configure_task(spec: BenchSpec, name: str, task: TaskSpec) -> tuple[Task, dict[str, TrainConfig]]:
+    shared = {**spec.set, **task.set, "eval.n_episodes": spec.episodes}
+    configs: dict[str, TrainConfig] = {}
+    # those whose size others take come first
+    for agent_name, agent in sorted(spec.agents.items(), key=lambda item: item[1].parameters_of is not None):
+        try:
+            config = _configure_agent(task.base or name, agent, shared)
+            if agent.parameters_of is not None:
+                config = _match(config, configs[agent.parameters_of])
+        except ConfigError as error:
+            raise ConfigError(f"task {name}, agent {agent_name}: {error}") from error
+        configs[agent_name] = config
+    ordered = {agent: configs[agent] for agent in spec.agents}
+    return _task(name, task, next(iter(ordered.values())).env), ordered
+
+
+def _configure_agent(base: str, agent: AgentSpec, shared: Mapping[str, Any]) -> TrainConfig:
+    config = load(base, [f"{key}={json.dumps(value)}" for key, value in {**shared, **agent.set}.items()])
+    if agent.memory is None:
+        return config
+    settings = {key: value for key, value in agent.memory.items() if key != "name"}
+    return dataclasses.replace(config, memory=MemoryConfig(agent.memory.get("name", MemoryConfig.name), settings))
+
+
+def _match(config: TrainConfig, target: TrainConfig) -> TrainConfig:
+    """The configuration with a memory of as many parameters as the target's."""
+    with closing(make_env(target, 1, target.seed, here=True)) as env:
+        memory = make_model(dataclasses.replace(target, device="cpu"), env).policy.memory_actor
+    count = sum(parameter.numel() for parameter in memory.parameters())
+    if count == 0:
+        raise ConfigError(f"its parameters cannot be those of memory {target.memory.name!r}, which has none")
+    settings = {key: value for key, value in config.memory.settings.items() if key != "hidden_size"}
+    memory_config = MemoryConfig(config.memory.name, {**settings, "match_parameters": count})
+    return dataclasses.replace(config, memory=memory_config)
+
+
+def _task(name: str, task: TaskSpec, env: EnvConfig) -> Task:
+    purpose = suite_task(env.id)
+    if task.ability is not None:
+        purpose = purpose._replace(ability=task.ability)
+    if task.length_parameter is not None:
+        purpose = purpose._replace(length=task.length_parameter)
+    facts = read_facts(env)
+    given = task.optimal_return is not None and task.memoryless_return is not None
+    if task.optimal_return is not None and task.memoryless_return is not None:
+        facts = TaskFacts(0 if facts is None else facts.horizon, task.optimal_return, task.memoryless_return)
+    if facts is None:
+        raise ConfigError(
+            f"task {name}: {env.id!r} does not state its ends, so returns make no score; give optimal_return and "
+            "memoryless_return"
+        )
+    return Task(name, purpose, facts, given)

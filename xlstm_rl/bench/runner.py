@@ -1,0 +1,165 @@
+"""Running a benchmark: worker processes side by side, one progress view, resumed where it stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from signal import Signals
+
+from rich.console import Console
+
+from xlstm_rl.agents.archive import write_whole
+from xlstm_rl.bench.plan import PlannedRun
+from xlstm_rl.bench.progress import ProgressView
+from xlstm_rl.bench.spec import BenchSpec
+from xlstm_rl.bench.worker import DONE, INTERRUPTED, work
+from xlstm_rl.configs import ConfigError, load_file
+from xlstm_rl.interruption import Interruption
+from xlstm_rl.report import read_returns
+
+POLL_SECONDS = 0.5
+LOG_LINES = 40
+
+
+@dataclass
+class Outcome:
+    """How running went.
+
+    Attributes:
+        failed: runs that raised or died, this time.
+        left: runs that were not finished, failed ones aside.
+        interrupted_by: the signal that ended it, None if none did.
+    """
+
+    failed: list[PlannedRun] = field(default_factory=list)
+    left: list[PlannedRun] = field(default_factory=list)
+    interrupted_by: Signals | None = None
+
+
+def run_all(
+    runs: Sequence[PlannedRun],
+    spec: BenchSpec,
+    *,
+    workers: int,
+    hours: float | None,
+    console: Console,
+    after_each: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Do the runs that have no record yet.
+
+    A run that was interrupted goes on exactly where its last checkpoint is; one that failed is tried again. After
+    SIGINT (Ctrl-C) or SIGTERM the workers save and end.
+
+    Args:
+        runs: what is planned.
+        spec: how it is measured.
+        workers: processes at the same time, one torch thread each.
+        hours: no run starts later than this; None for no bound.
+        console: shows progress.
+        after_each: called when a run has ended.
+
+    Raises:
+        ConfigError: what is left of an earlier start was made with other settings.
+    """
+    for run in runs:
+        _check_same_settings(run)
+    todo = [run for run in runs if not run.record.is_file()]
+    deadline = float("inf") if hours is None else time.monotonic() + hours * 3600
+    outcome = Outcome()
+    with Interruption() as interruption, ProgressView(runs, console) as view:
+        pool = _Pool(spec, view, outcome, after_each)
+        while True:
+            stopping = interruption.signal is not None
+            while todo and len(pool.running) < workers and not stopping and time.monotonic() < deadline:
+                pool.start(todo.pop(0))
+            if stopping:
+                pool.ask_to_stop()
+            if not pool.running:
+                break
+            pool.wait()
+    outcome.left += todo
+    outcome.interrupted_by = interruption.signal
+    return outcome
+
+
+class _Pool:
+    """The running workers."""
+
+    def __init__(self, spec: BenchSpec, view: ProgressView, outcome: Outcome, after_each: Callable[[], None]) -> None:
+        self.running: dict[SpawnProcess, PlannedRun] = {}
+        self._spec, self._view, self._outcome, self._after_each = spec, view, outcome, after_each
+        self._context = multiprocessing.get_context("spawn")
+        self._asked = False
+
+    def start(self, run: PlannedRun) -> None:
+        run.failure.unlink(missing_ok=True)
+        process = self._context.Process(target=work, args=(run, self._spec), name=run.name)
+        process.start()
+        self.running[process] = run
+        self._view.start(run)
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM, once: a second one would kill a worker that is saving."""
+        if not self._asked:
+            self._asked = True
+            for process in self.running:
+                process.terminate()
+
+    def wait(self) -> None:
+        """Wait for a moment, show how far the workers are and take leave of those that ended."""
+        wait([process.sentinel for process in self.running], timeout=POLL_SECONDS)
+        for process, run in list(self.running.items()):
+            if process.is_alive():
+                self._view.update(run, _steps(run))
+                continue
+            process.join()
+            del self.running[process]
+            self._end(run, process.exitcode)
+            self._after_each()
+
+    def _end(self, run: PlannedRun, code: int | None) -> None:
+        if code == DONE and run.record.is_file():
+            self._view.end(run, "done")
+        elif code == INTERRUPTED or self._asked:
+            self._outcome.left.append(run)
+            self._view.end(run, "interrupted", finished=False)
+        else:
+            self._outcome.failed.append(run)
+            reason = _explain(run, code)
+            run.failure.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(run.failure, reason.encode())
+            self._view.end(run, f"failed: {reason.splitlines()[-1]}")
+
+
+def _check_same_settings(run: PlannedRun) -> None:
+    path = run.folder / "config.yaml"
+    if path.is_file() and load_file(path) != run.config:
+        raise ConfigError(
+            f"{run.folder} was made with other settings than the benchmark has now; choose another --out, or remove "
+            f"{run.folder} and {run.record}"
+        )
+
+
+def _steps(run: PlannedRun) -> int:
+    path: Path = run.folder / "returns.csv"
+    try:
+        rows = read_returns(path)
+    # not there yet, or a line is being written
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return 0
+    return rows[-1].step if rows else 0
+
+
+def _explain(run: PlannedRun, code: int | None) -> str:
+    """The end of the log, which holds the traceback if there was one."""
+    how = f"killed by {Signals(-code).name}" if code is not None and code < 0 else f"ended with exit code {code}"
+    try:
+        lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+    except FileNotFoundError:
+        lines = []
+    return "\n".join([f"the worker process was {how}" if "killed" in how else f"the worker process {how}", *lines])

@@ -1,0 +1,195 @@
+"""The specification of a benchmark: tasks, agents, seeds and how they are measured, read from YAML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from xlstm_rl.configs import ConfigError
+from xlstm_rl.configs.conversion import build, check_mapping, parse_yaml
+from xlstm_rl.configs.errors import nearest
+from xlstm_rl.envs import ABILITIES
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task of the benchmark.
+
+    Attributes:
+        base: a preset, a .yaml file or an environment id; None takes the task's name.
+        set: overrides of its configuration, such as `env.kwargs.length: 12`.
+        ability, length_parameter: None where `xlstm_rl.envs.SUITE` knows them.
+        optimal_return, memoryless_return: known ends of a task that does not state them itself.
+    """
+
+    base: str | None = None
+    set: Mapping[str, Any] = field(default_factory=dict)
+    ability: str | None = None
+    length_parameter: str | None = None
+    optimal_return: float | None = None
+    memoryless_return: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ability is not None and self.ability not in ABILITIES:
+            raise ConfigError(f"ability={self.ability!r} is none of the suite's; {nearest(self.ability, ABILITIES)}")
+        if (self.optimal_return is None) != (self.memoryless_return is None):
+            raise ConfigError("optimal_return and memoryless_return make a score together; give both or none")
+        if self.optimal_return is not None and self.optimal_return == self.memoryless_return:
+            raise ConfigError(f"optimal_return={self.optimal_return} must differ from memoryless_return")
+
+
+@dataclass(frozen=True)
+class AgentSpec:
+    """An agent of the benchmark: the task's own training with what differs.
+
+    Attributes:
+        memory: name and settings of the memory on every task; None keeps each task's own.
+        set: overrides of the configuration, on top of those of the task.
+        parameters_of: the agent whose number of memory parameters this one's `hidden_size` is chosen to match.
+        tuning_runs: runs that were spent on choosing this agent's settings; a fact for the card.
+    """
+
+    memory: Mapping[str, Any] | None = None
+    set: Mapping[str, Any] = field(default_factory=dict)
+    parameters_of: str | None = None
+    tuning_runs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and any(str(key).startswith("memory") for key in self.set):
+            raise ConfigError("an agent has its memory settings either in memory or as memory.* in set; use one")
+        if self.parameters_of is not None and "hidden_size" in (self.memory or {}):
+            raise ConfigError("parameters_of chooses hidden_size; leave memory.hidden_size out")
+        if self.tuning_runs < 0:
+            raise ConfigError(f"tuning_runs={self.tuning_runs} must be at least 0")
+
+    def with_memory(self, name: str, parameters_of: str | None = None) -> AgentSpec:
+        """The same training with another memory at its defaults."""
+        kept = {key: value for key, value in self.set.items() if not key.startswith("memory")}
+        return replace(self, memory={"name": name}, set=kept, parameters_of=parameters_of)
+
+
+@dataclass(frozen=True)
+class BenchSpec:
+    """A benchmark.
+
+    Attributes:
+        tasks, agents: by name. The first agent is the one that the others are compared with.
+        description: one line for `xlstm-rl list`.
+        seeds: of the runs; each agent and task is trained once with each.
+        set: overrides for every run.
+        episodes: of each evaluation of final weights.
+        long_episodes: of each evaluation at several times the training length.
+        solved_score: from which score on a run has solved its task.
+        stop_score, stop_evaluations: training ends early once this many evaluations in a row reach the score; None
+            trains every run to its end.
+    """
+
+    tasks: Mapping[str, TaskSpec]
+    agents: Mapping[str, AgentSpec]
+    description: str | None = None
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    set: Mapping[str, Any] = field(default_factory=dict)
+    episodes: int = 300
+    long_episodes: int = 64
+    solved_score: float = 0.9
+    stop_score: float | None = None
+    stop_evaluations: int = 5
+
+    def __post_init__(self) -> None:
+        for name, values in (("tasks", self.tasks), ("agents", self.agents), ("seeds", self.seeds)):
+            if not values:
+                raise ConfigError(f"{name} must hold at least one entry")
+        for kind, names in (("task", self.tasks), ("agent", self.agents)):
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    raise ConfigError(f"{kind} {name!r} becomes a folder: use letters, digits, '.', '-' and '_'")
+        if len({*self.seeds}) < len(self.seeds) or min(self.seeds) < 0:
+            raise ConfigError(f"seeds={list(self.seeds)} must be different and not negative")
+        for name in ("episodes", "long_episodes", "stop_evaluations"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, agent in self.agents.items():
+            other = agent.parameters_of
+            if other is not None and (other not in self.agents or self.agents[other].parameters_of is not None):
+                known = [key for key, value in self.agents.items() if value.parameters_of is None]
+                raise ConfigError(
+                    f"agents.{name}.parameters_of={other!r} must be an agent of its own size; {nearest(other, known)}"
+                )
+
+
+def spec_names() -> list[str]:
+    """Names of the benchmarks that come with the package, sorted."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _specs().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_spec(name: str) -> BenchSpec:
+    """The benchmark `name`, with the agents added without which its figures mean nothing.
+
+    These are "none", the same training without memory, and "lstm", an LSTM of as many parameters as the first agent's
+    memory; each is added where no agent has such a memory.
+
+    Args:
+        name: one that comes with the package, or a path ending in ".yaml".
+
+    Raises:
+        ConfigError: it cannot be read, or a key or value is wrong; the message names it.
+    """
+    if name in spec_names():
+        return read_spec((_specs() / f"{name}.yaml").read_text(encoding="utf-8"), f"benchmark {name}.yaml")
+    if not name.endswith((".yaml", ".yml")):
+        raise ConfigError(f"{name!r} is no benchmark and no .yaml file; {nearest(name, spec_names())}")
+    try:
+        return read_spec(Path(name).read_text(encoding="utf-8"), name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {name}: {error}") from error
+
+
+def read_spec(text: str, source: str) -> BenchSpec:
+    """As `load_spec`, from YAML text; `source` names it in messages."""
+    values = parse_yaml(text, source)
+    checked = check_mapping(BenchSpec, {} if values is None else values, source)
+    for name in ("tasks", "agents"):
+        if name not in checked:
+            raise ConfigError(f"{source} has no {name}; list them as a mapping of names to settings")
+    try:
+        checked["tasks"] = _entries(TaskSpec, checked["tasks"], source, "tasks")
+        checked["agents"] = _entries(AgentSpec, checked["agents"], source, "agents")
+        return _with_baselines(BenchSpec(**checked))
+    except ConfigError as error:
+        raise error if source in str(error) else ConfigError(f"{source}: {error}") from error
+
+
+def _entries(cls: type, values: Mapping[Any, Any], source: str, path: str) -> dict[str, Any]:
+    entries = {}
+    for name, value in values.items():
+        checked = check_mapping(cls, {} if value is None else value, source, f"{path}.{name}")
+        entries[str(name)] = build(cls, checked)
+    return entries
+
+
+def _with_baselines(spec: BenchSpec) -> BenchSpec:
+    agents = dict(spec.agents)
+    first = next(iter(agents))
+    memories = {(agent.memory or {}).get("name", agent.set.get("memory.name")): agent for agent in agents.values()}
+    if "lstm" not in memories:
+        target = agents[first].parameters_of or first
+        _add(agents, "lstm", agents[first].with_memory("lstm", target))
+    if "none" not in memories:
+        _add(agents, "none", agents[first].with_memory("none"))
+    return replace(spec, agents=agents)
+
+
+def _add(agents: dict[str, AgentSpec], name: str, agent: AgentSpec) -> None:
+    if name in agents:
+        raise ConfigError(f"agents.{name} must have the memory {name!r}, which every benchmark has, or another name")
+    agents[name] = agent
+
+
+def _specs() -> Any:
+    return resources.files("xlstm_rl.bench") / "specs"
