@@ -81,8 +81,7 @@ def _state_of(results: Results, checks: Sequence[Check]) -> str:
     planned = len(results.records) + len(results.failures) + len(results.missing)
     broken, unknown = (sum(item.answer == word for item in checks) for word in ("no", "not known"))
     verdict = f"{len(checks) - broken - unknown} of the {len(checks)} checks below hold"
-    if broken or unknown:
-        verdict += f", {broken} do not and {unknown} cannot be told"
+    verdict += (f", {broken} do not" if broken else "") + (f", {unknown} cannot be told" if unknown else "")
     return (
         f"{len(results.records)} of {planned} runs: {len(results.tasks)} tasks, {len(results.agents)} agents, "
         f"{len(results.seeds)} seeds; {verdict}. A score of 0 is the best policy without memory, 1 the optimum; "

@@ -80,7 +80,7 @@ def _draw_curves(panel: Any, group: Sequence[Record], agent: str, colour: str) -
     if not curves:
         return
     steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
-    # until its first evaluation a run has no score, after its last one it keeps the score it has
+    # a run that ended early keeps the score that it ended with
     held = np.stack([np.interp(steps, curve[:, 0], curve[:, 1]) for curve in curves], axis=1)  # [steps, seeds]
     band = np.array([estimate([scores]) for scores in held])
     panel.plot(steps, band[:, 0], color=colour, label=agent, linewidth=1.5)

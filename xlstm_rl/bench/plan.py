@@ -14,7 +14,7 @@ from typing import Any
 from xlstm_rl.bench.spec import AgentSpec, BenchSpec, TaskSpec
 from xlstm_rl.building import make_env, make_model, read_facts
 from xlstm_rl.configs import ConfigError, EnvConfig, MemoryConfig, TrainConfig, load
-from xlstm_rl.envs import SuiteTask, TaskFacts, suite_task
+from xlstm_rl.envs import TaskFacts, TaskPurpose, task_purpose
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Task:
     """
 
     name: str
-    purpose: SuiteTask
+    purpose: TaskPurpose
     facts: TaskFacts
     given_ends: bool
 
@@ -153,7 +153,7 @@ def _match(config: TrainConfig, target: TrainConfig) -> TrainConfig:
 
 
 def _task(name: str, task: TaskSpec, env: EnvConfig) -> Task:
-    purpose = suite_task(env.id)
+    purpose = task_purpose(env.id)
     if task.ability is not None:
         purpose = purpose._replace(ability=task.ability)
     if task.length_parameter is not None:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from signal import Signals
 
@@ -24,6 +25,11 @@ from xlstm_rl.report import read_returns
 
 POLL_SECONDS = 0.5
 LOG_LINES = 40
+# What every run loads sooner or later.
+LOADED_AHEAD = (
+    *("xlstm_rl.bench.measuring", "torch.utils.tensorboard"),
+    *("matplotlib.backends.backend_agg", "matplotlib.figure"),
+)
 
 
 @dataclass
@@ -91,14 +97,16 @@ class _Pool:
     """The running workers."""
 
     def __init__(self, spec: BenchSpec, view: ProgressView, outcome: Outcome, after_each: Callable[[], None]) -> None:
-        self.running: dict[SpawnProcess, PlannedRun] = {}
+        self.running: dict[BaseProcess, PlannedRun] = {}
         self._spec, self._view, self._outcome, self._after_each = spec, view, outcome, after_each
-        self._context = multiprocessing.get_context("spawn")
+        self._context = _context()
         self._asked = False
 
     def start(self, run: PlannedRun) -> None:
         run.failure.unlink(missing_ok=True)
-        process = self._context.Process(target=work, args=(run, self._spec), name=run.name)
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=work, args=(run, self._spec), name=run.name
+        )
         process.start()
         self.running[process] = run
         self._view.start(run)
@@ -134,6 +142,15 @@ class _Pool:
             run.failure.parent.mkdir(parents=True, exist_ok=True)
             write_whole(run.failure, reason.encode())
             self._view.end(run, f"failed: {reason.splitlines()[-1]}")
+
+
+def _context() -> BaseContext:
+    """Workers come from one process that has loaded everything and done nothing, where the system knows how."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*LOADED_AHEAD])
+    return context
 
 
 def _check_same_settings(run: PlannedRun) -> None:

@@ -4,6 +4,7 @@ from xlstm_rl.envs.bandit import Bandit
 from xlstm_rl.envs.chance import Chance
 from xlstm_rl.envs.copy_items import Copy
 from xlstm_rl.envs.cycle import Cycle
+from xlstm_rl.envs.abilities import ABILITIES, TaskPurpose, longer, task_purpose
 from xlstm_rl.envs.hide_velocity import HideVelocity
 from xlstm_rl.envs.key_door import KeyDoor
 from xlstm_rl.envs.key_value_recall import KeyValueRecall
@@ -18,7 +19,6 @@ from xlstm_rl.envs.repeat_previous import RepeatPrevious
 from xlstm_rl.envs.resumable import Resumable
 from xlstm_rl.envs.shell_game import ShellGame
 from xlstm_rl.envs.suites import register_suites, suite_ids
-from xlstm_rl.envs.suite import ABILITIES, SuiteTask, longer, suite_task
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 from xlstm_rl.envs.symbol_stream_vector import SymbolStreamVectorEnv
 from xlstm_rl.envs.t_maze import TMaze
@@ -26,11 +26,11 @@ from xlstm_rl.envs.task_facts import TaskFacts, task_facts
 from xlstm_rl.envs.vector import TaskVectorEnv
 
 __all__ = [
+    "ABILITIES",
     "Bandit",
     "Chance",
     "Copy",
     "Cycle",
-    "ABILITIES",
     "HideVelocity",
     "KeyDoor",
     "KeyValueRecall",
@@ -44,19 +44,19 @@ __all__ = [
     "Resumable",
     "ShellGame",
     "Stream",
-    "SuiteTask",
     "SymbolStreamEnv",
     "SymbolStreamVectorEnv",
     "TMaze",
     "TaskFacts",
+    "TaskPurpose",
     "TaskVectorEnv",
     "cue_recall",
     "longer",
     "register_envs",
     "register_suites",
     "suite_ids",
-    "suite_task",
     "task_facts",
+    "task_purpose",
 ]
 
 register_envs()

@@ -1,4 +1,4 @@
-"""What each task of the suite tests, and how it is made longer than it was in training."""
+"""What ability each task tests, and how the task is made longer than it was in training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ABILITIES = (
 )
 
 
-class SuiteTask(NamedTuple):
+class TaskPurpose(NamedTuple):
     """What a task is for.
 
     Attributes:
@@ -30,34 +30,34 @@ class SuiteTask(NamedTuple):
     odd: bool = False
 
 
-SUITE = {
-    "xlstm_rl/CueRecall-v0": SuiteTask("hold", "delay"),
-    "xlstm_rl/RepeatFirst-v0": SuiteTask("hold", "length"),
-    "xlstm_rl/TMaze-v0": SuiteTask("hold", "corridor_length"),
-    "xlstm_rl/RepeatPrevious-v0": SuiteTask("window", "length"),
-    "xlstm_rl/Copy-v0": SuiteTask("capacity", "num_items"),
+PURPOSES = {
+    "xlstm_rl/CueRecall-v0": TaskPurpose("hold", "delay"),
+    "xlstm_rl/RepeatFirst-v0": TaskPurpose("hold", "length"),
+    "xlstm_rl/TMaze-v0": TaskPurpose("hold", "corridor_length"),
+    "xlstm_rl/RepeatPrevious-v0": TaskPurpose("window", "length"),
+    "xlstm_rl/Copy-v0": TaskPurpose("capacity", "num_items"),
     # More pairs need more keys, hence other observations.
-    "xlstm_rl/KeyValueRecall-v0": SuiteTask("capacity"),
-    "xlstm_rl/Overwrite-v0": SuiteTask("revision", "num_writes"),
-    "xlstm_rl/NearestSoFar-v0": SuiteTask("revision", "num_items"),
-    "xlstm_rl/Parity-v0": SuiteTask("state tracking", "length"),
-    "xlstm_rl/Cycle-v0": SuiteTask("state tracking", "num_moves"),
-    "xlstm_rl/ShellGame-v0": SuiteTask("state tracking", "num_swaps"),
-    "xlstm_rl/NoisyEvidence-v0": SuiteTask("filtering", "num_samples", odd=True),
-    "xlstm_rl/CartPoleNoVelocity-v0": SuiteTask("filtering", "max_episode_steps"),
+    "xlstm_rl/KeyValueRecall-v0": TaskPurpose("capacity"),
+    "xlstm_rl/Overwrite-v0": TaskPurpose("revision", "num_writes"),
+    "xlstm_rl/NearestSoFar-v0": TaskPurpose("revision", "num_items"),
+    "xlstm_rl/Parity-v0": TaskPurpose("state tracking", "length"),
+    "xlstm_rl/Cycle-v0": TaskPurpose("state tracking", "num_moves"),
+    "xlstm_rl/ShellGame-v0": TaskPurpose("state tracking", "num_swaps"),
+    "xlstm_rl/NoisyEvidence-v0": TaskPurpose("filtering", "num_samples", odd=True),
+    "xlstm_rl/CartPoleNoVelocity-v0": TaskPurpose("filtering", "max_episode_steps"),
     # The known ends of these hold for their own step limit only.
-    "xlstm_rl/PendulumNoVelocity-v0": SuiteTask("filtering"),
-    "xlstm_rl/AcrobotNoVelocity-v0": SuiteTask("filtering"),
-    "xlstm_rl/KeyDoor-v0": SuiteTask("credit", "delay"),
+    "xlstm_rl/PendulumNoVelocity-v0": TaskPurpose("filtering"),
+    "xlstm_rl/AcrobotNoVelocity-v0": TaskPurpose("filtering"),
+    "xlstm_rl/KeyDoor-v0": TaskPurpose("credit", "delay"),
 }
 
 
-def suite_task(env_id: str) -> SuiteTask:
+def task_purpose(env_id: str) -> TaskPurpose:
     """What a registered task is for; ability "other" for tasks that are not of the suite."""
-    return SUITE.get(env_id.rpartition(":")[2], SuiteTask("other"))
+    return PURPOSES.get(env_id.rpartition(":")[2], TaskPurpose("other"))
 
 
-def longer(env_id: str, kwargs: Mapping[str, Any], task: SuiteTask, factor: int) -> dict[str, Any] | None:
+def longer(env_id: str, kwargs: Mapping[str, Any], task: TaskPurpose, factor: int) -> dict[str, Any] | None:
     """Keyword arguments of a task at `factor` times its length.
 
     Args:
