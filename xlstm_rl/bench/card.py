@@ -205,8 +205,8 @@ def _failures(results: Results) -> list[Section]:
 
 
 def _making(results: Results) -> list[str | Table | Picture | Code]:
-    example = results.records[0]
-    episodes = f"{example.greedy.episodes} episodes for the score"
+    counts = sorted({record.greedy.episodes for record in results.records})
+    episodes = f"{' or '.join(map(str, counts))} episodes for a score"
     long = next((figure.episodes for record in results.records for figure in record.longer.values()), None)
     versions = {tuple(sorted((k, str(v)) for k, v in record.versions.items())) for record in results.records}
     said = "; or ".join(", ".join(f"{key} {value}" for key, value in version) for version in sorted(versions))

@@ -67,7 +67,9 @@ def _panels(
         panel.set_visible(False)
     if tasks:
         panels[0].set_ylabel(labels[1])
-        panels[0].legend(fontsize="x-small")
+        drawn = [panel for panel in panels if panel.get_legend_handles_labels()[0]]
+        if drawn:
+            drawn[0].legend(fontsize="x-small")
     else:
         figure.suptitle("no task has such figures", fontsize="medium")
     _save(figure, path)

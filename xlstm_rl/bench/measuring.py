@@ -101,9 +101,9 @@ def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Ca
             memoryless_return=run.task.facts.memoryless_return,
             curve=[[row.step, row.mean_return] for row in evaluations],
             greedy=_of_score(scores[TRAINED], run.task.facts),
-            sampled=_figure(_play(model, config, spec.episodes, deterministic=False), run.task.facts),
+            sampled=_figure(_play(model, config, config.eval.n_episodes, deterministic=False), run.task.facts),
             emptied=_of_score(scores[EMPTIED], run.task.facts),
-            oracle=_play_oracle(run, spec.episodes),
+            oracle=_play_oracle(run),
             longer=long_figures,
             state=state,
             cpu_minutes=round(cpu_seconds() / 60, 3),
@@ -138,8 +138,8 @@ def _play(model: Any, config: TrainConfig, n_episodes: int, *, deterministic: bo
         return evaluate(model, env, n_episodes, deterministic=deterministic, seed=seed)
 
 
-def _play_oracle(run: PlannedRun, n_episodes: int) -> Figure | None:
-    seed = run.config.seed + FINAL_SEED
+def _play_oracle(run: PlannedRun) -> Figure | None:
+    seed, n_episodes = run.config.seed + FINAL_SEED, run.config.eval.n_episodes
     with closing(make_env(run.config, min(run.config.eval.n_envs, n_episodes), seed, here=True)) as env:
         if not env.has_attr("oracle_action"):
             return None

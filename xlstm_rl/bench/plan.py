@@ -117,7 +117,7 @@ def _configure(spec: BenchSpec) -> list[tuple[Task, dict[str, TrainConfig]]]:
 
 
 def _configure_task(spec: BenchSpec, name: str, task: TaskSpec) -> tuple[Task, dict[str, TrainConfig]]:
-    shared = {**spec.set, **task.set, "eval.n_episodes": spec.episodes}
+    shared = {"eval.n_episodes": spec.episodes, **spec.set, **task.set}
     configs: dict[str, TrainConfig] = {}
     # those whose size others take come first
     for agent_name, agent in sorted(spec.agents.items(), key=lambda item: item[1].parameters_of is not None):

@@ -24,7 +24,7 @@ from xlstm_rl.interruption import Interruption
 from xlstm_rl.report import read_returns
 
 POLL_SECONDS = 0.5
-LOG_LINES = 40
+LOG_LINES = 200
 # What every run loads sooner or later.
 LOADED_AHEAD = (
     *("xlstm_rl.bench.measuring", "torch.utils.tensorboard"),

@@ -83,7 +83,7 @@ class BenchSpec:
         description: one line for `xlstm-rl list`.
         seeds: of the runs; each agent and task is trained once with each.
         set: overrides for every run.
-        episodes: of each evaluation of final weights.
+        episodes: of each evaluation of final weights; a task's `set: {eval.n_episodes: N}` goes before it.
         long_episodes: of each evaluation at several times the training length.
         solved_score: from which score on a run has solved its task.
         stop_score, stop_evaluations: training ends early once this many evaluations in a row reach the score; None

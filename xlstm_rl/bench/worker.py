@@ -93,9 +93,9 @@ def _solved(run: PlannedRun, spec: BenchSpec) -> Callable[[Sequence[Row]], bool]
 
 
 def _log_to(run: PlannedRun) -> None:
-    """Send all output, that of crashing libraries too, to the log of the run."""
+    """Send all output, that of crashing libraries too, to the log of the run, of this start alone."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    with run.log.open("ab") as log:
+    with run.log.open("wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     with contextlib.suppress(AttributeError, OSError):

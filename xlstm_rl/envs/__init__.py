@@ -1,10 +1,10 @@
 """Partially observable tasks that need memory, registered with gymnasium as `xlstm_rl/<Name>-v0`."""
 
+from xlstm_rl.envs.abilities import ABILITIES, TaskPurpose, longer, task_purpose
 from xlstm_rl.envs.bandit import Bandit
 from xlstm_rl.envs.chance import Chance
 from xlstm_rl.envs.copy_items import Copy
 from xlstm_rl.envs.cycle import Cycle
-from xlstm_rl.envs.abilities import ABILITIES, TaskPurpose, longer, task_purpose
 from xlstm_rl.envs.hide_velocity import HideVelocity
 from xlstm_rl.envs.key_door import KeyDoor
 from xlstm_rl.envs.key_value_recall import KeyValueRecall

@@ -49,6 +49,9 @@ PURPOSES = {
     "xlstm_rl/PendulumNoVelocity-v0": TaskPurpose("filtering"),
     "xlstm_rl/AcrobotNoVelocity-v0": TaskPurpose("filtering"),
     "xlstm_rl/KeyDoor-v0": TaskPurpose("credit", "delay"),
+    # More pairs need other observations, more turns make it easier.
+    "xlstm_rl/Pairs-v0": TaskPurpose("self-directed"),
+    "xlstm_rl/Bandit-v0": TaskPurpose("self-directed", "num_pulls"),
 }
 
 

@@ -1,0 +1,105 @@
+"""Runs that break, are killed or are told to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.bench.small_bench import BREAKING, SMALL, write_breaking_envs
+from xlstm_rl.bench.plan import PlannedRun, plan_runs
+from xlstm_rl.bench.records import Record
+from xlstm_rl.bench.results import gather
+from xlstm_rl.bench.runner import Outcome, run_all
+from xlstm_rl.bench.spec import read_spec
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_some(out: Path, text: str, only: list[str], workers: int = 2) -> tuple[Outcome, list[PlannedRun], str]:
+    spec = read_spec(text, "x")
+    runs, said = plan_runs(spec, out, only), io.StringIO()
+    outcome = run_all(runs, spec, workers=workers, hours=None, console=Console(file=said, width=200))
+    return outcome, runs, said.getvalue()
+
+
+def read(run: PlannedRun) -> Record:
+    record = Record.from_values(json.loads(run.record.read_text(encoding="utf-8")))
+    return dataclasses.replace(record, cpu_minutes=0.0)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, str]:
+    """A benchmark of which one run raised, one was killed and one went well, and then all again, mended."""
+    folder = tmp_path_factory.mktemp("broken")
+    trigger = write_breaking_envs(folder)
+    trigger.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        text = BREAKING.replace("tasks:\n", "tasks:\n  cue-recall: {}\n")
+        first = run_some(folder / "out", text, ["*/lstm/0"])
+        reasons = gather("x", read_spec(text, "x"), first[1]).failures
+        trigger.unlink()
+        second = run_some(folder / "out", text, ["*/lstm/0"])
+        run_some(folder / "whole", text, ["dying/lstm/0"])
+    assert not second[0].failed and not second[0].left
+    (folder / "reasons").write_text("\n====\n".join(f"{k}\n{v}" for k, v in sorted(reasons.items())), encoding="utf-8")
+    return folder, first[0], first[2]
+
+
+def test_run_that_breaks_does_not_stop_the_others(broken: tuple[Path, Outcome, str]) -> None:
+    folder, outcome, said = broken
+    assert sorted(run.name for run in outcome.failed) == ["dying/lstm/0", "raising/lstm/0"]
+    assert "cue-recall/lstm/0 done" in said and not outcome.left
+
+
+def test_traceback_or_signal_is_recorded(broken: tuple[Path, Outcome, str]) -> None:
+    dying, raising = (broken[0] / "reasons").read_text(encoding="utf-8").split("====")
+    assert "killed by SIGKILL" in dying
+    assert "Traceback" in raising and "the simulator has no licence" in raising
+
+
+def test_killed_run_becomes_what_it_would_have_been(broken: tuple[Path, Outcome, str]) -> None:
+    # with steps 128 checkpointed and the environment breaking in step 131, it was resumed and not started anew
+    pair = [plan_runs(read_spec(BREAKING, "x"), broken[0] / name, ["dying/lstm/0"])[0] for name in ("out", "whole")]
+    assert read(pair[0]) == read(pair[1])
+    assert not pair[0].failure.exists()
+
+
+def test_training_ends_once_the_task_is_solved(tmp_path: Path) -> None:
+    text = SMALL + "stop_score: -10\nstop_evaluations: 2\n"
+    outcome, runs, _ = run_some(tmp_path, text, ["cue-recall/none/0"])
+    record = read(runs[0])
+    assert not outcome.failed
+    assert [step for step, _ in record.curve] == [64, 128]
+    assert record.steps == 128
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_benchmark_goes_on_where_it_was(tmp_path: Path, kind: signal.Signals) -> None:
+    text = SMALL.replace("total_steps: 320", "total_steps: 20_000")
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "xlstm_rl.cli", "bench", "run", str(spec), "--only", "cue-recall/lstm/0", "--out"]
+    started = subprocess.Popen([*command, str(tmp_path / "out")], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    run = plan_runs(read_spec(text, "x"), tmp_path / "out", ["cue-recall/lstm/0"])[0]
+    while not any(run.folder.glob("checkpoints/*.zip")):
+        assert started.poll() is None
+        time.sleep(0.1)
+    started.send_signal(kind)
+    assert started.wait(60) == (128 + kind if kind == signal.SIGTERM else -kind)
+    assert not run.record.exists()
+    subprocess.run([*command, str(tmp_path / "out")], cwd=ROOT, check=True)
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True)
+    whole = plan_runs(read_spec(text, "x"), tmp_path / "whole", ["cue-recall/lstm/0"])[0]
+    assert read(run) == read(whole)

@@ -1,0 +1,136 @@
+"""Specifications of benchmarks and the runs that follow from them."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from xlstm_rl.bench.plan import plan_runs
+from xlstm_rl.bench.spec import load_spec, read_spec, spec_names
+from xlstm_rl.building import make_env, make_model
+from xlstm_rl.configs import ConfigError, load
+
+OUT = Path("out")
+SMALL = "tasks: {parity: }\nagents: {mine: {tuning_runs: 3}}\n"
+
+
+def test_benchmarks_of_the_package_can_be_planned() -> None:
+    assert spec_names() == ["quick", "suite"]
+    for name in spec_names():
+        spec = load_spec(name)
+        runs = plan_runs(spec, OUT)
+        assert len({run.record for run in runs}) == len(spec.tasks) * len(spec.agents) * len(spec.seeds)
+
+
+def test_lstm_of_equal_size_and_no_memory_are_added() -> None:
+    agents = read_spec(SMALL, "x").agents
+    assert list(agents) == ["mine", "lstm", "none"]
+    assert agents["lstm"].parameters_of == "mine"
+    assert agents["lstm"].tuning_runs == 3
+
+
+def test_baselines_that_are_there_are_not_added_again() -> None:
+    text = "tasks: {parity: }\nagents: {a: {memory: {name: lstm}}, b: {set: {memory.name: none}}}"
+    assert list(read_spec(text, "x").agents) == ["a", "b"]
+
+
+def test_agent_of_another_memory_under_a_baseline_s_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="agents.lstm must have the memory 'lstm'"):
+        read_spec("tasks: {parity: }\nagents: {lstm: {memory: {name: gru}}}", "x")
+
+
+def test_agent_without_settings_is_the_preset_itself() -> None:
+    run = plan_runs(read_spec(SMALL, "x"), OUT)[0]
+    assert run.config == load("parity", ["eval.n_episodes=300"])
+
+
+def test_memory_of_an_agent_replaces_that_of_the_preset() -> None:
+    text = "tasks: {parity: }\nagents: {mine: {memory: {name: xlstm, blocks: m}}}"
+    assert plan_runs(read_spec(text, "x"), OUT)[0].config.memory.settings == {"blocks": "m"}
+
+
+def test_overrides_of_an_agent_go_before_those_of_task_and_benchmark() -> None:
+    text = """
+    tasks: {long: {base: parity, set: {env.kwargs.length: 12, ppo.gamma: 0.5, ppo.ent_coef: 0.5}}}
+    agents: {mine: {set: {ppo.gamma: 0.7}}}
+    set: {ppo.ent_coef: 0.1, total_steps: 1e4}
+    seeds: [4]
+    """
+    config = plan_runs(read_spec(text, "x"), OUT)[0].config
+    assert (config.ppo.gamma, config.ppo.ent_coef, config.total_steps, config.seed) == (0.7, 0.5, 10_000, 4)
+    assert config.env.kwargs == {"length": 12}
+
+
+def test_matched_lstm_has_as_many_parameters() -> None:
+    runs = plan_runs(read_spec(SMALL, "x"), OUT)
+    sizes = []
+    for run in runs[:2]:
+        with closing(make_env(run.config, 1, 0)) as env:
+            memory = make_model(run.config, env).policy.memory_actor
+        sizes.append(sum(parameter.numel() for parameter in memory.parameters()))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.03)
+
+
+def test_runs_come_seed_by_seed() -> None:
+    agents = "agents: {lstm: {memory: {name: lstm}}, none: {memory: {name: none}}}"
+    text = f"tasks: {{parity: , tmaze: }}\n{agents}\nseeds: [5, 3]"
+    names = [run.name for run in plan_runs(read_spec(text, "x"), OUT)]
+    assert names[:4] == ["parity/lstm/5", "parity/none/5", "tmaze/lstm/5", "tmaze/none/5"]
+    assert names[4] == "parity/lstm/3"
+
+
+@pytest.mark.parametrize(
+    ("only", "count"), [(["parity"], 15), (["*/none"], 5), (["parity/lstm/2"], 1), (["*/*/0", "*/*/1"], 6)]
+)
+def test_only_takes_parts_of_names(only: list[str], count: int) -> None:
+    assert len(plan_runs(read_spec(SMALL, "x"), OUT, only)) == count
+
+
+def test_only_that_fits_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'tmaze' fits no run; the first is 'parity/mine/0'"):
+        plan_runs(read_spec(SMALL, "x"), OUT, ["parity", "tmaze"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("agents: {a: }", "x has no tasks"),
+        ("tasks: {}\nagents: {a: }", "tasks must hold at least one"),
+        ("tasks: {parity: {bas: 1}}\nagents: {a: }", "unknown key 'tasks.parity.bas' in x; did you mean 'base'"),
+        ("tasks: {parity: }\nagents: {a b: }", "agent 'a b' becomes a folder"),
+        ("tasks: {parity: }\nagents: {a: {parameters_of: b}}", "parameters_of='b'"),
+        ("tasks: {parity: }\nagents: {a: {memory: {name: lstm, hidden_size: 9}, parameters_of: b}}", "hidden_size"),
+        ("tasks: {parity: }\nagents: {a: {memory: {name: lstm}, set: {memory.hidden_size: 9}}}", "use one"),
+        ("tasks: {parity: {ability: holding}}\nagents: {a: }", "ability='holding'"),
+        ("tasks: {parity: {optimal_return: 1}}\nagents: {a: }", "give both or none"),
+        ("tasks: {parity: }\nagents: {a: }\nseeds: [1, 1]", r"seeds=\[1, 1\]"),
+        ("tasks: {parity: }\nagents: {a: }\nepisodes: 0", "episodes=0"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_spec(text, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: {partiy: }\nagents: {a: }", "task partiy, agent a: 'partiy' is neither"),
+        ("tasks: {CartPole-v1: }\nagents: {a: }", "give optimal_return and memoryless_return"),
+        ("tasks: {parity: {set: {ppo.gama: 1}}}\nagents: {a: }", "did you mean 'gamma'"),
+        (
+            "tasks: {parity: }\nagents: {a: {memory: {name: none}}, b: {memory: {name: lstm}, parameters_of: a}}",
+            "agent b: memory",
+        ),
+    ],
+)
+def test_runs_that_cannot_be_configured_are_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_runs(read_spec(text, "x"), OUT)
+
+
+def test_unknown_benchmark_is_refused() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'quick'"):
+        load_spec("quik")
