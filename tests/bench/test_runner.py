@@ -87,7 +87,7 @@ def test_training_ends_once_the_task_is_solved(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_benchmark_goes_on_where_it_was(tmp_path: Path, kind: signal.Signals) -> None:
-    text = SMALL.replace("total_steps: 320", "total_steps: 20_000")
+    text = SMALL.replace("total_steps: 320", "total_steps: 6_000").replace("every_steps: 64", "every_steps: 320")
     spec = tmp_path / "spec.yaml"
     spec.write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "xlstm_rl.cli", "bench", "run", str(spec), "--only", "cue-recall/lstm/0", "--out"]
