@@ -109,11 +109,12 @@ def test_what_is_done_is_not_done_again(spec_path: Path, out: Path, monkeypatch:
     assert (out / "results.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("change", [("ppo.n_epochs: 1", "ppo.n_epochs: 2"), ("long_episodes: 2", "long_episodes: 3")])
 def test_runs_made_with_other_settings_are_refused(
-    spec_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+    change: tuple[str, str], spec_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = spec_path.with_name("other.yaml")
-    other.write_text(SMALL.replace("ppo.n_epochs: 1", "ppo.n_epochs: 2"), encoding="utf-8")
+    other.write_text(SMALL.replace(*change), encoding="utf-8")
     assert cli.main(["bench", "run", str(other), "--out", str(out)]) == 2
     assert "made with other settings" in capsys.readouterr().err
 

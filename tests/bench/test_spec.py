@@ -103,6 +103,7 @@ def test_only_that_fits_nothing_is_refused() -> None:
         ("tasks: {parity: }\nagents: {a: {parameters_of: b}}", "parameters_of='b'"),
         ("tasks: {parity: }\nagents: {a: {memory: {name: lstm, hidden_size: 9}, parameters_of: b}}", "hidden_size"),
         ("tasks: {parity: }\nagents: {a: {memory: {name: lstm}, set: {memory.hidden_size: 9}}}", "use one"),
+        ("tasks: {parity: }\nagents: {a: {set: {env.kwargs.length: 9}}}", "must be the same for all agents"),
         ("tasks: {parity: {ability: holding}}\nagents: {a: }", "ability='holding'"),
         ("tasks: {parity: {optimal_return: 1}}\nagents: {a: }", "give both or none"),
         ("tasks: {parity: }\nagents: {a: }\nseeds: [1, 1]", r"seeds=\[1, 1\]"),

@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from xlstm_rl.bench.plan import plan_runs
+    from xlstm_rl.bench.plan import plan_runs, select_runs
     from xlstm_rl.bench.rendering import render
     from xlstm_rl.bench.results import gather, write_results
     from xlstm_rl.bench.runner import run_all
@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     name = Path(options.spec).name.removesuffix(".yaml").removesuffix(".yml")
     out: Path = options.out or Path("bench") / name
     runs = plan_runs(spec, out)
-    chosen = plan_runs(spec, out, options.only) if options.only else runs
+    chosen = select_runs(runs, options.only)
     console = Console()
     outcome = run_all(
         chosen,

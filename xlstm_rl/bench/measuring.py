@@ -15,7 +15,7 @@ import numpy as np
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate
-from xlstm_rl.bench.plan import PlannedRun, score
+from xlstm_rl.bench.plan import PlannedRun, fingerprint, score
 from xlstm_rl.bench.records import Figure, Record, StateHealth
 from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.building import make_env, normalized_as_saved, normalized_like, read_facts
@@ -87,6 +87,7 @@ def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Ca
             task=run.task.name,
             agent=run.agent,
             seed=config.seed,
+            fingerprint=fingerprint(run, spec),
             ability=run.task.purpose.ability,
             env=config.env.id,
             memory=" ".join(

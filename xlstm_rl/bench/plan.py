@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -13,7 +14,7 @@ from typing import Any
 
 from xlstm_rl.bench.spec import AgentSpec, BenchSpec, TaskSpec
 from xlstm_rl.building import make_env, make_model, read_facts
-from xlstm_rl.configs import ConfigError, EnvConfig, MemoryConfig, TrainConfig, load
+from xlstm_rl.configs import ConfigError, EnvConfig, MemoryConfig, TrainConfig, dump, load
 from xlstm_rl.envs import TaskFacts, TaskPurpose, task_purpose
 
 
@@ -83,6 +84,12 @@ class PlannedRun:
         return self.folder.with_name(f"{self.folder.name}.spent.json")
 
 
+def fingerprint(run: PlannedRun, spec: BenchSpec) -> str:
+    """Equal for runs that were trained and measured with equal settings."""
+    measured = (spec.long_episodes, spec.stop_score, spec.stop_evaluations)
+    return hashlib.sha256(f"{dump(run.config)}{run.task}{measured}".encode()).hexdigest()[:16]
+
+
 def plan_runs(spec: BenchSpec, out: Path, only: Sequence[str] = ()) -> list[PlannedRun]:
     """All runs, seed by seed, so that an early end leaves whole rounds.
 
@@ -100,6 +107,11 @@ def plan_runs(spec: BenchSpec, out: Path, only: Sequence[str] = ()) -> list[Plan
         for seed in spec.seeds
         for task, agent, config in pairs
     ]
+    return select_runs(runs, only)
+
+
+def select_runs(runs: Sequence[PlannedRun], only: Sequence[str]) -> list[PlannedRun]:
+    """The runs that fit a pattern, see `plan_runs`."""
     for pattern in only:
         if not any(_fits(run, pattern) for run in runs):
             raise ConfigError(f"--only {pattern!r} fits no run; the first is {runs[0].name!r}, parts may be '*'")

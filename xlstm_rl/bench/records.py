@@ -50,6 +50,7 @@ class Record:
 
     Attributes:
         task, agent, seed: which run.
+        fingerprint: of all settings, see `xlstm_rl.bench.plan.fingerprint`.
         ability: what the task tests.
         env: its environment id.
         memory: name of the memory, with its blocks where it has such.
@@ -71,6 +72,7 @@ class Record:
     task: str
     agent: str
     seed: int
+    fingerprint: str
     ability: str
     env: str
     memory: str

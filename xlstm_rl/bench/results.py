@@ -79,7 +79,7 @@ def gather(name: str, spec: BenchSpec, runs: Sequence[PlannedRun]) -> Results:
     records, failures, missing = [], {}, []
     for run in runs:
         if run.record.is_file():
-            records.append(_read_record(run.record))
+            records.append(read_record(run.record))
         elif run.failure.is_file():
             failures[run.name] = run.failure.read_text(encoding="utf-8", errors="replace")
         else:
@@ -127,7 +127,12 @@ def read_results(out: Path) -> Results:
         raise ConfigError(f"{path} cannot be used: {error}; make it again with `xlstm-rl bench run`") from error
 
 
-def _read_record(path: Path) -> Record:
+def read_record(path: Path) -> Record:
+    """The record that a worker left.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     try:
         return Record.from_values(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:

@@ -15,8 +15,9 @@ from signal import Signals
 from rich.console import Console
 
 from xlstm_rl.agents.archive import write_whole
-from xlstm_rl.bench.plan import PlannedRun
+from xlstm_rl.bench.plan import PlannedRun, fingerprint
 from xlstm_rl.bench.progress import ProgressView
+from xlstm_rl.bench.results import read_record
 from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.bench.worker import DONE, INTERRUPTED, work
 from xlstm_rl.configs import ConfigError, load_file
@@ -73,7 +74,7 @@ def run_all(
         ConfigError: what is left of an earlier start was made with other settings.
     """
     for run in runs:
-        _check_same_settings(run)
+        _check_same_settings(run, spec)
     todo = [run for run in runs if not run.record.is_file()]
     deadline = float("inf") if hours is None else time.monotonic() + hours * 3600
     outcome = Outcome()
@@ -153,12 +154,16 @@ def _context() -> BaseContext:
     return context
 
 
-def _check_same_settings(run: PlannedRun) -> None:
-    path = run.folder / "config.yaml"
-    if path.is_file() and load_file(path) != run.config:
+def _check_same_settings(run: PlannedRun, spec: BenchSpec) -> None:
+    config = run.folder / "config.yaml"
+    if run.record.is_file():
+        same = read_record(run.record).fingerprint == fingerprint(run, spec)
+    else:
+        same = not config.is_file() or load_file(config) == run.config
+    if not same:
         raise ConfigError(
-            f"{run.folder} was made with other settings than the benchmark has now; choose another --out, or remove "
-            f"{run.folder} and {run.record}"
+            f"{run.name} in {run.out} was made with other settings than the benchmark has now; choose another --out, "
+            f"or remove {run.folder} and {run.record}"
         )
 
 

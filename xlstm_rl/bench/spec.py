@@ -63,6 +63,9 @@ class AgentSpec:
     def __post_init__(self) -> None:
         if self.memory is not None and any(str(key).startswith("memory") for key in self.set):
             raise ConfigError("an agent has its memory settings either in memory or as memory.* in set; use one")
+        for key in self.set:
+            if key in ("env.id", "seed", "total_steps") or key.startswith("env.kwargs"):
+                raise ConfigError(f"{key} must be the same for all agents; set it for the task or the benchmark")
         if self.parameters_of is not None and "hidden_size" in (self.memory or {}):
             raise ConfigError("parameters_of chooses hidden_size; leave memory.hidden_size out")
         if self.tuning_runs < 0:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
@@ -39,13 +40,17 @@ def _finish(run: PlannedRun, spec: BenchSpec) -> bool:
     """Whether the run came to its end and was measured."""
     # Loaded only here: the parent process trains nothing.
     from xlstm_rl.bench.measuring import measure
+    from xlstm_rl.run_folder import RunFolder
     from xlstm_rl.training import resume, train
 
     spent = _Spent(run)
     stop_when = spent.noting(_solved(run, spec))
-    if (run.folder / "config.yaml").is_file():
+    folder = RunFolder(run.folder)
+    if folder.config.is_file() and folder.versions.is_file():
         result = resume(run.folder, stop_when=stop_when)
     else:
+        # what a process that was killed at the very start left is no run yet
+        shutil.rmtree(run.folder, ignore_errors=True)
         result = train(run.config, run.folder, stop_when=stop_when)
     if result.interrupted_by is not None:
         spent.note()
