@@ -1,0 +1,150 @@
+"""What a card says about runs that are made up."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xlstm_rl.bench.card import common_scores
+from xlstm_rl.bench.checks import check
+from xlstm_rl.bench.documents import Code, Section, Table, to_html, to_markdown
+from xlstm_rl.bench.records import Figure, Record, StateHealth
+from xlstm_rl.bench.rendering import render
+from xlstm_rl.bench.results import Results, read_results, write_results
+from xlstm_rl.configs import ConfigError
+
+ORACLE, MEMORYLESS, EMPTIED, SIZE, TUNING, STATE, COMPLETE = range(7)
+
+
+def figure(score: float) -> Figure:
+    return Figure(mean_return=score, standard_error=0.001, score=score, episodes=100)
+
+
+def record(agent: str, seed: int, score: float) -> Record:
+    return Record(
+        task="t",
+        agent=agent,
+        seed=seed,
+        fingerprint="f",
+        ability="hold",
+        env="E-v0",
+        memory=agent,
+        parameters=200,
+        memory_parameters=100,
+        tuning_runs=0,
+        total_steps=90,
+        steps=90,
+        optimal_return=1.0,
+        memoryless_return=0.0,
+        curve=[[10 * step, min(score, step / 10)] for step in range(1, 10)],
+        greedy=figure(score),
+        sampled=figure(score),
+        emptied=figure(0.0),
+        oracle=figure(1.0),
+        longer={"4": figure(score / 2), "16": figure(score / 4)},
+        state=StateHealth(bytes_first=8, bytes_last=8, largest=1.0, finite=True, length=16),
+        cpu_minutes=0.5,
+        versions={"torch": "x"},
+    )
+
+
+def card(*records: Record, **changes: Any) -> Results:
+    made = Results(
+        name="made-up",
+        tasks=("t",),
+        agents=("xlstm", "lstm", "none"),
+        seeds=(0, 1),
+        solved_score=0.9,
+        stop_score=None,
+        parameters_of={"lstm": "xlstm"},
+        records=records or sound(),
+        failures={},
+        missing=(),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def sound() -> tuple[Record, ...]:
+    ends = {"xlstm": 1.0, "lstm": 0.5, "none": 0.0}
+    return tuple(record(agent, seed, score) for agent, score in ends.items() for seed in (0, 1))
+
+
+def changed(agent: str, **changes: Any) -> tuple[Record, ...]:
+    return tuple(dataclasses.replace(r, **changes) if r.agent == agent else r for r in sound())
+
+
+def answers(results: Results) -> list[str]:
+    return [item.answer for item in check(results)]
+
+
+def test_all_checks_of_a_sound_card_hold() -> None:
+    assert answers(card()) == ["yes"] * 7
+
+
+@pytest.mark.parametrize(
+    ("records", "broken"),
+    [
+        (changed("lstm", oracle=figure(0.9)), ORACLE),
+        (changed("none", greedy=figure(0.2)), MEMORYLESS),
+        (changed("xlstm", emptied=figure(0.5)), EMPTIED),
+        (changed("lstm", memory_parameters=120), SIZE),
+        (changed("xlstm", tuning_runs=30), TUNING),
+        (changed("lstm", state=StateHealth(8, 16, 1.0, True, 16)), STATE),
+        (changed("lstm", state=StateHealth(8, 8, 1.0, False, 16)), STATE),
+    ],
+)
+def test_card_that_is_void_says_why(records: tuple[Record, ...], broken: int) -> None:
+    assert [index for index, answer in enumerate(answers(card(*records))) if answer == "no"] == [broken]
+
+
+def test_card_with_failed_or_missing_runs_says_so(tmp_path: Path) -> None:
+    results = card(failures={"t/lstm/7": "Traceback\nZeroDivisionError: <b>"}, missing=("t/none/8",))
+    assert check(results)[COMPLETE].problems == ["t/lstm/7 failed", "1 runs are not done"]
+    render(results, tmp_path)
+    assert "    ZeroDivisionError: <b>" in (tmp_path / "card.md").read_text(encoding="utf-8")
+    assert "ZeroDivisionError: &lt;b&gt;" in (tmp_path / "card.html").read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_told_is_not_said_to_hold() -> None:
+    assert answers(card(*changed("xlstm", oracle=None)))[ORACLE] == "yes"
+    without = tuple(dataclasses.replace(r, oracle=None) for r in sound())
+    assert answers(card(*without))[ORACLE] == "not known"
+    assert answers(card(*sound()[:2]))[MEMORYLESS] == "not known"
+
+
+def test_row_of_a_task_has_every_column(tmp_path: Path) -> None:
+    render(card(), tmp_path)
+    lines = (tmp_path / "card.md").read_text(encoding="utf-8").splitlines()
+    row = next(line for line in lines if line.startswith("| hold | t | xlstm |"))
+    cells = [cell.strip() for cell in row.split("|")[4:-1]]
+    # worst of the last five evaluations is that at step 50, and 0.9 is reached at step 90
+    expected = ["xlstm", "1.00 [1.00, 1.00]", "2 of 2", "90 (2)", "0.50", "0.50", "0.25", "0.00", "200", "8", "0.5"]
+    assert cells == expected
+
+
+def test_results_are_read_back_as_written(tmp_path: Path) -> None:
+    results = card(missing=("t/none/8",))
+    write_results(results, tmp_path)
+    assert read_results(tmp_path) == results
+
+
+def test_damaged_results_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"tasks": []}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="results.json cannot be used"):
+        read_results(tmp_path)
+
+
+def test_only_seeds_of_both_sides_make_pairs() -> None:
+    other = card(record("xlstm", 1, 0.25), record("xlstm", 5, 0.75))
+    before, after = common_scores(card(), "lstm", other, "xlstm", ["t"])
+    assert [list(scores) for scores in (*before, *after)] == [[0.5], [0.25]]
+
+
+def test_cells_cannot_break_a_table() -> None:
+    sections = [Section("S", [Table(["a|b", "<i>"], [["1", "2"]]), Code("x < y")])]
+    assert "| a\\|b | <i> |\n| --- | ---: |\n| 1 | 2 |" in to_markdown("T", sections, Path())
+    page = to_html("T", sections)
+    assert "<th>&lt;i&gt;</th>" in page and "<pre>x &lt; y</pre>" in page
