@@ -168,7 +168,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         if isinstance(self.action_dist, CategoricalDistribution):
             actions, log_prob = _sample_categorical(self.action_net(latent_pi), deterministic, action_masks)
             return StepResult(actions, values, log_prob, state)
-        distribution = self._distribution(latent_pi, action_masks)
+        distribution = self.action_distribution(latent_pi, action_masks)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         return StepResult(actions.reshape(-1, *(self.action_space.shape or ())), values, log_prob, state)
@@ -204,7 +204,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             log_probs = F.log_softmax(mask_logits(self.action_net(latent_pi), masks), dim=-1)
             log_prob = log_probs.gather(-1, actions.view(-1, 1)).view(reset.shape)
             return Evaluation(values, log_prob, -(log_probs.exp() * log_probs).sum(-1).view(reset.shape))
-        distribution = self._distribution(latent_pi, masks)
+        distribution = self.action_distribution(latent_pi, masks)
         log_prob = distribution.log_prob(_as_sampled(actions, self.action_space)).view(reset.shape)
         entropy = distribution.entropy()
         return Evaluation(values, log_prob, None if entropy is None else entropy.view(reset.shape))
@@ -213,7 +213,8 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         """Memory state after a sequence: obs [B, T, ...], reset bool [B, T]."""
         return self.latents(obs, state, reset, heads=False)[2]
 
-    def _distribution(self, latent_pi: Tensor, action_masks: Tensor | None) -> Distribution:
+    def action_distribution(self, latent_pi: Tensor, action_masks: Tensor | None) -> Distribution:
+        """Of what `latents` gave, [N, ...]; over the allowed actions, where there are masks bool [N, ...]."""
         if action_masks is None:
             return self._get_action_dist_from_latent(latent_pi)
         return masked_distribution(self.action_space, self.action_net(latent_pi), action_masks)

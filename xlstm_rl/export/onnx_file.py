@@ -172,6 +172,8 @@ def _describe(step: PolicyStep, front: Front) -> dict[str, Any]:
     policy, parts = step.policy, entries(front.space)
     observations = {
         observation_name(key): {
+            "shape": list(space.shape or ()),
+            "dtype": np.dtype(space.dtype).name,
             "space": _space(space),
             "normalized": any(isinstance(layer, Normalize) for layer in front.layers[key]),
         }

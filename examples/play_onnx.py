@@ -1,0 +1,55 @@
+"""Plays an episode with an exported policy; needs onnxruntime, NumPy and gymnasium, and no torch.
+
+xlstm-rl export runs/... policy.onnx
+python examples/play_onnx.py policy.onnx CartPole-v1 500
+"""
+
+import json
+import resource
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import onnxruntime
+
+
+def play(path: str, env_id: str, longest: int) -> float:
+    session = onnxruntime.InferenceSession(path)
+    facts = json.loads(session.get_modelmeta().custom_metadata_map["xlstm_rl"])
+    names = [output.name for output in session.get_outputs()]
+    # what the agent remembers: zeros at first, then what the last step returned
+    state = {name: np.zeros((1, *leaf["shape"]), leaf["dtype"]) for name, leaf in facts["state"].items()}
+    env = gym.make(env_id, max_episode_steps=longest)
+    obs, _ = env.reset(seed=0)
+    told = {
+        "previous_action": np.zeros(gym.spaces.flatdim(env.action_space)),
+        "previous_reward": [0],
+        "episode_start": [1],
+    }
+    total, seconds, ended, reset, part = 0.0, [], False, True, max(1, longest // 5)
+    while not ended:
+        seen = {**told, **(obs if isinstance(obs, dict) else {"observation": obs})}
+        fed = {**state, "reset": np.array([reset])}
+        for name, entry in facts["inputs"]["observations"].items():
+            fed[name] = np.asarray(seen[name.removeprefix("observation.")], entry["dtype"])[None]
+        if facts["inputs"]["action_mask"]:
+            fed["action_mask"] = np.asarray(env.unwrapped.action_masks(), bool).reshape(1, -1)
+        begun = time.perf_counter()
+        result = dict(zip(names, session.run(names, fed), strict=True))
+        seconds.append(time.perf_counter() - begun)
+        state, reset = {name: result[leaf["next"]] for name, leaf in facts["state"].items()}, False
+        obs, reward, terminated, truncated, _ = env.step(result["action"][0])
+        told = {"previous_action": gym.spaces.flatten(env.action_space, result["action"][0])}
+        told |= {"previous_reward": [reward], "episode_start": [0]}
+        total, ended = total + reward, terminated or truncated
+        if ended or len(seconds) % part == 0:
+            milliseconds, size = 1e3 * np.median(seconds[-part:]), sum(leaf.nbytes for leaf in state.values())
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(f"step {len(seconds):>6}: {milliseconds:.3f} ms a step, state {size} bytes, process {peak:.0f} MiB")
+    print(f"return {total:.2f} after {len(seconds)} steps")
+    return total
+
+
+if __name__ == "__main__":
+    play(sys.argv[1], sys.argv[2], int(sys.argv[3]))
