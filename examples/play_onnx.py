@@ -34,7 +34,7 @@ def play(path: str, env_id: str, longest: int) -> float:
         for name, entry in facts["inputs"]["observations"].items():
             fed[name] = np.asarray(seen[name.removeprefix("observation.")], entry["dtype"])[None]
         if facts["inputs"]["action_mask"]:
-            fed["action_mask"] = np.asarray(env.unwrapped.action_masks(), bool).reshape(1, -1)
+            fed["action_mask"] = np.ravel(env.get_wrapper_attr("action_masks")())[None].astype(np.bool_)
         begun = time.perf_counter()
         result = dict(zip(names, session.run(names, fed), strict=True))
         seconds.append(time.perf_counter() - begun)
@@ -42,7 +42,7 @@ def play(path: str, env_id: str, longest: int) -> float:
         obs, reward, terminated, truncated, _ = env.step(result["action"][0])
         told = {"previous_action": gym.spaces.flatten(env.action_space, result["action"][0])}
         told |= {"previous_reward": [reward], "episode_start": [0]}
-        total, ended = total + reward, terminated or truncated
+        total, ended = total + float(reward), terminated or truncated
         if ended or len(seconds) % part == 0:
             milliseconds, size = 1e3 * np.median(seconds[-part:]), sum(leaf.nbytes for leaf in state.values())
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

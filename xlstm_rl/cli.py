@@ -1,4 +1,4 @@
-"""The command `xlstm-rl`: train, evaluate, export, bench, list."""
+"""The command `xlstm-rl`: train, evaluate, export, inspect, bench, list."""
 
 from __future__ import annotations
 
@@ -71,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
     export.set_defaults(run=_export)
 
+    inspect = commands.add_parser("inspect", help="draw an episode", description="Draw what the memory does.")
+    inspect.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    inspect.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
+    inspect.add_argument("--max-steps", type=_positive, default=300, help="the episode is cut there; default 300")
+    inspect.add_argument("--seed", type=_natural, help="of the episode")
+    inspect.set_defaults(run=_inspect)
+
     add_bench_parser(commands)
 
     listing = commands.add_parser(
@@ -123,6 +130,13 @@ def _export(options: argparse.Namespace) -> int:
     from xlstm_rl.finished import export_run
 
     export_run(options.run_dir, options.path, best=options.best, console=Console())
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from xlstm_rl.finished import inspect_run
+
+    inspect_run(options.run_dir, best=options.best, max_steps=options.max_steps, seed=options.seed, console=Console())
     return 0
 
 

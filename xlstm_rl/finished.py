@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import gymnasium
 import torch
 from rich.console import Console
 from stable_baselines3.common.vec_env import VecEnv
@@ -16,7 +18,12 @@ from xlstm_rl.building import evaluation_device, make_env, normalized_as_saved
 from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.export import Check, ExportError, check_onnx, export_onnx
 from xlstm_rl.export.onnx_check import ROWS
+from xlstm_rl.inspection import Episode, draw_episode, record_episode, write_gif
 from xlstm_rl.run_folder import RunFolder
+
+# Distance from the training seed, beside those of the evaluations.
+INSPECTION_SEED = 300_000
+DEFAULT_FPS = 10
 
 
 class FinishedRun(NamedTuple):
@@ -26,7 +33,7 @@ class FinishedRun(NamedTuple):
     config: TrainConfig
     model: RecurrentPPO
     env: VecEnv
-    """One copy of the environment, normalised as saved."""
+    """One copy of the environment, as the agent sees it."""
 
 
 @contextmanager
@@ -59,14 +66,70 @@ def open_run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = evaluation_device(config.device, device, console or Console(quiet=True))
-    with closing(make_env(config, 1, config.seed, here=True)) as env:
+    with closing(make_env(_rendering(config) if render else config, 1, config.seed, here=True)) as env:
         env = normalized_as_saved(env, config, path)
         try:
             model = RecurrentPPO.load(path, env=env, device=device)
         # A damaged file, or spaces other than those of the environment.
         except ValueError as error:
             raise ConfigError(f"the model cannot be loaded: {error}") from error
-        yield FinishedRun(folder, config, model, env)
+        wrapped = model.get_env()
+        assert wrapped is not None, "loaded with one"
+        yield FinishedRun(folder, config, model, wrapped)
+
+
+def _rendering(config: TrainConfig) -> TrainConfig:
+    """The configuration with an environment that draws pictures, where it can."""
+    kwargs = {**config.env.kwargs, "render_mode": "rgb_array"}
+    env = dataclasses.replace(config.env, kwargs=kwargs)
+    try:
+        with closing(gymnasium.make(env.id, **kwargs)) as tried:
+            tried.reset(seed=0)
+            tried.render()
+    # what it takes to draw may be missing, or the environment knows no such mode
+    except (ImportError, TypeError, ValueError, NotImplementedError, gymnasium.error.Error):
+        return config
+    return dataclasses.replace(config, env=env)
+
+
+def inspect_run(
+    run_dir: Path,
+    *,
+    best: bool = False,
+    max_steps: int = 300,
+    seed: int | None = None,
+    console: Console | None = None,
+) -> Episode:
+    """Play one episode of a run and draw what the memory does.
+
+    Written are `inspection.png` and, where the environment draws pictures, `inspection.gif` in the run folder.
+
+    Args:
+        run_dir: as `train` made it.
+        best: take the model of the best evaluation during training instead of the last one.
+        max_steps: the episode is cut there.
+        seed: of the episode; None takes one that was neither trained nor evaluated on.
+        console: told what was written; None tells nobody.
+
+    Raises:
+        ConfigError: as for `open_run`.
+    """
+    with open_run(run_dir, best=best, device="cpu", render=True) as run:
+        run.env.seed(run.config.seed + INSPECTION_SEED if seed is None else seed)
+        episode = record_episode(run.model, run.env, max_steps=max_steps)
+        title = f"{run.config.env.id}, memory {run.config.memory.name}, {run.model.num_timesteps:,} steps of training"
+        draw_episode(episode, run.folder.inspection, title, gamma=run.model.gamma)
+        if episode.frames:
+            frames_per_second: Any = run.env.metadata.get("render_fps", DEFAULT_FPS)
+            write_gif(episode.frames, run.folder.video, frames_per_second)
+    if console is not None:
+        total = episode.rewards.sum()
+        said = [
+            f"one episode, {len(episode.rewards)} steps, {episode.ended}, return {total:.2f}: {run.folder.inspection}"
+        ]
+        said.append(f"video: {run.folder.video}" if episode.frames else "no video: the environment draws none here")
+        console.print("\n".join(said), highlight=False, soft_wrap=True, markup=False)
+    return episode
 
 
 def export_run(run_dir: Path, path: Path | None = None, *, best: bool = False, console: Console | None = None) -> Check:
@@ -81,7 +144,7 @@ def export_run(run_dir: Path, path: Path | None = None, *, best: bool = False, c
     Raises:
         ConfigError: as for `open_run`; a package is missing, the file cannot be written, or what it computes differs.
     """
-    path = run_dir / "policy.onnx" if path is None else path
+    path = path or RunFolder(run_dir).policy
     with open_run(run_dir, best=best, device="cpu") as run:
         try:
             export_onnx(run.model, path)

@@ -79,8 +79,8 @@ def _staleness(
     fresh = policy.advance(
         _first_steps(sample.observations, until), take(buffer.chunk_states[0], rows), sample.episode_starts[:, :until]
     )
-    kept, fresh = pack(take(kept, rows).actor), pack(fresh.actor)
-    return float((kept - fresh).norm() / fresh.norm().clamp(min=1e-8))
+    expected, found = pack(fresh.actor), pack(take(kept, rows).actor)
+    return float(torch.dist(found, expected) / expected.norm().clamp(min=1e-8))
 
 
 def _first_steps(obs: Any, count: int) -> Any:

@@ -80,11 +80,11 @@ class PolicyStep(nn.Module):
             return _to_box(output, space, squash=policy.squash_output), [output, self._std(latent, output)]
         if isinstance(space, spaces.MultiBinary):
             if mask is not None:
-                may_be_0, may_be_1 = mask.unflatten(1, (-1, 2)).unbind(-1)
+                may_be_0, may_be_1 = mask.reshape(mask.shape[0], -1, 2).unbind(-1)
                 output = -mask_logits(-mask_logits(output, may_be_1), may_be_0)
             return (output > 0).to(torch.int8), [output]
         output = mask_logits(output, mask)
-        chosen = [part.argmax(-1) for part in output.split(mask_parts(space), dim=-1)]
+        chosen = [part.argmax(-1) for part in torch.split(output, mask_parts(space), dim=-1)]
         return (chosen[0] if isinstance(space, spaces.Discrete) else torch.stack(chosen, -1)), [output]
 
     def _std(self, latent: Tensor, mean: Tensor) -> Tensor:
