@@ -62,9 +62,9 @@ def model_of(core: str, head: str, observation: str = "vector", **policy: Any) -
     return model
 
 
-def assert_exported(model: RecurrentPPO, path: Path) -> None:
+def assert_exported(model: RecurrentPPO, path: Path, tolerance: float = 1e-5) -> None:
     export_onnx(model, path)
-    assert check_onnx(model, path).largest_error <= 1e-5
+    assert check_onnx(model, path).largest_error <= tolerance
     assert_same_distribution(model, Runner(path))
 
 
@@ -102,6 +102,11 @@ def assert_same_distribution(model: RecurrentPPO, runner: Runner) -> None:
         assert_close(one, other)
 
 
+def tolerance_of(observation: str) -> float:
+    """Thousands of pixels are added up in another order, and the norms of the memory amplify what that rounds."""
+    return 5e-5 if "image" in observation else 1e-5
+
+
 # Every memory, every head and every observation at least once; all combinations of the first two are slow.
 QUICK = [
     ("m", "masked multi-discrete", "vector"),
@@ -109,12 +114,14 @@ QUICK = [
     ("ms", "multi-discrete", "dict with image"),
     ("lstm", "box", "image"),
     ("none", "multi-binary", "multi-discrete"),
+    # in its graph the exporter calls something else "mean"
+    ("ssm", "box", "vector"),
 ]
 
 
 @pytest.mark.parametrize(("core", "head", "observation"), QUICK)
 def test_export_computes_what_torch_computes(core: str, head: str, observation: str, tmp_path: Path) -> None:
-    assert_exported(model_of(core, head, observation), tmp_path / "policy.onnx")
+    assert_exported(model_of(core, head, observation), tmp_path / "policy.onnx", tolerance_of(observation))
 
 
 @pytest.mark.slow
@@ -129,7 +136,7 @@ def test_export_of_every_memory_and_head(core: str, head: str, tmp_path: Path) -
 @pytest.mark.parametrize("observation", OBSERVATIONS)
 def test_export_of_every_observation_and_critic(observation: str, critic_memory: str, tmp_path: Path) -> None:
     model = model_of("ms", "discrete", observation, critic_memory=critic_memory)
-    assert_exported(model, tmp_path / "policy.onnx")
+    assert_exported(model, tmp_path / "policy.onnx", tolerance_of(observation))
 
 
 class Runner:

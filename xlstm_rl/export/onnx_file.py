@@ -127,6 +127,7 @@ def _trace(step: PolicyStep, front: Front, metadata: dict[str, Any]) -> bytes:
             verbose=False,
         )
     assert program is not None, "without a path the exporter returns the program"
+    _free_names(program, {*step.inputs, *step.outputs})
     model = program.model_proto
     for value in (*model.graph.input, *model.graph.output):
         for size in value.type.tensor_type.shape.dim:
@@ -136,6 +137,14 @@ def _trace(step: PolicyStep, front: Front, metadata: dict[str, Any]) -> bytes:
     model.metadata_props.add(key=METADATA, value=json.dumps(metadata))
     content: bytes = model.SerializeToString()
     return content
+
+
+def _free_names(program: torch.onnx.ONNXProgram, taken: set[str]) -> None:
+    """Rename what has the name of an input or output inside the graph; the exporter does not look."""
+    for node in program.model.graph:
+        for value in node.outputs:
+            if value.name in taken and not value.is_graph_output():
+                value.name = f"inner.{value.name}"
 
 
 def _example_inputs(step: PolicyStep, front: Front) -> tuple[torch.Tensor, ...]:

@@ -219,7 +219,9 @@ def _whole_numbers(*axes: Any, most: int = 8) -> None:
 
 
 def _legend(panel: Any) -> None:
-    """Above the panel, beside its title."""
+    """Above the panel, beside its title, if there is anything to name."""
+    if not panel.get_legend_handles_labels()[0]:
+        return
     panel.legend(fontsize="small", loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=4, frameon=False)
 
 
