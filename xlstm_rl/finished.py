@@ -33,7 +33,7 @@ class FinishedRun(NamedTuple):
     config: TrainConfig
     model: RecurrentPPO
     env: VecEnv
-    """One copy of the environment, as the agent sees it."""
+    """One copy of the environment, as the agent sees it; its normalisation stays as it is."""
 
 
 @contextmanager
@@ -75,6 +75,10 @@ def open_run(
             raise ConfigError(f"the model cannot be loaded: {error}") from error
         wrapped = model.get_env()
         assert wrapped is not None, "loaded with one"
+        normalizer = model.get_vec_normalize_env()
+        if normalizer is not None:
+            # what is played now is no training
+            normalizer.training = False
         yield FinishedRun(folder, config, model, wrapped)
 
 
@@ -123,12 +127,10 @@ def inspect_run(
             frames_per_second: Any = run.env.metadata.get("render_fps", DEFAULT_FPS)
             write_gif(episode.frames, run.folder.video, frames_per_second)
     if console is not None:
-        total = episode.rewards.sum()
-        said = [
-            f"one episode, {len(episode.rewards)} steps, {episode.ended}, return {total:.2f}: {run.folder.inspection}"
-        ]
-        said.append(f"video: {run.folder.video}" if episode.frames else "no video: the environment draws none here")
-        console.print("\n".join(said), highlight=False, soft_wrap=True, markup=False)
+        end = f"{len(episode.rewards)} steps, {episode.ended}, return {episode.total:.2f}"
+        video = f"video: {run.folder.video}" if episode.frames else "no video: the environment draws none here"
+        said = f"one episode, {end}: {run.folder.inspection}\n{video}"
+        console.print(said, highlight=False, soft_wrap=True, markup=False)
     return episode
 
 

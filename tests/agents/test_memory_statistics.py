@@ -46,7 +46,8 @@ def test_states_are_stale_as_far_as_weights_moved(memory: str, settings: dict[st
 
 def test_forget_gate_is_the_one_of_the_weights() -> None:
     model = agent(steps=24, policy_kwargs=XLSTM)
-    gates = model.policy.memory_actor.blocks[0].gates
+    memory: Any = model.policy.memory_actor
+    gates = memory.blocks[0].gates
     with torch.no_grad():
         gates.weight.zero_()
         gates.bias[:2], gates.bias[2:] = -1.0, torch.tensor(0.9).logit()

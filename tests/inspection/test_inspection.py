@@ -35,9 +35,9 @@ def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
 @pytest.mark.parametrize("forget_activation", ["sigmoid", "exp"])
 def test_weights_of_an_mlstm_read_give_its_output(scale: float, forget_activation: Any) -> None:
     q, k, v = (normal(1, T, H, D, seed=seed, scale=scale) for seed in range(3))
-    gates = [normal(1, T, H, seed=seed, scale=scale) for seed in (3, 4)]
+    write, forget = (normal(1, T, H, seed=seed, scale=scale) for seed in (3, 4))
     with recorded_calls() as calls:
-        hidden, _ = mlstm_sequence(q, k, v, *gates, forget_activation=forget_activation)
+        hidden, _ = mlstm_sequence(q, k, v, write, forget, forget_activation=forget_activation)
     (call,) = calls
     weights = torch.from_numpy(read_weights(call))
     assert_close(torch.einsum("htj,jhv->thv", weights, v[0]), hidden[0])
@@ -108,12 +108,14 @@ def test_recorded_episode_is_the_one_that_the_agent_plays() -> None:
     env.seed(3)
     episode = record_episode(model, env, max_steps=100)
     env.seed(3)
-    obs, state, done, rewards = env.reset(), None, np.ones(1, bool), []
+    obs: Any = env.reset()
+    state, done = None, np.ones(1, bool)
     actions, seen = [], []
+    rewards: list[float] = []
     while not rewards or not done[0]:
         seen.append(obs[0])
         action, state = model.predict(obs, state=state, episode_start=done, deterministic=True)
-        obs, reward, done, _ = env.step(action)  # type: ignore[assignment]
+        obs, reward, done, _ = env.step(action)
         actions.append(action)
         rewards.append(reward[0])
     np.testing.assert_array_equal(episode.actions, np.stack(actions))

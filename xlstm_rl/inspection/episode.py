@@ -34,6 +34,8 @@ class Episode(NamedTuple):
     """[T, c], probabilities of all choices of all components of an action; None for Box actions."""
     rewards: np.ndarray
     """[T], as the agent is paid: normalised, if it is trained so."""
+    total: float
+    """Sum of the rewards as the environment paid them."""
     values: np.ndarray
     """[T], what the critic expects, in the same units."""
     state_norms: dict[str, np.ndarray]
@@ -68,6 +70,7 @@ def record_episode(model: BaseAlgorithm, env: VecEnv, *, max_steps: int, determi
         raise ValueError(f"an episode needs 1 environment and a step, got {env.num_envs} and max_steps={max_steps}")
     masked = masks_actions(env, env.action_space, getattr(model, "use_masking", False))
     policy.set_training_mode(False)
+    normalizer = unwrap_vec_normalize(env)
     draws = env.render_mode == "rgb_array"
     obs, reset, state = env.reset(), torch.ones(1, dtype=torch.bool, device=policy.device), policy.initial_state(1)
     steps: list[dict[str, Any]] = []
@@ -86,6 +89,7 @@ def record_episode(model: BaseAlgorithm, env: VecEnv, *, max_steps: int, determi
         obs, rewards, dones, infos = env.step(taken)
         # the critic's blocks run after as many of the actor's
         calls.append(recorded if policy.memory_critic is None else recorded[: len(recorded) // 2])
+        paid = rewards if normalizer is None else normalizer.get_original_reward()
         norms = _norms(state.actor, calls[-1])
         choices = _probabilities(distribution)
         steps.append(
@@ -94,6 +98,7 @@ def record_episode(model: BaseAlgorithm, env: VecEnv, *, max_steps: int, determi
                 "action": np.ravel(taken),
                 "choices": choices,
                 "reward": rewards[0],
+                "paid": float(paid[0]),
                 "value": value,
                 "norms": norms,
             }
@@ -119,6 +124,7 @@ def _joined(
         actions=column("action"),
         choices=None if steps[0]["choices"] is None else column("choices"),
         rewards=column("reward"),
+        total=sum(step["paid"] for step in steps),
         values=column("value"),
         state_norms={name: np.stack([step["norms"][name] for step in steps]) for name in steps[0]["norms"]},
         blocks=[_one_call(parts) for parts in zip(*calls, strict=True)],

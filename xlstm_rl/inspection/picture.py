@@ -228,7 +228,7 @@ def _legend(panel: Any) -> None:
 def _facts(panel: Any, episode: Episode) -> None:
     panel.axis("off")
     ends = {"terminated": "ended", "truncated": "cut by the time limit", "cut": "cut here"}
-    lines = [f"{len(episode.rewards)} steps, {ends[episode.ended]}, return {episode.rewards.sum():.2f}"]
+    lines = [f"{len(episode.rewards)} steps, {ends[episode.ended]}, return {episode.total:.2f}"]
     if episode.blocks:
         lines += [
             "",
