@@ -8,6 +8,7 @@ import json
 import resource
 import sys
 import time
+from collections import deque
 
 import gymnasium as gym
 import numpy as np
@@ -27,7 +28,8 @@ def play(path: str, env_id: str, longest: int) -> float:
         "previous_reward": [0],
         "episode_start": [1],
     }
-    total, seconds, ended, reset, part = 0.0, [], False, True, max(1, longest // 5)
+    part = max(1, longest // 5)
+    total, steps, seconds, ended, reset = 0.0, 0, deque[float](maxlen=part), False, True
     while not ended:
         seen = {**told, **(obs if isinstance(obs, dict) else {"observation": obs})}
         fed = {**state, "reset": np.array([reset])}
@@ -43,11 +45,12 @@ def play(path: str, env_id: str, longest: int) -> float:
         told = {"previous_action": gym.spaces.flatten(env.action_space, result["action"][0])}
         told |= {"previous_reward": [reward], "episode_start": [0]}
         total, ended = total + float(reward), terminated or truncated
-        if ended or len(seconds) % part == 0:
-            milliseconds, size = 1e3 * np.median(seconds[-part:]), sum(leaf.nbytes for leaf in state.values())
+        steps += 1
+        if ended or steps % part == 0:
+            milliseconds, size = 1e3 * np.median(seconds), sum(leaf.nbytes for leaf in state.values())
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"step {len(seconds):>6}: {milliseconds:.3f} ms a step, state {size} bytes, process {peak:.0f} MiB")
-    print(f"return {total:.2f} after {len(seconds)} steps")
+            print(f"step {steps:>6}: {milliseconds:.3f} ms a step, state {size} bytes, process {peak:.0f} MiB")
+    print(f"return {total:.2f} after {steps} steps")
     return total
 
 
