@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stable_baselines3.common.logger import configure
 
 from tests.agents.small_agents import agent
 from xlstm_rl.agents.memory_statistics import memory_statistics
@@ -20,16 +23,27 @@ def statistics_of(model: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("critic_memory", ["shared", "separate"])
-def test_every_block_of_the_actor_is_logged(critic_memory: str) -> None:
-    model = agent(steps=48, policy_kwargs={**XLSTM, "critic_memory": critic_memory})
+def test_every_block_of_the_actor_is_logged(critic_memory: str, tmp_path: Path) -> None:
+    model = agent(policy_kwargs={**XLSTM, "critic_memory": critic_memory})
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(48)
     logged = {name for name in model.logger.name_to_value if name.startswith("memory/")}
     blocks = {f"memory/block{index}_{name}" for index in range(2) for name in ("forget", "input", "horizon")}
     assert logged == blocks | {"memory/state_rms", "memory/stale_state_error"}
 
 
-def test_times_are_logged() -> None:
-    model = agent(steps=24)
-    assert model.logger.name_to_value["time/train_seconds"] > 0
+def test_nothing_is_computed_for_a_log_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xlstm_rl.agents.ppo.memory_statistics", None)
+    assert not agent(steps=48).logger.output_formats
+
+
+def test_times_of_a_rollout_are_logged(tmp_path: Path) -> None:
+    model = agent()
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(48)
+    with (tmp_path / "progress.csv").open() as file:
+        *_, last = csv.DictReader(file)
+    assert all(float(last[f"time/{name}_seconds"]) > 0 for name in ("act", "env", "train"))
 
 
 @pytest.mark.parametrize("memory", ["lstm", "xlstm"])
