@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections import deque
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,17 +23,12 @@ def play(path: str, env_id: str, longest: int) -> float:
     # what the agent remembers: zeros at first, then what the last step returned
     state = {name: np.zeros((1, *leaf["shape"]), leaf["dtype"]) for name, leaf in facts["state"].items()}
     env = gym.make(env_id, max_episode_steps=longest)
-    obs, _ = env.reset(seed=0)
-    told = {
-        "previous_action": np.zeros(gym.spaces.flatdim(env.action_space)),
-        "previous_reward": [0],
-        "episode_start": [1],
-    }
-    part = max(1, longest // 5)
-    total, steps, seconds, ended, reset = 0.0, 0, deque[float](maxlen=part), False, True
+    (obs, _), space, part = env.reset(seed=0), env.action_space, max(1, longest // 5)
+    told = dict[str, Any](previous_action=np.zeros(gym.spaces.flatdim(space)), previous_reward=[0], episode_start=[1])
+    total, steps, seconds, ended = 0.0, 0, deque[float](maxlen=part), False
     while not ended:
         seen = {**told, **(obs if isinstance(obs, dict) else {"observation": obs})}
-        fed = {**state, "reset": np.array([reset])}
+        fed = {**state, "reset": np.array([steps == 0])}
         for name, entry in facts["inputs"]["observations"].items():
             fed[name] = np.asarray(seen[name.removeprefix("observation.")], entry["dtype"])[None]
         if facts["inputs"]["action_mask"]:
@@ -40,12 +36,10 @@ def play(path: str, env_id: str, longest: int) -> float:
         begun = time.perf_counter()
         result = dict(zip(names, session.run(names, fed), strict=True))
         seconds.append(time.perf_counter() - begun)
-        state, reset = {name: result[leaf["next"]] for name, leaf in facts["state"].items()}, False
-        obs, reward, terminated, truncated, _ = env.step(result["action"][0])
-        told = {"previous_action": gym.spaces.flatten(env.action_space, result["action"][0])}
-        told |= {"previous_reward": [reward], "episode_start": [0]}
-        total, ended = total + float(reward), terminated or truncated
-        steps += 1
+        state, action = {name: result[leaf["next"]] for name, leaf in facts["state"].items()}, result["action"][0]
+        obs, reward, terminated, truncated, _ = env.step(action)
+        told = dict(previous_action=gym.spaces.flatten(space, action), previous_reward=[reward], episode_start=[0])
+        total, steps, ended = total + float(reward), steps + 1, terminated or truncated
         if ended or steps % part == 0:
             milliseconds, size = 1e3 * np.median(seconds), sum(leaf.nbytes for leaf in state.values())
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

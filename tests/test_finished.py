@@ -74,7 +74,7 @@ runpy.run_path({str(EXAMPLES / "play_onnx.py")!r}, run_name="__main__")
 
 def test_example_is_short() -> None:
     text = (EXAMPLES / "play_onnx.py").read_text(encoding="utf-8")
-    assert len(text[text.index("def play") : text.index("if __name__")].strip().splitlines()) <= 36
+    assert len(text[text.index("def play") : text.index("if __name__")].strip().splitlines()) <= 32
 
 
 def test_inspection_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

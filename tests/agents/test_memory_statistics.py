@@ -27,6 +27,7 @@ def test_every_block_of_the_actor_is_logged(critic_memory: str, tmp_path: Path) 
     model = agent(policy_kwargs={**XLSTM, "critic_memory": critic_memory})
     model.set_logger(configure(str(tmp_path), ["csv"]))
     model.learn(48)
+    model.logger.close()
     logged = {name for name in model.logger.name_to_value if name.startswith("memory/")}
     blocks = {f"memory/block{index}_{name}" for index in range(2) for name in ("forget", "input", "horizon")}
     assert logged == blocks | {"memory/state_rms", "memory/stale_state_error"}
@@ -41,6 +42,7 @@ def test_times_of_a_rollout_are_logged(tmp_path: Path) -> None:
     model = agent()
     model.set_logger(configure(str(tmp_path), ["csv"]))
     model.learn(48)
+    model.logger.close()
     with (tmp_path / "progress.csv").open() as file:
         *_, last = csv.DictReader(file)
     assert all(float(last[f"time/{name}_seconds"]) > 0 for name in ("act", "env", "train"))
