@@ -116,7 +116,6 @@ def tolerance_of(observation: str) -> float:
 # Beside the agent that most tests below share; all combinations of the first two are slow.
 QUICK = [
     ("s", "squashed", "dict with image"),
-    ("lstm", "masked multi-discrete", "image"),
     # in its graph the exporter calls something else "mean"
     ("ssm", "box", "vector"),
 ]

@@ -85,8 +85,8 @@ def recorded_calls() -> Iterator[list[KernelCall]]:
 
 
 def recording() -> bool:
-    """Whether calls are noted now."""
-    return _CALLS.get() is not None
+    """Whether calls are noted now; a compiled graph notes none."""
+    return not torch.compiler.is_compiling() and _CALLS.get() is not None
 
 
 def record(call: KernelCall) -> None:
