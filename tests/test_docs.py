@@ -55,6 +55,15 @@ def test_tasks_of_the_docs_run() -> None:
     assert run_blocks("docs/tasks.md")["batch"].num_envs == 32
 
 
+def test_page_on_looking_inside_runs() -> None:
+    assert run_blocks("docs/inspect.md")["episode"].ended in ("terminated", "truncated", "cut")
+
+
+def test_page_on_export_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("docs/export.md")["metadata"]["action"]["distribution"] == "categorical"
+
+
 def test_memory_of_the_docs_is_registered() -> None:
     core = run_blocks("docs/own_memory.md")["OneGate"]
     assert _REGISTRY.pop("one-gate") is core

@@ -1,4 +1,4 @@
-"""The command `xlstm-rl`: train, evaluate, bench, list."""
+"""The command `xlstm-rl`: train, evaluate, export, inspect, bench, list."""
 
 from __future__ import annotations
 
@@ -65,6 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
     evaluate.set_defaults(run=_evaluate)
 
+    export = commands.add_parser("export", help="write a policy as ONNX", description="Write a policy as an ONNX file.")
+    export.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    export.add_argument("path", nargs="?", type=Path, metavar="FILE", help="default: policy.onnx in the run folder")
+    export.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
+    export.set_defaults(run=_export)
+
+    inspect = commands.add_parser("inspect", help="draw an episode", description="Draw what the memory does.")
+    inspect.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    inspect.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
+    inspect.add_argument("--max-steps", type=_positive, default=300, help="the episode is cut there; default 300")
+    inspect.add_argument("--seed", type=_natural, help="of the episode")
+    inspect.set_defaults(run=_inspect)
+
     add_bench_parser(commands)
 
     listing = commands.add_parser(
@@ -110,6 +123,20 @@ def _evaluate(options: argparse.Namespace) -> int:
         console=console,
     )
     console.print(score_table(scores, str(options.run_dir)))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from xlstm_rl.finished import export_run
+
+    export_run(options.run_dir, options.path, best=options.best, console=Console())
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from xlstm_rl.finished import inspect_run
+
+    inspect_run(options.run_dir, best=options.best, max_steps=options.max_steps, seed=options.seed, console=Console())
     return 0
 
 

@@ -29,7 +29,7 @@ class RunFolder:
     `config.yaml` the resolved configuration, `versions.json` what it ran with, `returns.csv`, `curve.png`,
     `tensorboard/` events, `checkpoints/` to resume from, `best.zip` the model of the best evaluation during training,
     `model.zip` the last model, each model with a `.normalizer.json` beside it when observations or rewards are
-    normalised.
+    normalised. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked into.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,6 +42,9 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.model = path / "model.zip"
         self.best = path / "best.zip"
+        self.policy = path / "policy.onnx"
+        self.inspection = path / "inspection.png"
+        self.video = path / "inspection.gif"
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig, *, numbered: bool = False) -> RunFolder:

@@ -23,11 +23,9 @@ from xlstm_rl.agents.subprocesses import WorkerError
 from xlstm_rl.agents.training_state import Resumed, resume_model
 from xlstm_rl.building import (
     check_device,
-    evaluation_device,
     make_env,
     make_model,
     normalized,
-    normalized_as_saved,
     normalized_like,
     read_facts,
 )
@@ -40,6 +38,7 @@ from xlstm_rl.callbacks import (
 )
 from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.envs import TaskFacts
+from xlstm_rl.finished import open_run
 from xlstm_rl.interruption import Interruption
 from xlstm_rl.report import LiveView, Returns, Row, Score, read_returns, score_table
 from xlstm_rl.report.curve import plot_curve
@@ -180,23 +179,10 @@ def evaluate_run(
         ConfigError: this is no run folder, it holds no model, the model or its normalisation statistics are missing or
             damaged, or this machine has no such device.
     """
-    folder = RunFolder(run_dir)
-    config = folder.load_config()
-    path = folder.best if best else folder.latest_model()
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing: no evaluation during training was due yet; evaluate the last model")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = evaluation_device(config.device, device, console or Console(quiet=True))
-    with closing(make_env(config, 1, config.seed)) as env:
-        env = normalized_as_saved(env, config, path)
-        try:
-            model = RecurrentPPO.load(path, env=env, device=device)
-        # A damaged file, or spaces other than those of the environment.
-        except ValueError as error:
-            raise ConfigError(f"the model cannot be loaded: {error}") from error
+    with open_run(run_dir, best=best, device=device, console=console) as run:
+        config = run.config
         seed = config.seed + FINAL_SEED if seed is None else seed
-        return final_scores(model, config, read_facts(config.env), n_episodes or config.eval.n_episodes, seed)
+        return final_scores(run.model, config, read_facts(config.env), n_episodes or config.eval.n_episodes, seed)
 
 
 def final_scores(

@@ -163,12 +163,12 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             action_masks: bool [n_envs, ...], true where an action is allowed; None: all are.
             reuse_state: the new state may be written over `state`, see `MemoryCore.step`.
         """
-        latent_pi, latent_vf, state = self._latents(obs, state, reset, reuse_state=reuse_state)
+        latent_pi, latent_vf, state = self.latents(obs, state, reset, reuse_state=reuse_state)
         values = self.value_net(latent_vf).squeeze(-1)
         if isinstance(self.action_dist, CategoricalDistribution):
             actions, log_prob = _sample_categorical(self.action_net(latent_pi), deterministic, action_masks)
             return StepResult(actions, values, log_prob, state)
-        distribution = self._distribution(latent_pi, action_masks)
+        distribution = self.action_distribution(latent_pi, action_masks)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         return StepResult(actions.reshape(-1, *(self.action_space.shape or ())), values, log_prob, state)
@@ -196,7 +196,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             reset: bool [B, T].
             action_masks: bool [B, T, ...], true where an action was allowed; None: all were.
         """
-        latent_pi, latent_vf, _ = self._latents(obs, state, reset)
+        latent_pi, latent_vf, _ = self.latents(obs, state, reset)
         values = self.value_net(latent_vf).view(reset.shape)
         actions = actions.flatten(0, 1)
         masks = None if action_masks is None else action_masks.flatten(0, 1)
@@ -204,24 +204,33 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             log_probs = F.log_softmax(mask_logits(self.action_net(latent_pi), masks), dim=-1)
             log_prob = log_probs.gather(-1, actions.view(-1, 1)).view(reset.shape)
             return Evaluation(values, log_prob, -(log_probs.exp() * log_probs).sum(-1).view(reset.shape))
-        distribution = self._distribution(latent_pi, masks)
+        distribution = self.action_distribution(latent_pi, masks)
         log_prob = distribution.log_prob(_as_sampled(actions, self.action_space)).view(reset.shape)
         entropy = distribution.entropy()
         return Evaluation(values, log_prob, None if entropy is None else entropy.view(reset.shape))
 
     def advance(self, obs: Any, state: PolicyState, reset: Tensor) -> PolicyState:
         """Memory state after a sequence: obs [B, T, ...], reset bool [B, T]."""
-        return self._latents(obs, state, reset, heads=False)[2]
+        return self.latents(obs, state, reset, heads=False)[2]
 
-    def _distribution(self, latent_pi: Tensor, action_masks: Tensor | None) -> Distribution:
+    def action_distribution(self, latent_pi: Tensor, action_masks: Tensor | None) -> Distribution:
+        """Of what `latents` gave, [N, ...]; over the allowed actions, where there are masks bool [N, ...]."""
         if action_masks is None:
             return self._get_action_dist_from_latent(latent_pi)
         return masked_distribution(self.action_space, self.action_net(latent_pi), action_masks)
 
-    def _latents(
+    def latents(
         self, obs: Any, state: PolicyState, reset: Tensor, *, heads: bool = True, reuse_state: bool = False
     ) -> tuple[Tensor, Tensor, PolicyState]:
-        """Inputs of the action and value heads, flat over [B, T], for a step (reset [B]) or a sequence ([B, T])."""
+        """Inputs of the action and value heads, flat over [B, T], and the next state.
+
+        Args:
+            obs: [B, ...] for a step, [B, T, ...] for a sequence, or a dict of those.
+            state: memory state before it.
+            reset: bool [B] for a step, [B, T] for a sequence.
+            heads: run the actor and critic networks; without, what goes into them.
+            reuse_state: see `MemoryCore.step`.
+        """
         sequence = reset.ndim == 2
         if sequence:
             obs = {key: part.flatten(0, 1) for key, part in obs.items()} if isinstance(obs, dict) else obs.flatten(0, 1)

@@ -129,7 +129,7 @@ class XLSTMPolicy(MemoryActorCritic):
         features = BasePolicy.extract_features(self, obs, self.pi_features_extractor)
         state = self._unpack(lstm_states, self.memory_actor)
         latent, state = self.memory_actor.step(features, state, episode_starts > 0.5)
-        return self._distribution(self.mlp_extractor.forward_actor(latent), action_masks), self._pack(state)
+        return self.action_distribution(self.mlp_extractor.forward_actor(latent), action_masks), self._pack(state)
 
     def predict(
         self,

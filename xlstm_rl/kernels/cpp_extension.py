@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xlstm_rl.kernels.recording import recording
+
 SWITCH = "XLSTM_RL_NATIVE"
 # What the module calls the order of its arguments; a build of other sources has another number.
 INTERFACE = 2
@@ -54,6 +56,8 @@ def why_not(tensor: Tensor) -> str | None:
         or torch._C._are_functorch_transforms_active()
     ):
         return "the compiled kernels cannot be traced, compiled or transformed by torch.func"
+    if recording():
+        return "calls of the kernels are recorded, and the compiled blocks do without them"
     if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
         return f"the compiled kernels take plain tensors, not {type(tensor).__name__}"
     if not tensor.is_cpu:

@@ -12,9 +12,10 @@ from xlstm_rl.kernels.checks import check_mlstm, check_slstm
 from xlstm_rl.kernels.cpp_sequence import mlstm_cpp, slstm_cpp
 from xlstm_rl.kernels.mlstm_chunkwise import mlstm_chunkwise
 from xlstm_rl.kernels.mlstm_reference import mlstm_recurrence
+from xlstm_rl.kernels.recording import MLSTMCall, SLSTMCall, record, recording
 from xlstm_rl.kernels.slstm_reference import slstm_recurrence
 from xlstm_rl.kernels.slstm_scan import slstm_scan
-from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState
+from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState, empty_mlstm_state, empty_slstm_state
 from xlstm_rl.kernels.triton_backend import mlstm_fused, slstm_fused, why_not_triton
 
 
@@ -56,7 +57,11 @@ def mlstm_sequence(
     """
     run = _choose(backend, q).mlstm
     check_mlstm(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
-    return run(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
+    hidden, final = run(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
+    if recording():
+        before = empty_mlstm_state(k, v) if state is None else state
+        record(MLSTMCall(q, k, v, input_gate, forget_gate, before, reset, forget_activation, hidden, final))
+    return hidden, final
 
 
 def slstm_sequence(
@@ -90,7 +95,11 @@ def slstm_sequence(
     """
     run = _choose(backend, gates).slstm
     check_slstm(gates, recurrent, state, reset, forget_activation)
-    return run(gates, recurrent, state, reset, forget_activation)
+    hidden, final = run(gates, recurrent, state, reset, forget_activation)
+    if recording():
+        before = empty_slstm_state(gates) if state is None else state
+        record(SLSTMCall(gates, recurrent, before, reset, forget_activation, hidden, final))
+    return hidden, final
 
 
 class MLSTMKernel(Protocol):

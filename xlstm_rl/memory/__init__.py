@@ -6,7 +6,7 @@ from xlstm_rl.memory.baselines import Memoryless, RNNState, TorchRNN
 from xlstm_rl.memory.core import MemoryCore, make_memory, memory_names, register_memory
 from xlstm_rl.memory.frame_stack import FrameStack
 from xlstm_rl.memory.nxai_weights import load_nxai_weights
-from xlstm_rl.memory.state import leaves, map_leaves, pack, take, unpack, zeros_where
+from xlstm_rl.memory.state import leaf_names, leaves, map_leaves, pack, take, unpack, zeros_where
 from xlstm_rl.memory.state_space import StateSpace
 from xlstm_rl.memory.transformer import Transformer
 from xlstm_rl.memory.xlstm import XLSTM, XLSTMConfig
@@ -21,6 +21,7 @@ __all__ = [
     "TorchRNN",
     "Transformer",
     "XLSTMConfig",
+    "leaf_names",
     "leaves",
     "load_nxai_weights",
     "make_memory",

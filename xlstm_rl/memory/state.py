@@ -45,6 +45,19 @@ def leaves(tree: Any) -> Iterator[Tensor]:
             yield from leaves(branch)
 
 
+def leaf_names(tree: Any) -> list[str]:
+    """Where each of the `leaves` is, as fields, indices and keys joined by dots, such as "0.cell.normalizer"."""
+    if isinstance(tree, Tensor):
+        return [""]
+    if tree is None:
+        return []
+    if isinstance(tree, dict):
+        branches = [(str(key), branch) for key, branch in tree.items()]
+    else:
+        branches = list(zip(getattr(tree, "_fields", map(str, range(len(tree)))), tree, strict=True))
+    return [f"{name}.{inner}".rstrip(".") for name, branch in branches for inner in leaf_names(branch)]
+
+
 def zeros_where(mask: Tensor, state: Tree) -> Tree:
     """Return the state with the rows emptied where `mask` [B] (bool) is true.
 

@@ -1,0 +1,52 @@
+"""Plays an episode with an exported policy; needs onnxruntime, NumPy and gymnasium, and no torch.
+
+xlstm-rl export runs/... policy.onnx
+python examples/play_onnx.py policy.onnx CartPole-v1 500
+"""
+
+import json
+import resource
+import sys
+import time
+from collections import deque
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import onnxruntime
+
+
+def play(path: str, env_id: str, longest: int) -> float:
+    session = onnxruntime.InferenceSession(path)
+    facts = json.loads(session.get_modelmeta().custom_metadata_map["xlstm_rl"])
+    names = [output.name for output in session.get_outputs()]
+    # what the agent remembers: zeros at first, then what the last step returned
+    state = {name: np.zeros((1, *leaf["shape"]), leaf["dtype"]) for name, leaf in facts["state"].items()}
+    env = gym.make(env_id, max_episode_steps=longest)
+    (obs, _), space, part = env.reset(seed=0), env.action_space, max(1, longest // 5)
+    told = dict[str, Any](previous_action=np.zeros(gym.spaces.flatdim(space)), previous_reward=[0], episode_start=[1])
+    total, steps, seconds, ended = 0.0, 0, deque[float](maxlen=part), False
+    while not ended:
+        seen = {**told, **(obs if isinstance(obs, dict) else {"observation": obs})}
+        fed = {**state, "reset": np.array([steps == 0])}
+        for name, entry in facts["inputs"]["observations"].items():
+            fed[name] = np.asarray(seen[name.removeprefix("observation.")], entry["dtype"])[None]
+        if facts["inputs"]["action_mask"]:
+            fed["action_mask"] = np.ravel(env.get_wrapper_attr("action_masks")())[None].astype(np.bool_)
+        begun = time.perf_counter()
+        result = dict(zip(names, session.run(names, fed), strict=True))
+        seconds.append(time.perf_counter() - begun)
+        state, action = {name: result[leaf["next"]] for name, leaf in facts["state"].items()}, result["action"][0]
+        obs, reward, terminated, truncated, _ = env.step(action)
+        told = dict(previous_action=gym.spaces.flatten(space, action), previous_reward=[reward], episode_start=[0])
+        total, steps, ended = total + float(reward), steps + 1, terminated or truncated
+        if ended or steps % part == 0:
+            milliseconds, size = 1e3 * np.median(seconds), sum(leaf.nbytes for leaf in state.values())
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(f"step {steps:>6}: {milliseconds:.3f} ms a step, state {size} bytes, process {peak:.0f} MiB")
+    print(f"return {total:.2f} after {steps} steps")
+    return total
+
+
+if __name__ == "__main__":
+    play(sys.argv[1], sys.argv[2], int(sys.argv[3]))

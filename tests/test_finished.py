@@ -1,0 +1,106 @@
+"""A run folder exported, played without torch, and looked into, through the command line."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from xlstm_rl import cli
+from xlstm_rl.configs import load
+from xlstm_rl.finished import export_run, inspect_run, open_run
+from xlstm_rl.training import train
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CartPole with normalised observations and all memory inputs."""
+    overrides = [
+        "env.normalize_observation=true",
+        "env.memory_inputs=[action, reward, start]",
+        "env.n_envs=2",
+        "ppo.n_steps=16",
+        "ppo.batch_size=32",
+        "ppo.n_epochs=1",
+        "memory.hidden_size=16",
+        "memory.blocks=m",
+        "eval.n_episodes=1",
+        "total_steps=64",
+    ]
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(load("CartPole-v1", overrides), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(run: Path) -> Path:
+    said = io.StringIO()
+    export_run(run, console=Console(file=said, width=200))
+    path = run / "policy.onnx"
+    assert said.getvalue().startswith(f"{path}: ")
+    assert "as torch within" in said.getvalue()
+    return path
+
+
+def test_example_plays_the_episode_of_the_agent_without_torch(run: Path, policy: Path) -> None:
+    program = f"""
+import runpy, sys
+sys.modules["torch"] = sys.modules["xlstm_rl"] = None
+sys.argv = ["play_onnx.py", {str(policy)!r}, "CartPole-v1", "50"]
+runpy.run_path({str(EXAMPLES / "play_onnx.py")!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    with open_run(run, device="cpu") as opened:
+        env, state, total, steps = opened.env, None, 0.0, 0
+        env.seed(0)
+        obs: Any = env.reset()
+        start = np.ones(1, bool)
+        while steps < 50 and (not steps or not start[0]):
+            action, state = opened.model.predict(obs, state=state, episode_start=start, deterministic=True)
+            obs, reward, start, _ = env.step(action)
+            total, steps = total + float(reward[0]), steps + 1
+    assert f"return {total:.2f} after {steps} steps" in done.stdout
+    assert "ms a step, state" in done.stdout
+
+
+def test_example_is_short() -> None:
+    text = (EXAMPLES / "play_onnx.py").read_text(encoding="utf-8")
+    assert len(text[text.index("def play") : text.index("if __name__")].strip().splitlines()) <= 32
+
+
+def test_inspection_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(run), "--max-steps", "5"]) == 0
+    assert "inspection.png" in capsys.readouterr().out
+    with Image.open(run / "inspection.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_task_that_draws_gets_a_video(tmp_path: Path) -> None:
+    overrides = ["memory.hidden_size=16", "total_steps=16", "eval.n_episodes=1", "env.n_envs=1", "ppo.n_steps=16"]
+    train(load("tmaze", [*overrides, "ppo.batch_size=16", "ppo.n_epochs=1"]), tmp_path / "run")
+    episode = inspect_run(tmp_path / "run", max_steps=8)
+    with Image.open(tmp_path / "run" / "inspection.gif") as video:
+        assert video.size == episode.frames[0].shape[1::-1]
+
+
+def test_missing_package_is_a_message(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("xlstm_rl.export.onnx_file.importlib.util.find_spec", lambda name: None)
+    assert cli.main(["export", str(run)]) == cli.USAGE_ERROR
+    assert "pip install 'xlstm-rl[export]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["export", "inspect"])
+def test_folder_without_a_run_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, str(tmp_path)]) == cli.USAGE_ERROR
+    assert "is no run folder" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""One step of a policy as a module from tensors to tensors, which is what an exporter traces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
+from torch import Tensor, nn
+
+from xlstm_rl.agents.action_masks import mask_logits, mask_parts
+from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState
+from xlstm_rl.export.front import SINGLE, Front
+from xlstm_rl.memory import leaf_names, leaves, map_leaves
+
+RESET, MASK = "reset", "action_mask"
+NEXT = "next."
+
+
+class PolicyStep(nn.Module):
+    """Observations, reset flag, mask and memory state to action, value, distribution and next state.
+
+    Args:
+        policy: in evaluation mode.
+        front: what is done to observations before the policy sees them.
+        masked: whether there is an input for action masks.
+
+    Attributes:
+        inputs: names of the arguments of `forward`.
+        outputs: names of its results.
+        state_leaves: the leaves of the empty state of one row, by the name of their input.
+    """
+
+    def __init__(self, policy: MemoryActorCritic, front: Front, *, masked: bool) -> None:
+        super().__init__()
+        self.policy, self.masked = policy, masked
+        self.front = nn.ModuleList(front.layers.values())
+        self._keys = list(front.layers)
+        example = policy.initial_state(1)
+        # some cores have leaves without numbers for what is switched off
+        named = zip(leaf_names(example), leaves(example), strict=True)
+        self.state_leaves = {name: leaf for name, leaf in named if leaf.numel()}
+        self.inputs = [
+            *(observation_name(key) for key in self._keys),
+            RESET,
+            *([MASK] if masked else []),
+            *self.state_leaves,
+        ]
+        self.outputs = [
+            "action",
+            "value",
+            *distribution_parameters(policy),
+            *(NEXT + name for name in self.state_leaves),
+        ]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Tensors [B, ...] in the order of `inputs` -> tensors [B, ...] in the order of `outputs`."""
+        given = dict(zip(self.inputs, inputs, strict=True))
+        parts = {key: layers(given[observation_name(key)]) for key, layers in zip(self._keys, self.front, strict=True)}
+        obs: Any = parts[SINGLE] if isinstance(parts.get(SINGLE), Tensor) else parts
+        reset = given[RESET]
+        state = self._state_of(given, reset.shape[0])
+        latent_pi, latent_vf, state = self.policy.latents(obs, state, reset)
+        value = self.policy.value_net(latent_vf).squeeze(-1)
+        action, parameters = self._head(latent_pi, given.get(MASK))
+        named = dict(zip(leaf_names(state), leaves(state), strict=True))
+        return action, value, *parameters, *(named[name] for name in self.state_leaves)
+
+    def _state_of(self, given: dict[str, Tensor], batch: int) -> PolicyState:
+        empty = self.policy.initial_state(batch)
+        filled = iter([given.get(name, leaf) for name, leaf in zip(leaf_names(empty), leaves(empty), strict=True)])
+        return map_leaves(lambda leaf: next(filled), empty)
+
+    def _head(self, latent: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The most likely action as the environment takes it, and what `distribution_parameters` names."""
+        policy, space = self.policy, self.policy.action_space
+        output = policy.action_net(latent)
+        if isinstance(space, spaces.Box):
+            return _to_box(output, space, squash=policy.squash_output), [output, self._std(latent, output)]
+        if isinstance(space, spaces.MultiBinary):
+            if mask is not None:
+                may_be_0, may_be_1 = mask.reshape(mask.shape[0], -1, 2).unbind(-1)
+                output = -mask_logits(-mask_logits(output, may_be_1), may_be_0)
+            return (output > 0).to(torch.int8), [output]
+        output = mask_logits(output, mask)
+        chosen = [part.argmax(-1) for part in torch.split(output, mask_parts(space), dim=-1)]
+        return (chosen[0] if isinstance(space, spaces.Discrete) else torch.stack(chosen, -1)), [output]
+
+    def _std(self, latent: Tensor, mean: Tensor) -> Tensor:
+        """Standard deviation [B, n] of the Gaussian."""
+        policy: Any = self.policy
+        distribution = policy.action_dist
+        if isinstance(distribution, StateDependentNoiseDistribution):
+            variance = (latent**2) @ (distribution.get_std(policy.log_std) ** 2)
+            return (variance + distribution.epsilon).sqrt()
+        return policy.log_std.exp().expand_as(mean)  # type: ignore[no-any-return]
+
+
+def observation_name(key: str) -> str:
+    """Of the input for a Dict entry, or for an observation that is no Dict."""
+    return "observation" if key == SINGLE else f"observation.{key}"
+
+
+def distribution_parameters(policy: MemoryActorCritic) -> list[str]:
+    """Names of the outputs that tell the distribution of actions."""
+    return ["mean", "std"] if isinstance(policy.action_space, spaces.Box) else ["logits"]
+
+
+def _to_box(output: Tensor, space: spaces.Box, *, squash: bool) -> Tensor:
+    """What `MemoryActorCritic.to_env_actions` does to a Gaussian action [B, n]: [B, *shape], in bounds."""
+    low, high = (torch.from_numpy(bound.copy()).to(output) for bound in (space.low, space.high))
+    action = output.reshape(-1, *space.shape)
+    action = low + 0.5 * (action.tanh() + 1.0) * (high - low) if squash else action.clamp(low, high)
+    return action.to(torch.from_numpy(space.low).dtype)

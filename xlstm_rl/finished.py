@@ -1,0 +1,161 @@
+"""The trained agent of a run folder, loaded to be evaluated, exported or looked into."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium
+import torch
+from rich.console import Console
+from stable_baselines3.common.vec_env import VecEnv
+
+from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.building import evaluation_device, make_env, normalized_as_saved
+from xlstm_rl.configs import ConfigError, TrainConfig
+from xlstm_rl.export import Check, ExportError, check_onnx, export_onnx
+from xlstm_rl.export.onnx_check import ROWS
+from xlstm_rl.inspection import Episode, draw_episode, record_episode, write_gif
+from xlstm_rl.run_folder import RunFolder
+
+# Distance from the training seed, beside those of the evaluations.
+INSPECTION_SEED = 300_000
+DEFAULT_FPS = 10
+
+
+class FinishedRun(NamedTuple):
+    """A run folder and what was loaded from it."""
+
+    folder: RunFolder
+    config: TrainConfig
+    model: RecurrentPPO
+    env: VecEnv
+    """One copy of the environment, as the agent sees it; its normalisation stays as it is."""
+
+
+@contextmanager
+def open_run(
+    run_dir: Path,
+    *,
+    best: bool = False,
+    device: str | None = None,
+    render: bool = False,
+    console: Console | None = None,
+) -> Iterator[FinishedRun]:
+    """Load the last model of a run folder.
+
+    Args:
+        run_dir: as `train` made it.
+        best: take the model of the best evaluation during training instead of the last one.
+        device: as torch knows it, or "auto"; None takes the configured one, or the CPU if this machine lacks it.
+        render: make the environment draw pictures.
+        console: told when the configured device is not taken; None tells nobody.
+
+    Raises:
+        ConfigError: this is no run folder, it holds no model, the model or its normalisation statistics are missing or
+            damaged, or this machine has no such device.
+    """
+    folder = RunFolder(run_dir)
+    config = folder.load_config()
+    path = folder.best if best else folder.latest_model()
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: no evaluation during training was due yet; take the last model")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = evaluation_device(config.device, device, console or Console(quiet=True))
+    with closing(make_env(_rendering(config) if render else config, 1, config.seed, here=True)) as env:
+        env = normalized_as_saved(env, config, path)
+        try:
+            model = RecurrentPPO.load(path, env=env, device=device)
+        # A damaged file, or spaces other than those of the environment.
+        except ValueError as error:
+            raise ConfigError(f"the model cannot be loaded: {error}") from error
+        wrapped = model.get_env()
+        assert wrapped is not None, "loaded with one"
+        normalizer = model.get_vec_normalize_env()
+        if normalizer is not None:
+            # what is played now is no training
+            normalizer.training = False
+        yield FinishedRun(folder, config, model, wrapped)
+
+
+def _rendering(config: TrainConfig) -> TrainConfig:
+    """The configuration with an environment that draws pictures, where it can."""
+    kwargs = {**config.env.kwargs, "render_mode": "rgb_array"}
+    env = dataclasses.replace(config.env, kwargs=kwargs)
+    try:
+        with closing(gymnasium.make(env.id, **kwargs)) as tried:
+            tried.reset(seed=0)
+            tried.render()
+    # what it takes to draw may be missing, or the environment knows no such mode
+    except (ImportError, TypeError, ValueError, NotImplementedError, gymnasium.error.Error):
+        return config
+    return dataclasses.replace(config, env=env)
+
+
+def inspect_run(
+    run_dir: Path,
+    *,
+    best: bool = False,
+    max_steps: int = 300,
+    seed: int | None = None,
+    console: Console | None = None,
+) -> Episode:
+    """Play one episode of a run and draw what the memory does.
+
+    Written are `inspection.png` and, where the environment draws pictures, `inspection.gif` in the run folder.
+
+    Args:
+        run_dir: as `train` made it.
+        best: take the model of the best evaluation during training instead of the last one.
+        max_steps: the episode is cut there.
+        seed: of the episode; None takes one that was neither trained nor evaluated on.
+        console: told what was written; None tells nobody.
+
+    Raises:
+        ConfigError: as for `open_run`.
+    """
+    with open_run(run_dir, best=best, device="cpu", render=True) as run:
+        run.env.seed(run.config.seed + INSPECTION_SEED if seed is None else seed)
+        episode = record_episode(run.model, run.env, max_steps=max_steps)
+        title = f"{run.config.env.id}, memory {run.config.memory.name}, {run.model.num_timesteps:,} steps of training"
+        draw_episode(episode, run.folder.inspection, title, gamma=run.model.gamma)
+        if episode.frames:
+            frames_per_second: Any = run.env.metadata.get("render_fps", DEFAULT_FPS)
+            write_gif(episode.frames, run.folder.video, frames_per_second)
+    if console is not None:
+        end = f"{len(episode.rewards)} steps, {episode.ended}, return {episode.total:.2f}"
+        video = f"video: {run.folder.video}" if episode.frames else "no video: the environment draws none here"
+        said = f"one episode, {end}: {run.folder.inspection}\n{video}"
+        console.print(said, highlight=False, soft_wrap=True, markup=False)
+    return episode
+
+
+def export_run(run_dir: Path, path: Path | None = None, *, best: bool = False, console: Console | None = None) -> Check:
+    """Write the policy of a run as an ONNX file and compare it with torch for 200 steps.
+
+    Args:
+        run_dir: as `train` made it.
+        path: of the file; None: policy.onnx in the run folder.
+        best: take the model of the best evaluation during training instead of the last one.
+        console: told what was written; None tells nobody.
+
+    Raises:
+        ConfigError: as for `open_run`; a package is missing, the file cannot be written, or what it computes differs.
+    """
+    path = path or RunFolder(run_dir).policy
+    with open_run(run_dir, best=best, device="cpu") as run:
+        try:
+            export_onnx(run.model, path)
+            check = check_onnx(run.model, path)
+        except (ExportError, OSError) as error:
+            raise ConfigError(f"{run_dir} cannot be exported to {path}: {error}") from error
+    if console is not None:
+        same = f"as torch within {check.largest_error:.0e} over 200 steps with resets"
+        speed = f"a step of {ROWS} environments takes {1e3 * check.step_seconds:.2f} ms"
+        said = f"{path}: {path.stat().st_size / 1e3:,.0f} kB; {same}; {speed}"
+        console.print(said, highlight=False, soft_wrap=True, markup=False)
+    return check
