@@ -49,4 +49,6 @@ def play(path: str, env_id: str, longest: int) -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     play(sys.argv[1], sys.argv[2], int(sys.argv[3]))
