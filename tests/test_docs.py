@@ -40,7 +40,9 @@ def test_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert "advantage_floor" in api and "check_memory_laws" in api
 
 
-@pytest.mark.parametrize("page", ["action_masks", "memory_inputs", "migration", "vector_environments", "index"])
+@pytest.mark.parametrize(
+    "page", ["action_masks", "memory_inputs", "migration", "vector_environments", "index", "plug_in", "evaluation"]
+)
 def test_pages_of_the_docs_run(page: str) -> None:
     assert run_blocks(f"docs/{page}.md")["model"].num_timesteps >= 256
 
