@@ -56,7 +56,10 @@ def test_lstm_policy_takes_allowed_actions_only() -> None:
         "n_epochs": 1,
         "policy_kwargs": {"lstm_hidden_size": 8},
     }
-    RecurrentPPO("MlpLstmPolicy", masked_env(), **settings).learn(96)
+    # the environment refuses a forbidden action
+    model = RecurrentPPO("MlpLstmPolicy", masked_env(), **settings).learn(96)
+    assert model.num_timesteps == 96
+    assert model.rollout_buffer.action_masks is not None
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -75,7 +78,9 @@ def test_random_agent_takes_allowed_actions_only(action: str) -> None:
 def test_masks_come_through_processes_and_normalisation() -> None:
     env = VecNormalize(SubprocVecEnv([partial(MaskedEpisodes, action="multi-discrete")] * 2))
     try:
-        agent(env=env, steps=64)
+        model = agent(env=env, steps=64)
+        assert model.rollout_buffer.action_masks is not None
+        assert not model.rollout_buffer.action_masks.all()
     finally:
         env.close()
 

@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import (
+    BaseCallback,
     CheckpointCallback,
     EvalCallback,
     StopTrainingOnRewardThreshold,
@@ -203,6 +204,18 @@ def test_training_stops_at_a_reward_threshold() -> None:
         480, EvalCallback(vec_env(1), callback_on_new_best=stop, n_eval_episodes=1, eval_freq=4, verbose=0)
     )
     assert model.num_timesteps == 12
+
+
+def test_learning_after_an_early_stop_goes_on_where_the_environments_are() -> None:
+    class Seen(BaseCallback):
+        def _on_step(self) -> bool:
+            self.obs = self.locals["new_obs"]
+            return self.n_calls < 5
+
+    model, callback = agent(steps=24), Seen()
+    model.learn(24, callback, reset_num_timesteps=False)
+    np.testing.assert_array_equal(model._last_obs, callback.obs)
+    assert model.learn(24, reset_num_timesteps=False).num_timesteps >= 48
 
 
 def test_checkpoint_callback_writes_checkpoints(tmp_path: Path) -> None:

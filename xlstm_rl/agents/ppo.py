@@ -305,6 +305,8 @@ class RecurrentPPO(SavedAlgorithm):
             rewards = rewards_without_skipped(rewards, values, infos)
             callback.update_locals(locals())
             if not callback.on_step():
+                # the memory has been written over: a later `learn` goes on from where the environments are
+                self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state  # type: ignore[assignment]
                 return False
             self._update_info_buffer(infos, dones)
             last_obs, starts = self._last_obs, self._last_episode_starts
