@@ -40,6 +40,8 @@ def test_unknown_memory_names_the_known_ones() -> None:
         {"blocks": ""},
         {"hidden_size": 30, "num_heads": 4},
         {"num_heads": 0},
+        {"slstm_num_heads": 3},
+        {"slstm_num_heads": 0},
         {"proj_factor": 0.0},
         {"conv_kernel": -1},
         {"gate_soft_cap": 0.0},
@@ -63,6 +65,15 @@ def test_inner_widths_are_rounded_up_to_what_fits() -> None:
     assert XLSTMConfig(hidden_size=64).ffn_size == 88
     assert XLSTMConfig(hidden_size=64, round_to=64).ffn_size == 128
     assert XLSTMConfig(hidden_size=60, num_heads=3).inner_size == 120
+
+
+def test_slstm_blocks_take_the_heads_of_the_stack_or_their_own() -> None:
+    def shape(**fields: int) -> list[int]:
+        core = make_memory("xlstm", 3, hidden_size=64, num_heads=4, blocks="ms", **fields)
+        return list(core.get_parameter("blocks.1.recurrent").shape)
+
+    assert shape() == [4, 4, 16, 16]
+    assert shape(slstm_num_heads=1) == [4, 1, 64, 64]
 
 
 def test_recurrent_weights_start_at_zero_or_not() -> None:

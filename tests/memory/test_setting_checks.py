@@ -11,7 +11,7 @@ from xlstm_rl.memory import XLSTMConfig, make_memory
 FIELDS = [f.name for f in dataclasses.fields(XLSTMConfig)]
 NUMBERS = [
     *("proj_factor", "ffn_factor", "gate_soft_cap", "recurrent_std", "dropout", "norm_eps"),
-    *("hidden_size", "num_heads", "round_to", "qkv_block_size", "conv_kernel"),
+    *("hidden_size", "num_heads", "slstm_num_heads", "round_to", "qkv_block_size", "conv_kernel"),
 ]
 
 
@@ -36,6 +36,7 @@ def test_every_number_must_be_finite(field: str, value: float) -> None:
         ("hidden_size", "abc", "a whole number of at least 1"),
         ("hidden_size", 64.0, "a whole number of at least 1"),
         ("num_heads", True, "a whole number of at least 1"),
+        ("slstm_num_heads", 2.0, "a whole number of at least 1"),
         ("conv_kernel", None, "a whole number of at least 0"),
         ("norm_eps", True, "a finite number greater than 0"),
         ("bias", "maybe", "true or false"),

@@ -34,7 +34,7 @@ class SLSTMBlock(nn.Module):
 
     def __init__(self, config: XLSTMConfig, index: int) -> None:
         super().__init__()
-        width, heads, num_blocks = config.hidden_size, config.num_heads, len(config.blocks)
+        width, heads, num_blocks = config.hidden_size, config.slstm_heads, len(config.blocks)
         head_width = width // heads
         self.config = config
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=False)
@@ -56,7 +56,7 @@ class SLSTMBlock(nn.Module):
 
     def initial_state(self, batch_size: int) -> SLSTMBlockState:
         """The empty state of `batch_size` rows."""
-        width, heads = self.config.hidden_size, self.config.num_heads
+        width, heads = self.config.hidden_size, self.config.slstm_heads
         zeros = self.recurrent.new_zeros
         cell = SLSTMState(*(zeros(batch_size, heads, width // heads) for _ in SLSTMState._fields))
         return SLSTMBlockState(cell, zeros(batch_size, max(self.config.conv_kernel - 1, 0), width))

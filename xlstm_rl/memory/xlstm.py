@@ -22,9 +22,11 @@ class XLSTMConfig:
     """Shape and options of an xLSTM stack.
 
     Attributes:
-        hidden_size: width of the residual stream and of the output; a multiple of `num_heads`.
+        hidden_size: width of the residual stream and of the output; a multiple of the numbers of heads.
         blocks: the stack, spelled bottom to top: "m" an mLSTM block, "s" an sLSTM block ("mmms" is xLSTM[3:1]).
         num_heads: heads of every block.
+        slstm_num_heads: heads of sLSTM blocks, when they shall be others than `num_heads`. Memory mixing stays within a
+            head, so that one head tracks states best, while an mLSTM head is a memory of its own.
         input_projection: embed the input linearly into the residual stream; without, `input_size` must be
             `hidden_size`.
         proj_factor: inner width of mLSTM blocks over `hidden_size`.
@@ -54,6 +56,7 @@ class XLSTMConfig:
     hidden_size: int = 64
     blocks: str = "ms"
     num_heads: int = 4
+    slstm_num_heads: int | None = None
     input_projection: bool = True
     proj_factor: float = 2.0
     ffn_factor: float = 4 / 3
@@ -79,8 +82,12 @@ class XLSTMConfig:
         for name in ("hidden_size", "num_heads", "round_to", "qkv_block_size"):
             check_whole(name, getattr(self, name), 1)
         check_whole("conv_kernel", self.conv_kernel, 0)
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
+        if self.slstm_num_heads is not None:
+            check_whole("slstm_num_heads", self.slstm_num_heads, 1)
+        for name in ("num_heads", "slstm_num_heads"):
+            heads = getattr(self, name)
+            if heads is not None and self.hidden_size % heads:
+                raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of {name}={heads}")
         for name in ("input_projection", "bias", "post_norm"):
             check_flag(name, getattr(self, name))
         for name in ("forget_activation", "input_activation"):
@@ -98,6 +105,11 @@ class XLSTMConfig:
         check_number("dropout", self.dropout, least=0, below=1)
         if self.gate_soft_cap is not None:
             check_number("gate_soft_cap", self.gate_soft_cap, above=0)
+
+    @property
+    def slstm_heads(self) -> int:
+        """Heads of sLSTM blocks."""
+        return self.num_heads if self.slstm_num_heads is None else self.slstm_num_heads
 
     @property
     def inner_size(self) -> int:
