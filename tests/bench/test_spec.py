@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,19 @@ def test_runs_that_cannot_be_configured_are_named(text: str, message: str) -> No
 def test_unknown_benchmark_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'quick'"):
         load_spec("quik")
+
+
+def test_untuned_agent_takes_the_defaults_on_the_task_s_environment() -> None:
+    text = """
+    tasks: {long: {base: cartpole-no-velocity, set: {total_steps: 1e4, ppo.gamma: 0.5, eval.n_envs: 4}}}
+    agents: {tuned: {}, plain: {tuned: false, set: {ppo.ent_coef: 0.2}}}
+    seeds: [4]
+    """
+    tuned, plain = (run.config for run in plan_runs(read_spec(text, "x"), OUT)[:2])
+    default = load(plain.env.id)
+    assert (plain.env.kwargs, plain.total_steps, plain.eval) == (tuned.env.kwargs, 10_000, tuned.eval)
+    assert (plain.memory, plain.policy, plain.env.n_envs) == (default.memory, default.policy, default.env.n_envs)
+    assert plain.ppo == replace(default.ppo, ent_coef=0.2)
+    assert tuned.ppo.gamma == 0.5
+    assert tuned.env.normalize_observation
+    assert not plain.env.normalize_observation

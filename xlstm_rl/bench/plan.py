@@ -145,11 +145,25 @@ def _configure_task(spec: BenchSpec, name: str, task: TaskSpec) -> tuple[Task, d
 
 
 def _configure_agent(base: str, agent: AgentSpec, shared: Mapping[str, Any]) -> TrainConfig:
-    config = load(base, [f"{key}={json.dumps(value)}" for key, value in {**shared, **agent.set}.items()])
+    config = load(base, _overrides({**shared, **agent.set}))
+    if not agent.tuned:
+        config = _untuned(config, agent)
     if agent.memory is None:
         return config
     settings = {key: value for key, value in agent.memory.items() if key != "name"}
     return dataclasses.replace(config, memory=MemoryConfig(agent.memory.get("name", MemoryConfig.name), settings))
+
+
+def _overrides(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _untuned(config: TrainConfig, agent: AgentSpec) -> TrainConfig:
+    """The defaults on the environment, budget and evaluation of `config`, with what the agent sets itself."""
+    default = load(config.env.id, _overrides(agent.set))
+    env = dataclasses.replace(default.env, kwargs=config.env.kwargs, vec=config.env.vec)
+    kept = {name: getattr(config, name) for name in ("total_steps", "eval", "checkpoint", "device", "threads")}
+    return dataclasses.replace(default, env=env, **kept)
 
 
 def _match(config: TrainConfig, target: TrainConfig) -> TrainConfig:
