@@ -48,6 +48,7 @@ def test_unknown_memory_names_the_known_ones() -> None:
         {"dropout": 1.0},
         {"forget_activation": "tanh"},
         {"input_activation": "relu"},
+        {"init": "orthogonal"},
     ],
     ids=str,
 )
@@ -93,6 +94,24 @@ def test_forget_biases_start_as_configured() -> None:
     assert (slstm[0].item(), slstm[-1].item()) == pytest.approx((1.0, 2.0))
     power_law = make_memory("xlstm", 3, blocks="s").get_parameter("blocks.0.gate_bias")[1, 0]
     assert (power_law[0].item(), power_law[-1].item()) == pytest.approx((5.0, -7.0))
+
+
+def test_mlstm_starts_by_reading_what_shows_again() -> None:
+    """Untrained queries equal their keys and come from the current step alone, unless as the reference."""
+
+    def query_key(init: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        core = make_memory("xlstm", 3, blocks="m", conv_kernel=4, init=init)
+        query, key = core.get_parameter("blocks.0.query_key.weight").chunk(2, dim=1)
+        return query, key, core.get_parameter("blocks.0.conv.weight")
+
+    query, key, taps = query_key("recall")
+    assert torch.equal(query, key)
+    assert query.std().item() == pytest.approx(0.5, rel=0.1)  # blocks of 4 features keep their scale
+    assert taps[:, -1].eq(1).all()
+    assert taps[:, :-1].eq(0).all()
+    query, key, taps = query_key("reference")
+    assert not torch.equal(query, key)
+    assert taps[:, :-1].ne(0).all()
 
 
 def test_dropout_acts_in_training_mode_only() -> None:

@@ -62,15 +62,20 @@ class CausalConv(nn.Module):
     Args:
         width: number of channels.
         kernel_size: steps seen, the current one included.
+        identity: start as the current step alone; else at random.
     """
 
-    def __init__(self, width: int, kernel_size: int) -> None:
+    def __init__(self, width: int, kernel_size: int, *, identity: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, kernel_size))
         self.bias = nn.Parameter(torch.empty(width))
         bound = 1 / math.sqrt(kernel_size)
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
+        if identity:
+            with torch.no_grad():
+                self.weight.zero_()[:, -1] = 1.0
+                self.bias.zero_()
 
     def forward(self, x: Tensor, window: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], window [B, kernel_size - 1, D], reset bool [B, T] or None -> y [B, T, D], window."""

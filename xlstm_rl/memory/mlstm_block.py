@@ -40,7 +40,9 @@ class MLSTMBlock(nn.Module):
         self.config = config
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=False)
         self.up = nn.Linear(width, 2 * inner, bias=config.bias)
-        self.conv = CausalConv(inner, config.conv_kernel) if config.conv_kernel else None
+        self.conv = (
+            CausalConv(inner, config.conv_kernel, identity=config.init == "recall") if config.conv_kernel else None
+        )
         self.query_key = BlockLinear(inner, inner // config.qkv_block_size, num_maps=2, bias=config.bias)
         self.value = BlockLinear(inner, inner // config.qkv_block_size, bias=config.bias)
         self.gates = nn.Linear(3 * inner, 2 * heads)
@@ -50,6 +52,8 @@ class MLSTMBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         for weight in (self.up.weight, self.query_key.weight, self.value.weight):
             init_small(weight, width)
+        if config.init == "recall":
+            _equal_queries_and_keys(self.query_key)
         init_wang(self.down.weight, width, num_blocks)
         nn.init.zeros_(self.gates.weight)
         with torch.no_grad():
@@ -184,3 +188,15 @@ class MLSTMBlock(nn.Module):
             down["weight"],
             down["bias"],
         )
+
+
+@torch.no_grad()
+def _equal_queries_and_keys(projection: BlockLinear) -> None:
+    """Random maps that keep the scale of their input, the same for the queries as for the keys.
+
+    Equal inputs then have the greatest products from the start: what was written is read where it shows again.
+    """
+    weight = projection.weight  # [groups, 2 * width, width]
+    width = weight.shape[-1]
+    nn.init.normal_(weight, std=width**-0.5)
+    weight[:, width:] = weight[:, :width]

@@ -38,7 +38,9 @@ class SLSTMBlock(nn.Module):
         head_width = width // heads
         self.config = config
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=False)
-        self.conv = CausalConv(width, config.conv_kernel) if config.conv_kernel else None
+        self.conv = (
+            CausalConv(width, config.conv_kernel, identity=config.init == "recall") if config.conv_kernel else None
+        )
         self.input_forget = BlockLinear(width, heads, num_maps=2)
         self.cell_output = BlockLinear(width, heads, num_maps=2)
         self.gate_bias = nn.Parameter(torch.zeros(4, heads, head_width))

@@ -38,6 +38,9 @@ class XLSTMConfig:
         forget_activation: "sigmoid" or "exp" forget gate.
         input_activation: "exp" (the paper) or "sigmoid" input gate of mLSTM blocks.
         gate_soft_cap: soft cap of the gate pre-activations of mLSTM blocks, for example 15 (Beck et al. 2025).
+        init: "recall" starts every convolution as the current step alone and the queries of mLSTM blocks equal to their
+            keys, so that reading by content works from the first update; "reference" starts both at random, as the
+            reference does.
         mlstm_forget_bias: first and last of the forget biases, spread linearly over the heads.
         slstm_forget_bias: first and last of the forget biases, spread linearly over the units of a head; None takes
             the reference's power law from 5 down to -7.
@@ -66,6 +69,7 @@ class XLSTMConfig:
     forget_activation: Literal["sigmoid", "exp"] = "sigmoid"
     input_activation: Literal["exp", "sigmoid"] = "exp"
     gate_soft_cap: float | None = None
+    init: Literal["recall", "reference"] = "recall"
     mlstm_forget_bias: tuple[float, float] = (3.0, 6.0)
     slstm_forget_bias: tuple[float, float] | None = None
     recurrent_std: float = 0.0
@@ -92,6 +96,7 @@ class XLSTMConfig:
             check_flag(name, getattr(self, name))
         for name in ("forget_activation", "input_activation"):
             check_word(name, getattr(self, name), ("sigmoid", "exp"))
+        check_word("init", self.init, ("recall", "reference"))
         check_pair("mlstm_forget_bias", self.mlstm_forget_bias)
         if self.slstm_forget_bias is not None:
             check_pair("slstm_forget_bias", self.slstm_forget_bias)
