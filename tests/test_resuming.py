@@ -179,6 +179,25 @@ def test_process_that_is_ended_and_resumed_makes_the_same_run(kind: signal.Signa
     assert_same_runs(whole, killed)
 
 
+def test_run_that_is_alive_in_another_process_is_not_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alive = tmp_path / "alive"
+    process = start("cartpole-no-velocity", *SMALL, "total_steps=1_000_000", "--run-dir", str(alive))
+    try:
+        while not list((alive / "checkpoints").glob("*.zip")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        assert cli.main(["train", "--resume", str(alive)]) == 2
+        said = capsys.readouterr().err
+        assert f"process {process.pid} on " in said
+        assert "is training in run folder" in said
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+
+
 @pytest.mark.parametrize("arguments", [["tmaze", "--resume", "run"], ["--resume", "run", "--run-dir", "other"], []])
 def test_wrong_use_of_resume_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
