@@ -123,6 +123,9 @@ def test_run_can_be_made_longer(run: RunResult, tmp_path: Path) -> None:
     result = resume(tmp_path / "run", ["total_steps=672"])
     assert result.rows[-1].step == 672
     assert load_file(tmp_path / "run" / "config.yaml").total_steps == 672
+    stream = io.StringIO()
+    resume(tmp_path / "run", console=Console(file=stream, width=200))
+    assert "all 672 are done, and total_steps=N goes on for longer" in stream.getvalue()
     with pytest.raises(ConfigError, match=r"'seed=3' cannot be changed when resuming; total_steps=N can"):
         resume(tmp_path / "run", ["seed=3"])
 

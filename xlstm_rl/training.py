@@ -149,7 +149,9 @@ def resume(
         if resumed is None:
             _say(console, f"{folder.path} has no checkpoint yet; it starts anew")
             return _run(make_model(config, env), config, folder, Returns(folder.returns), {}, stop_when, console)
-        _say(console, f"{folder.path} goes on after {resumed.model.num_timesteps:,} steps")
+        done, of = resumed.model.num_timesteps, config.total_steps
+        longer = f"; all {of:,} are done, and total_steps=N goes on for longer" if done >= of else ""
+        _say(console, f"{folder.path} goes on after {done:,} steps{longer}")
         if resumed.restarted is not None:
             _say(console, f"all environments start new episodes: {resumed.restarted}")
         notes = resumed.notes
