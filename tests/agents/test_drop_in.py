@@ -219,6 +219,7 @@ def test_state_of_another_number_of_environments_is_refused(policy: str) -> None
     obs = np.zeros((4, 4), np.float32)
     _, of_four = model.predict(obs)
     _, of_one = model.predict(obs[0])
+    assert of_four is not None
     for seen, state in [(obs, of_one), (obs[:3], of_four), (obs[0], of_four), (obs, of_four[:1])]:
         with pytest.raises(ValueError, match="state has the shapes .*hand over what this policy returned"):
             model.predict(seen, state=state)
