@@ -27,7 +27,7 @@ from xlstm_rl.export.step_graph import MASK, NEXT, RESET, PolicyStep, distributi
 
 # The entry of the ONNX metadata that holds the JSON.
 METADATA = "xlstm_rl"
-INSTALL = "pip install 'xlstm-rl[export]'"
+INSTALL = "pip install onnx onnxruntime onnxscript"
 # An axis of this size is never taken for a constant.
 _ROWS = 3
 
