@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from xlstm_rl import cli
-from xlstm_rl.configs import preset_names
+from xlstm_rl.configs import load_file, preset_names
 from xlstm_rl.memory import memory_names
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +44,8 @@ def test_list_shows_presets_environments_and_memories(
     ("arguments", "expected"),
     [
         (["train", "tmze"], "did you mean 'tmaze'?"),
+        (["train", "CartPole"], "did you mean 'CartPole-v1'?"),
+        (["train", "tmaze", "--run-dir", "unused", "ppo.gama=1"], "did you mean 'gamma'?"),
         (["train", "tmaze", "ppo.gama=1"], "did you mean 'gamma'?"),
         (["train", "tmaze", "env.kwargs.corridor_length=0"], "corridor_length"),
         (["train", "tmaze", "policy.kwargs.foo=1"], "unknown key policy.kwargs.foo"),
@@ -61,6 +63,30 @@ def test_mistake_exits_with_code_2_and_a_message(
     monkeypatch.chdir(ROOT)
     assert cli.main(arguments) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "tmaze", "--run-dri", "here", "seed=3"], "unrecognized arguments: --run-dri here seed=3"),
+        (["evaluate", "run", "another"], "unrecognized arguments: another"),
+        (["evaluate", "run", "--episodes", "many"], "'many' must be a whole number of at least 1"),
+        (["evaluate", "run", "--seed", "-1"], "'-1' must be a whole number of at least 0"),
+    ],
+)
+def test_wrong_options_show_the_usage(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_settings_may_stand_before_and_after_options(tmp_path: Path) -> None:
+    before = ["seed=3", "total_steps=32", "env.n_envs=2", "ppo.n_steps=16"]
+    after = ["ppo.batch_size=32", "eval.n_episodes=1"]
+    assert cli.main(["train", "cue-recall", *before, "--run-dir", str(tmp_path / "run"), *after]) == 0
+    config = load_file(tmp_path / "run" / "config.yaml")
+    assert (config.seed, config.ppo.batch_size, config.eval.n_episodes) == (3, 32, 1)
 
 
 def test_runs_without_a_folder_get_one_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

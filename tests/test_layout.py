@@ -18,7 +18,7 @@ LINKS = ("kernels", "agents", "envs", "configs")
 # Each may import those before it.
 ORDER = (
     *("_version", "kernels", "memory", "agents", "export", "inspection", "configs", "report"),
-    *("run_folder", "building", "finished", "callbacks", "interruption", "training", "bench", "cli"),
+    *("file_lock", "run_folder", "building", "finished", "callbacks", "interruption", "training", "bench", "cli"),
 )
 # Meet environments only to register them, to wrap them or to read their facts; agents meet them through gymnasium.
 READ_ENVS = {"__init__", "building", "training", "bench", "cli"}

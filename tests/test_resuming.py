@@ -123,6 +123,9 @@ def test_run_can_be_made_longer(run: RunResult, tmp_path: Path) -> None:
     result = resume(tmp_path / "run", ["total_steps=672"])
     assert result.rows[-1].step == 672
     assert load_file(tmp_path / "run" / "config.yaml").total_steps == 672
+    stream = io.StringIO()
+    resume(tmp_path / "run", console=Console(file=stream, width=200))
+    assert "all 672 are done, and total_steps=N goes on for longer" in stream.getvalue()
     with pytest.raises(ConfigError, match=r"'seed=3' cannot be changed when resuming; total_steps=N can"):
         resume(tmp_path / "run", ["seed=3"])
 
@@ -177,6 +180,25 @@ def test_process_that_is_ended_and_resumed_makes_the_same_run(kind: signal.Signa
     assert cli.main(["train", "--resume", str(killed)]) == 0
     whole = train(load("cartpole-no-velocity", longer), tmp_path / "whole").folder
     assert_same_runs(whole, killed)
+
+
+def test_run_that_is_alive_in_another_process_is_not_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alive = tmp_path / "alive"
+    process = start("cartpole-no-velocity", *SMALL, "total_steps=1_000_000", "--run-dir", str(alive))
+    try:
+        while not list((alive / "checkpoints").glob("*.zip")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        assert cli.main(["train", "--resume", str(alive)]) == 2
+        said = capsys.readouterr().err
+        assert f"process {process.pid} on " in said
+        assert "is training in run folder" in said
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("arguments", [["tmaze", "--resume", "run"], ["--resume", "run", "--run-dir", "other"], []])

@@ -57,6 +57,7 @@ def test_run_folder_holds_everything(run: RunResult) -> None:
         "curve.png",
         "tensorboard",
         "checkpoints",
+        "lock",
         "model.zip",
         "best.zip",
     }

@@ -33,7 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where a fault ended training, 2 for a wrong configuration, 128 plus the signal after an
         interruption.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, left = parser.parse_known_args(arguments)
+    # argparse takes no more of a list of arguments once an option has come between
+    if "overrides" in options and not any(text.startswith("-") for text in left):
+        options.overrides += left
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     try:
         code: int = options.run(options)
     except ConfigError as error:
@@ -180,17 +186,17 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
-    return number
+    return _at_least(1, text)
 
 
 def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} must not be negative")
-    return number
+    return _at_least(0, text)
+
+
+def _at_least(lowest: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < lowest:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {lowest}")
+    return int(text)
 
 
 if __name__ == "__main__":

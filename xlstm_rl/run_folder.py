@@ -7,7 +7,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from xlstm_rl._version import __version__
 from xlstm_rl.agents.archive import write_whole
 from xlstm_rl.agents.normalization import dump_normalizer
 from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
+from xlstm_rl.file_lock import LockedError, exclusive
 
 
 class RunFolder:
@@ -29,7 +31,8 @@ class RunFolder:
     `config.yaml` the resolved configuration, `versions.json` what it ran with, `returns.csv`, `curve.png`,
     `tensorboard/` events, `checkpoints/` to resume from, `best.zip` the model of the best evaluation during training,
     `model.zip` the last model, each model with a `.normalizer.json` beside it when observations or rewards are
-    normalised. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked into.
+    normalised. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked into, `lock`
+    the process that trains, or trained last.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,6 +48,7 @@ class RunFolder:
         self.policy = path / "policy.onnx"
         self.inspection = path / "inspection.png"
         self.video = path / "inspection.gif"
+        self.lock = path / "lock"
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig, *, numbered: bool = False) -> RunFolder:
@@ -89,6 +93,24 @@ class RunFolder:
     def _claim_numbered(cls, path: Path) -> RunFolder:
         candidates = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
         return next(folder for folder in map(cls._claim, candidates) if folder is not None)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Keep all others from training in this folder; the end of the process ends that too, `kill -9` included.
+
+        Raises:
+            ConfigError: another process trains in it, or it cannot be written.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive(self.lock))
+            except LockedError as error:
+                raise ConfigError(
+                    f"{error} is training in run folder {self.path}; wait until it has ended, or end it"
+                ) from error
+            except OSError as error:
+                raise ConfigError(f"run folder {self.path} cannot be written: {error.strerror}") from error
+            yield
 
     def load_config(self, overrides: Sequence[str] = ()) -> TrainConfig:
         """The configuration of the run, changed by overrides.

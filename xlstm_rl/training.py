@@ -107,7 +107,8 @@ def train(
         model = make_model(config, normalized(env, config))
         folder = RunFolder.create(run_dir, config, numbered=numbered)
         _say(console, f"run folder {folder.path}")
-        return _run(model, config, folder, Returns(folder.returns), {}, stop_when, console)
+        with folder.training():
+            return _run(model, config, folder, Returns(folder.returns), {}, stop_when, console)
 
 
 def resume(
@@ -123,14 +124,14 @@ def resume(
     brings back, the run becomes what it would have been without the interruption.
 
     Args:
-        run_dir: as `train` made it; not in use by a run.
+        run_dir: as `train` made it.
         overrides: "total_steps=N", to go on for longer.
         stop_when: as for `train`.
         console: shows progress, damaged checkpoints and the closing table; None shows nothing.
 
     Raises:
-        ConfigError: this is no run folder, none of its checkpoints can be used, an override is another one, or as for
-            `train`.
+        ConfigError: this is no run folder, another process trains in it, none of its checkpoints can be used, an
+            override is another one, or as for `train`.
         TrainingStoppedError: as for `train`.
     """
     console = console or Console(quiet=True)
@@ -140,7 +141,7 @@ def resume(
     folder = RunFolder(run_dir)
     config = folder.load_config(overrides)
     _prepare(config)
-    with closing(make_env(config, config.env.n_envs, config.seed)) as env:
+    with folder.training(), closing(make_env(config, config.env.n_envs, config.seed)) as env:
         env = normalized(env, config)
         resumed = _last_usable(folder, config, env, console)
         if overrides:
@@ -148,7 +149,9 @@ def resume(
         if resumed is None:
             _say(console, f"{folder.path} has no checkpoint yet; it starts anew")
             return _run(make_model(config, env), config, folder, Returns(folder.returns), {}, stop_when, console)
-        _say(console, f"{folder.path} goes on after {resumed.model.num_timesteps:,} steps")
+        done, of = resumed.model.num_timesteps, config.total_steps
+        longer = f"; all {of:,} are done, and total_steps=N goes on for longer" if done >= of else ""
+        _say(console, f"{folder.path} goes on after {done:,} steps{longer}")
         if resumed.restarted is not None:
             _say(console, f"all environments start new episodes: {resumed.restarted}")
         notes = resumed.notes

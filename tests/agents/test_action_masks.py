@@ -258,6 +258,7 @@ def test_continuous_actions_cannot_be_masked() -> None:
     ("masks", "message"),
     [
         (np.ones((2, 4)), r"sizes \[4\]; actions MultiDiscrete\(\[3 2\]\) need 5"),
+        (np.ones((3, 5)), r"of 2 environment\(s\) have the shape \(3, 5\)"),
         ([np.ones(5), np.ones(4)], r"sizes \[4, 5\]"),
         (np.array([[1, 0, 0, 1, 0], [1, 1, 1, 0, 0]]), "environment 1 forbids every choice of component 1"),
     ],

@@ -134,6 +134,17 @@ def test_stateful_prediction_over_parallel_episodes(cls: Any) -> None:
 
 
 @both
+def test_start_of_the_episode_of_one_environment_may_be_a_plain_bool(cls: Any) -> None:
+    model = cls("MlpLstmPolicy", "CartPole-v1", policy_kwargs={"lstm_hidden_size": 8}, **SMALL)
+    obs = np.ones(4, np.float32)
+    _, fresh = model.predict(obs, episode_start=True, deterministic=True)
+    _, second = model.predict(obs, state=fresh, episode_start=False, deterministic=True)
+    _, again = model.predict(obs, state=second, episode_start=True, deterministic=True)
+    np.testing.assert_array_equal(again[0], fresh[0])
+    assert not np.array_equal(second[0], fresh[0])
+
+
+@both
 def test_saved_model_predicts_and_trains_the_same(cls: Any, tmp_path: Path) -> None:
     env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
     model = cls("MlpLstmPolicy", env, policy_kwargs={"lstm_hidden_size": 8}, **SMALL).learn(32)
@@ -197,3 +208,46 @@ def test_both_shared_and_separate_is_refused(cls: Any) -> None:
     with pytest.raises((AssertionError, ValueError)):
         kwargs = {"shared_lstm": True, "enable_critic_lstm": True}
         cls("MlpLstmPolicy", "CartPole-v1", policy_kwargs=kwargs, **SMALL)
+
+
+# From here on: what only ours says.
+
+
+@pytest.mark.parametrize("policy", ["MlpLstmPolicy", "MlpXLSTMPolicy"])
+def test_state_of_another_number_of_environments_is_refused(policy: str) -> None:
+    model = xlstm_rl.RecurrentPPO(policy, "CartPole-v1", **SMALL)
+    obs = np.zeros((4, 4), np.float32)
+    _, of_four = model.predict(obs)
+    _, of_one = model.predict(obs[0])
+    assert of_four is not None
+    for seen, state in [(obs, of_one), (obs[:3], of_four), (obs[0], of_four), (obs, of_four[:1])]:
+        with pytest.raises(ValueError, match="state has the shapes .*hand over what this policy returned"):
+            model.predict(seen, state=state)
+    with pytest.raises(ValueError, match=r"episode_start has 2 flags for 4 environment\(s\); give one for each"):
+        model.predict(obs, state=of_four, episode_start=np.ones(2, bool))
+
+
+@pytest.mark.parametrize(
+    ("policy", "policy_kwargs", "complaint"),
+    [
+        ("MlpPolicy", {}, r"policy 'MlpPolicy' is unknown; known are \['MlpXLSTMPolicy', "),
+        ("MlpXLSTMPolicy", {"lstm_hidden_size": 8}, r"XLSTMPolicy takes no \['lstm_hidden_size'\]; .*MlpLstmPolicy"),
+        ("MlpLstmPolicy", {"lstm_hiden_size": 8}, r"takes no \['lstm_hiden_size'\]; .*'lstm_hidden_size'.*'net_arch'"),
+        ("CnnXLSTMPolicy", {"blocks": "m"}, r"takes no \['blocks'\]; settings of the memory go into memory_kwargs"),
+        ("MlpXLSTMPolicy", {"memory_kwargs": "ms"}, "memory_kwargs='ms' must be a dict"),
+        ("MultiInputXLSTMPolicy", {}, "Box observations are no Dict.*use the policy MlpXLSTMPolicy"),
+    ],
+)
+def test_wrong_policy_is_told_with_the_remedy(policy: str, policy_kwargs: dict[str, Any], complaint: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=complaint):
+        xlstm_rl.RecurrentPPO(policy, "CartPole-v1", policy_kwargs=policy_kwargs, **SMALL)
+
+
+def test_policy_of_ones_own_takes_arguments_of_its_own() -> None:
+    class Louder(xlstm_rl.XLSTMPolicy):
+        def __init__(self, *args: Any, volume: float = 1.0, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.volume = volume
+
+    model = xlstm_rl.RecurrentPPO(Louder, "CartPole-v1", policy_kwargs={"volume": 2.0, "net_arch": [8]}, **SMALL)
+    assert model.policy.volume == 2.0

@@ -64,6 +64,22 @@ def test_fewer_episodes_than_environments() -> None:
     assert len(result.lengths) == 3
 
 
+@pytest.mark.parametrize(
+    "make",
+    [ShortSuccesses, lambda: gym.vector.SyncVectorEnv([ShortSuccesses] * 2)],
+    ids=["environment", "vector environment of gymnasium"],
+)
+def test_environments_of_gymnasium_are_played_as_they_are(make: Any) -> None:
+    for result in (evaluate(Counter(), make(), 3, seed=0), evaluate_random(make(), 3, seed=0)):
+        assert set(result.lengths) <= {3, 40}
+        assert len(result.lengths) == 3
+
+
+def test_what_is_no_environment_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"env='CartPole-v1' is no environment: hand over what gymnasium\.make,"):
+        evaluate_random("CartPole-v1", 3)  # type: ignore[arg-type]
+
+
 def test_no_episode_is_refused() -> None:
     with pytest.raises(ValueError, match="n_episodes=0"):
         evaluate_random(make_vec_env(ShortSuccesses), 0)

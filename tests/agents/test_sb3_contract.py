@@ -388,7 +388,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "memory": ({"policy_kwargs": {"memory": "moon"}}, "unknown memory 'moon'"),
     "heads": ({"policy_kwargs": {"memory_kwargs": {"hidden_size": 7, "num_heads": 2}}}, "7.*2"),
     "gSDE": ({"use_sde": True}, "can only be used with continuous actions"),
-    "policy": ({"policy": "NoPolicy"}, "Policy NoPolicy unknown"),
+    "policy": ({"policy": "NoPolicy"}, r"policy 'NoPolicy' is unknown; known are \['MlpXLSTMPolicy'"),
     "policy without memory": ({"policy": PPO.policy_aliases["MlpPolicy"], "policy_kwargs": None}, "has no memory core"),
     "buffer": ({"rollout_buffer_class": dict}, "must subclass ChunkedRolloutBuffer"),
     "Dict observation": ({"observation": "dict", "policy": "MlpXLSTMPolicy"}, "MultiInputXLSTMPolicy"),

@@ -34,6 +34,35 @@ def test_unknown_memory_names_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "settings", "complaint"),
+    [
+        ("xlstm", {"block": "m"}, r"no setting \['block'\]; known are \['hidden_size', 'blocks', "),
+        (
+            "lstm",
+            {"hidden": 8},
+            r"'lstm' .*'hidden'; its settings are \['hidden_size', 'num_layers', 'bias', 'dropout'\]",
+        ),
+    ],
+)
+def test_unknown_setting_is_told_with_the_known_ones(name: str, settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(TypeError, match=complaint):
+        make_memory(name, 3, **settings)
+
+
+def test_core_without_a_width_cannot_match_parameters() -> None:
+    register_memory("no-width", NoWidth)
+    assert make_memory("no-width", 3, scale=2.0).output_size == 3
+    with pytest.raises(TypeError, match=r"'no-width' .*'hidden_size'; its settings are \['scale'\]"):
+        make_memory("no-width", 3, match_parameters=100)
+
+
+class NoWidth(Memoryless):
+    def __init__(self, input_size: int, scale: float = 1.0) -> None:
+        super().__init__(input_size, hidden_size=input_size)
+        self.scale = scale
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"blocks": "mx"},

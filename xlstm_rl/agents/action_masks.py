@@ -88,8 +88,9 @@ def check_masks(masks: Any, space: spaces.Space[Any], n_envs: int) -> np.ndarray
     rows = [np.ravel(mask) for mask in masks] if per_env else [np.ravel(masks)]
     sizes = {row.size for row in rows}
     if sum(row.size for row in rows) != n_envs * sum(parts) or len(sizes) > 1:
+        given = f"sizes {sorted(sizes)}" if per_env else f"the shape {np.shape(masks)}"
         raise ValueError(
-            f"action masks of {n_envs} environment(s) have sizes {sorted(sizes)}; actions {space} need {sum(parts)} "
+            f"action masks of {n_envs} environment(s) have {given}; actions {space} need {sum(parts)} "
             f"booleans each, those of the components {parts} one after the other; use_masking=False ignores them"
         )
     checked = np.concatenate(rows).astype(bool).reshape(n_envs, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +13,12 @@ from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, MlpExtractor
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    MlpExtractor,
+)
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
@@ -91,6 +97,14 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
                 "a Dict observation needs an extractor that takes it apart: use the policy MultiInputXLSTMPolicy "
                 "(MultiInputLstmPolicy), or set features_extractor_class"
             )
+        if not isinstance(observation_space, spaces.Dict) and features_extractor_class is CombinedExtractor:
+            kind = type(observation_space).__name__
+            raise ValueError(
+                f"{kind} observations are no Dict, which CombinedExtractor takes apart: use the policy MlpXLSTMPolicy "
+                "(MlpLstmPolicy), or CnnXLSTMPolicy (CnnLstmPolicy) for images"
+            )
+        if memory_kwargs is not None and not isinstance(memory_kwargs, Mapping):
+            raise TypeError(f"memory_kwargs={memory_kwargs!r} must be a dict, such as dict(blocks='ms')")
         self.memory, self.memory_kwargs, self.critic_memory = memory, dict(memory_kwargs or {}), critic_memory
         if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
             optimizer_kwargs = {"eps": 1e-5, "fused": True}

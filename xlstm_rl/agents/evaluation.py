@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from xlstm_rl.agents.action_masks import masks_actions, read_masks, sample_allowed
 from xlstm_rl.agents.faults import SKIPPED
+from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.masked_evaluation import MaskedModel
 
 
@@ -29,7 +33,7 @@ Actor = Callable[[Any, Any, np.ndarray], tuple[np.ndarray, Any]]
 
 def evaluate(
     model: Any,
-    env: VecEnv,
+    env: GymEnv | VectorEnv[Any, Any, Any],
     n_episodes: int,
     *,
     deterministic: bool = True,
@@ -42,7 +46,8 @@ def evaluate(
 
     Args:
         model: the agent.
-        env: vector environment; a `VecNormalize` should not be training.
+        env: environment, or vector environment of Stable-Baselines3 or gymnasium; a `VecNormalize` should not be
+            training.
         n_episodes: episodes to finish; every environment contributes a fixed share, so that short episodes are not
             over-represented.
         deterministic: the mode of the policy instead of a sample.
@@ -50,8 +55,10 @@ def evaluate(
         seed: of the environments; None leaves their random state.
 
     Raises:
+        TypeError: `env` is no environment.
         ValueError: `n_episodes` is below 1.
     """
+    env = _as_vec_env(env)
     player = MaskedModel(model, env)
 
     def actor(obs: Any, state: Any, episode_start: np.ndarray) -> tuple[np.ndarray, Any]:
@@ -62,8 +69,11 @@ def evaluate(
     return _play(actor, env, n_episodes, seed)
 
 
-def evaluate_random(env: VecEnv, n_episodes: int, *, seed: int | None = None) -> EvaluationResult:
+def evaluate_random(
+    env: GymEnv | VectorEnv[Any, Any, Any], n_episodes: int, *, seed: int | None = None
+) -> EvaluationResult:
     """Play episodes with uniformly random actions, allowed ones where there are masks; arguments as for `evaluate`."""
+    env = _as_vec_env(env)
     space = env.action_space
     space.seed(seed)
     masked = masks_actions(env, space, None)
@@ -74,6 +84,19 @@ def evaluate_random(env: VecEnv, n_episodes: int, *, seed: int | None = None) ->
         return np.stack([space.sample() for _ in episode_start]), state
 
     return _play(actor, env, n_episodes, seed)
+
+
+def _as_vec_env(env: Any) -> VecEnv:
+    if isinstance(env, VectorEnv):
+        return GymnasiumVecEnv(env)
+    if isinstance(env, gymnasium.Env):
+        return DummyVecEnv([lambda: env])
+    if not isinstance(env, VecEnv):
+        raise TypeError(
+            f"env={env!r} is no environment: hand over what gymnasium.make, gymnasium.make_vec or Stable-Baselines3's "
+            "make_vec_env returned"
+        )
+    return env
 
 
 def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> EvaluationResult:

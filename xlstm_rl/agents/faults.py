@@ -117,7 +117,12 @@ def drops_broken_rollouts(collect: Collect) -> Collect:
     @wraps(collect)
     def collect_or_drop(model: RecurrentPPO, *args: Any, **kwargs: Any) -> bool:
         if model.on_nonfinite == "stop":
-            return collect(model, *args, **kwargs)
+            try:
+                return collect(model, *args, **kwargs)
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"{error}; mend what it comes from, or drop such rollouts with on_nonfinite='skip'"
+                ) from error
         normalizer = model.get_vec_normalize_env()
         statistics = None if normalizer is None else normalizer_statistics(normalizer)
         try:

@@ -144,7 +144,8 @@ class XLSTMPolicy(MemoryActorCritic):
         Args:
             observation: of one environment, or [n_envs, ...]; an array or a dict of those.
             state: as the last call returned it; None where every environment starts.
-            episode_start: bool [n_envs], true where the observation is the first of an episode; None: nowhere.
+            episode_start: bool [n_envs], or one bool for one environment, true where the observation is the first of an
+                episode; None: nowhere.
             deterministic: the mode instead of a sample.
             action_masks: bool [n_envs, ...], true where an action is allowed, as `MaskablePPO` takes them; None: all.
 
@@ -152,12 +153,15 @@ class XLSTMPolicy(MemoryActorCritic):
             Actions, in bounds, and the state for the next call: two arrays [1, n_envs, hidden_size].
 
         Raises:
-            ValueError: the observation or a mask does not fit its space, or a mask forbids everything.
+            ValueError: the observation or a mask does not fit its space, a mask forbids everything, or state or
+                episode_start are of another number of environments.
         """
         self.set_training_mode(False)
         obs, vectorized = self.obs_to_tensor(observation)
         n_envs = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
-        start = torch.zeros(n_envs) if episode_start is None else torch.tensor(np.asarray(episode_start))
+        start = np.zeros(n_envs, bool) if episode_start is None else np.ravel(np.asarray(episode_start, dtype=bool))
+        if len(start) != n_envs:
+            raise ValueError(f"episode_start has {len(start)} flags for {n_envs} environment(s); give one for each")
         if state is None:
             if episode_start is not None and not bool(start.all()):
                 warnings.warn(
@@ -166,12 +170,18 @@ class XLSTMPolicy(MemoryActorCritic):
                     stacklevel=3,
                 )
             state = (np.zeros((1, n_envs, self.lstm_actor.hidden_size)),) * 2
+        shapes, fitting = [np.shape(part) for part in state], (1, n_envs, self.lstm_actor.hidden_size)
+        if shapes != [fitting, fitting]:
+            raise ValueError(
+                f"state has the shapes {shapes}, and the memory of {n_envs} environment(s) is two arrays {fitting}: "
+                "hand over what this policy returned for the same environments, or None where all of them start"
+            )
         pair = tuple(torch.tensor(np.asarray(part), dtype=torch.float32, device=self.device) for part in state)
         masks = None
         if action_masks is not None:
             masks = torch.as_tensor(check_masks(action_masks, self.action_space, n_envs), device=self.device)
         with torch.no_grad():
-            starts = start.to(self.device, torch.float32)
+            starts = torch.as_tensor(start, dtype=torch.float32, device=self.device)
             distribution, pair = self.get_distribution(obs, pair, starts, masks)
             chosen = distribution.get_actions(deterministic=deterministic)
         actions = self.to_env_actions(chosen.cpu().numpy().reshape(-1, *(self.action_space.shape or ())))

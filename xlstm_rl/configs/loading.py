@@ -94,7 +94,8 @@ def _check_registered(env_id: str, complaint: str, also_known: Iterable[str] = (
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         ours = {key: str(spec.entry_point) for key, spec in gymnasium.registry.items() if key.startswith("xlstm_rl/")}
         foreign = {key for key, maker in ours.items() if maker.startswith("xlstm_rl.envs.suites:")}
-        hint = nearest(env_id, [*also_known, *(ours.keys() - foreign)], foreign)
+        listed = ours.keys() - foreign
+        hint = nearest(env_id, [*also_known, *listed], gymnasium.registry.keys() - listed)
         raise ConfigError(f"{env_id!r} is {complaint}; {hint}") from error
 
 

@@ -27,7 +27,7 @@ from xlstm_rl.export.step_graph import MASK, NEXT, RESET, PolicyStep, distributi
 
 # The entry of the ONNX metadata that holds the JSON.
 METADATA = "xlstm_rl"
-INSTALL = "pip install 'xlstm-rl[export]'"
+INSTALL = "pip install onnx onnxruntime onnxscript"
 # An axis of this size is never taken for a constant.
 _ROWS = 3
 
@@ -45,7 +45,7 @@ def export_onnx(model: BaseAlgorithm, path: Path, *, action_masks: bool | None =
 
     Args:
         model: an agent with an `XLSTMPolicy`.
-        path: of the file.
+        path: of the file; missing folders are made.
         action_masks: make an input of the masks; None: where the environment of the agent has masks that it uses.
 
     Returns:
@@ -60,7 +60,9 @@ def export_onnx(model: BaseAlgorithm, path: Path, *, action_masks: bool | None =
     front = front_of(model.get_env(), policy.observation_space)
     step = PolicyStep(policy, front, masked=masks_wanted(model, action_masks))
     metadata = _describe(step, front)
-    write_whole(path, _trace(step, front, metadata))
+    content = _trace(step, front, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)
     return metadata
 
 

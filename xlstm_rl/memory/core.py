@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -118,19 +119,30 @@ def make_memory(name: str, input_size: int, *, match_parameters: int | None = No
         **config: passed on, for example `hidden_size=64, blocks="ms"` for "xlstm" (see `XLSTMConfig`).
 
     Raises:
+        TypeError: a setting is unknown, missing or of another type.
         ValueError: the name is unknown, or a setting does not fit.
     """
     if name not in _REGISTRY:
         raise ValueError(f"unknown memory {name!r}; known are {memory_names()}; add yours with register_memory")
     factory = _REGISTRY[name]
+    if match_parameters is not None and "hidden_size" in config:
+        size = config["hidden_size"]
+        raise ValueError(f"match_parameters={match_parameters} chooses hidden_size: leave out hidden_size={size}")
+    _check_names(name, config if match_parameters is None else {**config, "hidden_size": None})
     if match_parameters is not None:
-        if "hidden_size" in config:
-            size = config["hidden_size"]
-            raise ValueError(f"match_parameters={match_parameters} chooses hidden_size: leave out hidden_size={size}")
         config["hidden_size"] = _matching_size(
             lambda size: factory(input_size, hidden_size=size, **config), match_parameters
         )
     return factory(input_size, **config)
+
+
+def _check_names(name: str, config: dict[str, Any]) -> None:
+    signature = inspect.signature(_REGISTRY[name])
+    try:
+        signature.bind(0, **config)
+    except TypeError as error:
+        settings = [part.name for part in list(signature.parameters.values())[1:] if part.kind is not part.VAR_KEYWORD]
+        raise TypeError(f"memory {name!r} {error}; its settings are {settings}") from error
 
 
 def _matching_size(build: Callable[[int], MemoryCore], target: int) -> int:

@@ -138,7 +138,7 @@ class _Check:
             y, state = self.core(x, start, everywhere)
             fresh_y, fresh_state = self.core(self.x[:, t:], self.core.initial_state(self.B))
             self._compare(
-                f"reset at {t}",
+                f"reset at {t}" + (", where the state before holds NaN" if t == 0 else ""),
                 {"output": y[:, t:].detach(), "final state": pack(state).detach()},
                 {"output": fresh_y.detach(), "final state": pack(fresh_state).detach()},
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -145,6 +146,9 @@ class XLSTM(MemoryCore):
         super().__init__()
         if config is not None and fields:
             raise TypeError(f"give either config or fields, not both; got fields {sorted(fields)}")
+        known = [field.name for field in dataclasses.fields(XLSTMConfig)]
+        if not fields.keys() <= set(known):
+            raise TypeError(f"xLSTM has no setting {sorted(fields.keys() - set(known))}; known are {known}")
         self.config = config = config or XLSTMConfig(**_as_tuples(fields))
         if not config.input_projection and input_size != config.hidden_size:
             raise ValueError(
