@@ -21,7 +21,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sigmoid input gate, soft cap": {"input_activation": "sigmoid", "gate_soft_cap": 5.0},
     "memory mixing, biases": {"recurrent_std": 1.0, "bias": True},
     "without FFN": {"ffn_factor": 0.0},
-    "other heads in sLSTM blocks": {"recurrent_std": 1.0, "slstm_num_heads": 3},
+    "other heads and conv in sLSTM blocks": {"recurrent_std": 1.0, "slstm_num_heads": 3, "slstm_conv_kernel": 2},
     "exponential forget gate": {"forget_activation": "exp"},
 }
 every_block = pytest.mark.parametrize("blocks", ["m", "s", "ms"])

@@ -24,7 +24,10 @@ CORES: dict[str, tuple[str, dict[str, Any]]] = {
         SMALL | {"blocks": "m", "input_activation": "sigmoid", "gate_soft_cap": 15.0},
     ),
     "s without FFN": ("xlstm", SMALL | {"blocks": "s", "ffn_factor": 0.0, "post_norm": False}),
-    "sm with one sLSTM head": ("xlstm", SMALL | {"blocks": "sm", "slstm_num_heads": 1}),
+    "sm with one sLSTM head and conv of its own": (
+        "xlstm",
+        SMALL | {"blocks": "sm", "slstm_num_heads": 1, "slstm_conv_kernel": 0},
+    ),
     "lstm": ("lstm", {"hidden_size": 8}),
     "two-layer lstm": ("lstm", {"hidden_size": 8, "num_layers": 2}),
     "gru": ("gru", {"hidden_size": 8}),

@@ -73,6 +73,7 @@ class NoWidth(Memoryless):
         {"slstm_num_heads": 0},
         {"proj_factor": 0.0},
         {"conv_kernel": -1},
+        {"slstm_conv_kernel": -1},
         {"gate_soft_cap": 0.0},
         {"dropout": 1.0},
         {"forget_activation": "tanh"},

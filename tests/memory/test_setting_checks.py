@@ -11,7 +11,7 @@ from xlstm_rl.memory import XLSTMConfig, make_memory
 FIELDS = [f.name for f in dataclasses.fields(XLSTMConfig)]
 NUMBERS = [
     *("proj_factor", "ffn_factor", "gate_soft_cap", "recurrent_std", "dropout", "norm_eps"),
-    *("hidden_size", "num_heads", "slstm_num_heads", "round_to", "qkv_block_size", "conv_kernel"),
+    *("hidden_size", "num_heads", "slstm_num_heads", "round_to", "qkv_block_size", "conv_kernel", "slstm_conv_kernel"),
 ]
 
 

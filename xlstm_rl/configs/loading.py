@@ -25,8 +25,9 @@ def load(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     """The configuration of `name`, changed by overrides.
 
     Args:
-        name: a preset, a path ending in ".yaml", or any gymnasium id (then with the defaults), "xlstm_rl/" before it
-            may be left out. The module of an id such as "module:Env-v0" is imported, as `gymnasium.make` does.
+        name: a preset, a path ending in ".yaml", or any gymnasium id (then with the settings of general.yaml, which are
+            good on most tasks), "xlstm_rl/" before it may be left out. The module of an id such as "module:Env-v0" is
+            imported, as `gymnasium.make` does.
         overrides: "a.b=value" each, the value spelled as in YAML; later ones win. Another `memory.name` than the one
             of `name` drops the memory settings there, `hidden_size` excepted, because another memory has others; the
             overrides all stay, in whatever order they are given.
@@ -36,14 +37,14 @@ def load(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
             the remedy.
     """
     if name in preset_names():
-        source = f"preset {name}.yaml"
-        values = _check(parse_yaml((_presets() / f"{name}.yaml").read_text(encoding="utf-8"), source), source)
+        values = _read_own(_presets() / f"{name}.yaml", f"preset {name}.yaml")
     elif name.endswith((".yaml", ".yml")):
         values = _read(Path(name))
     else:
         env_id = f"xlstm_rl/{name}" if f"xlstm_rl/{name}" in gymnasium.registry else name
         _check_registered(env_id, "neither a preset nor a registered environment", preset_names())
-        values = {"env": {"id": env_id}}
+        general = _read_own(resources.files("xlstm_rl.configs") / "general.yaml", "general.yaml")
+        values = _merge(general, {"env": {"id": env_id}})
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = _merge(changes, _parse_override(override))
@@ -69,6 +70,10 @@ def dump(config: TrainConfig) -> str:
 
 def _presets() -> Any:
     return resources.files("xlstm_rl.configs") / "presets"
+
+
+def _read_own(file: Any, source: str) -> dict[str, Any]:
+    return _check(parse_yaml(file.read_text(encoding="utf-8"), source), source)
 
 
 def _read(path: Path) -> dict[str, Any]:

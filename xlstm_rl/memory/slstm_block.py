@@ -39,7 +39,7 @@ class SLSTMBlock(nn.Module):
         self.config = config
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=False)
         self.conv = (
-            CausalConv(width, config.conv_kernel, identity=config.init == "recall") if config.conv_kernel else None
+            CausalConv(width, config.slstm_conv, identity=config.init == "recall") if config.slstm_conv else None
         )
         self.input_forget = BlockLinear(width, heads, num_maps=2)
         self.cell_output = BlockLinear(width, heads, num_maps=2)
@@ -61,7 +61,7 @@ class SLSTMBlock(nn.Module):
         width, heads = self.config.hidden_size, self.config.slstm_heads
         zeros = self.recurrent.new_zeros
         cell = SLSTMState(*(zeros(batch_size, heads, width // heads) for _ in SLSTMState._fields))
-        return SLSTMBlockState(cell, zeros(batch_size, max(self.config.conv_kernel - 1, 0), width))
+        return SLSTMBlockState(cell, zeros(batch_size, max(self.config.slstm_conv - 1, 0), width))
 
     def forward(
         self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None, *, reuse_state: bool = False

@@ -36,6 +36,7 @@ class XLSTMConfig:
             dominates small widths.
         qkv_block_size: block size of the block-diagonal q, k, v projections.
         conv_kernel: steps seen by the causal convolution before the gates, the current one included; 0 leaves it out.
+        slstm_conv_kernel: that of sLSTM blocks, when it shall be another than `conv_kernel`.
         forget_activation: "sigmoid" or "exp" forget gate.
         input_activation: "exp" (the paper) or "sigmoid" input gate of mLSTM blocks.
         gate_soft_cap: soft cap of the gate pre-activations of mLSTM blocks, for example 15 (Beck et al. 2025).
@@ -67,6 +68,7 @@ class XLSTMConfig:
     round_to: int = 8
     qkv_block_size: int = 4
     conv_kernel: int = 4
+    slstm_conv_kernel: int | None = None
     forget_activation: Literal["sigmoid", "exp"] = "sigmoid"
     input_activation: Literal["exp", "sigmoid"] = "exp"
     gate_soft_cap: float | None = None
@@ -87,6 +89,8 @@ class XLSTMConfig:
         for name in ("hidden_size", "num_heads", "round_to", "qkv_block_size"):
             check_whole(name, getattr(self, name), 1)
         check_whole("conv_kernel", self.conv_kernel, 0)
+        if self.slstm_conv_kernel is not None:
+            check_whole("slstm_conv_kernel", self.slstm_conv_kernel, 0)
         if self.slstm_num_heads is not None:
             check_whole("slstm_num_heads", self.slstm_num_heads, 1)
         for name in ("num_heads", "slstm_num_heads"):
@@ -116,6 +120,11 @@ class XLSTMConfig:
     def slstm_heads(self) -> int:
         """Heads of sLSTM blocks."""
         return self.num_heads if self.slstm_num_heads is None else self.slstm_num_heads
+
+    @property
+    def slstm_conv(self) -> int:
+        """Steps seen by the convolution of sLSTM blocks."""
+        return self.conv_kernel if self.slstm_conv_kernel is None else self.slstm_conv_kernel
 
     @property
     def inner_size(self) -> int:
