@@ -90,7 +90,6 @@ gpu-check: $(STAMP)
 bench: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.layers
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.throughput
-	$(ONE_THREAD) $(BIN)/python -m benchmarks.learning
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.collapse
 
 clean:
