@@ -20,7 +20,8 @@ Array = NDArray[np.float64]
 def draw_all(results: Results, folder: Path) -> None:
     """Write curves.png, abilities.png, lengths.png and profiles.png to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    _panels(results, results.tasks, _draw_curves, folder / "curves.png", ("environment steps", "score"))
+    begun = [task for task in results.tasks if any(record.task == task for record in results.records)]
+    _panels(results, begun, _draw_curves, folder / "curves.png", ("environment steps", "score"))
     with_lengths = [task for task in results.tasks if any(r.longer for r in results.records if r.task == task)]
     _panels(results, with_lengths, _draw_lengths, folder / "lengths.png", ("times the training length", "score"))
     _draw_abilities(results, folder / "abilities.png")
@@ -121,7 +122,8 @@ def _draw_abilities(results: Results, path: Path) -> None:
     panel.axhline(1.0, color="0.4", linestyle="--", linewidth=1)
     panel.set_xticks(range(len(abilities)), list(abilities), fontsize="small")
     panel.set_ylabel("score")
-    panel.legend(fontsize="x-small")
+    # beside the bars, which reach the top
+    figure.legend(fontsize="small", loc="outside upper center", ncols=len(results.agents))
     panel.grid(alpha=0.3, axis="y")
     _save(figure, path)
 

@@ -159,11 +159,11 @@ def _overrides(values: Mapping[str, Any]) -> list[str]:
 
 
 def _untuned(config: TrainConfig, agent: AgentSpec) -> TrainConfig:
-    """The defaults on the environment, budget and evaluation of `config`, with what the agent sets itself."""
-    default = load(config.env.id, _overrides(agent.set))
-    env = dataclasses.replace(default.env, kwargs=config.env.kwargs, vec=config.env.vec)
+    """The general settings on the environment, budget and evaluation of `config`, with what the agent sets itself."""
+    general = load(config.env.id, _overrides(agent.set))
+    env = dataclasses.replace(general.env, kwargs=config.env.kwargs, vec=config.env.vec)
     kept = {name: getattr(config, name) for name in ("total_steps", "eval", "checkpoint", "device", "threads")}
-    return dataclasses.replace(default, env=env, **kept)
+    return dataclasses.replace(general, env=env, **kept)
 
 
 def _match(config: TrainConfig, target: TrainConfig) -> TrainConfig:

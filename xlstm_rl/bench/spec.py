@@ -49,8 +49,8 @@ class AgentSpec:
     """An agent of the benchmark: the task's own training with what differs.
 
     Attributes:
-        tuned: trained with what each task's preset tunes; false takes the defaults of a configuration instead, the
-            same on every task, and of the task only the environment itself, its budget and its evaluation.
+        tuned: trained with what each task's preset tunes; false takes the settings of a plain environment id instead,
+            the same on every task, and of the task only the environment itself, its budget and its evaluation.
         memory: name and settings of the memory on every task; None keeps each task's own.
         set: overrides of the configuration, on top of those of the task.
         parameters_of: the agent whose number of memory parameters this one's `hidden_size` is chosen to match.
