@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 import warnings
 from typing import Any, ClassVar, Literal
@@ -33,6 +32,7 @@ from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.memory_statistics import memory_statistics
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
+from xlstm_rl.agents.policy_arguments import check_policy_kwargs
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, minibatches, stack_states
 from xlstm_rl.agents.saving import SavedAlgorithm
 from xlstm_rl.agents.stopwatch import Stopwatch
@@ -209,18 +209,8 @@ class RecurrentPPO(SavedAlgorithm):
             raise ValueError(f"policy {policy_name!r} is unknown; known are {list(self.policy_aliases)}")
         return self.policy_aliases[policy_name]
 
-    def _check_policy_kwargs(self) -> None:
-        known = _arguments_of(self.policy_class)
-        unknown = [key for key in self.policy_kwargs if key not in known]
-        if unknown:
-            raise TypeError(
-                f"policy_kwargs: {self.policy_class.__name__} takes no {unknown}; settings of the memory go into "
-                "memory_kwargs=dict(...), and those of sb3-contrib's LSTM policies fit MlpLstmPolicy, CnnLstmPolicy "
-                f"and MultiInputLstmPolicy alone; known are {sorted(known)}"
-            )
-
     def _setup_model(self) -> None:
-        self._check_policy_kwargs()
+        check_policy_kwargs(self.policy_class, self.policy_kwargs)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self._setup_rollout_buffer()
@@ -480,17 +470,3 @@ class RecurrentPPO(SavedAlgorithm):
         """Train for `total_timesteps` environment steps, rounded up to whole rollouts."""
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
-
-
-def _arguments_of(policy_class: type[Any]) -> set[str]:
-    """Names of the settings that the constructor takes, those that it hands on to its parents included."""
-    names: set[str] = set()
-    for kind in policy_class.__mro__:
-        if "__init__" not in vars(kind):
-            continue
-        parameters = inspect.signature(vars(kind)["__init__"]).parameters.values()
-        named = {part.name for part in parameters if part.kind not in (part.VAR_POSITIONAL, part.VAR_KEYWORD)}
-        names |= named - {"self", "observation_space", "action_space", "lr_schedule"}
-        if not any(part.kind is part.VAR_KEYWORD for part in parameters):
-            break
-    return names
