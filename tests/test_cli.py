@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "xlstm_rl.cli", *arguments],
+        [sys.executable, "-m", "xlstm_rl", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

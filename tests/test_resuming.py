@@ -153,7 +153,7 @@ def test_best_model_that_is_not_there_yet_is_named(run: RunResult, tmp_path: Pat
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "xlstm_rl.cli", "train", *arguments],
+        [sys.executable, "-m", "xlstm_rl", "train", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -197,7 +197,3 @@ def _at_least(lowest: int, text: str) -> int:
     if not text.isdecimal() or int(text) < lowest:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {lowest}")
     return int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

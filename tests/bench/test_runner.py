@@ -90,7 +90,7 @@ def test_interrupted_benchmark_goes_on_where_it_was(tmp_path: Path, kind: signal
     text = SMALL.replace("total_steps: 320", "total_steps: 6_000").replace("every_steps: 64", "every_steps: 320")
     spec = tmp_path / "spec.yaml"
     spec.write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "xlstm_rl.cli", "bench", "run", str(spec), "--only", "cue-recall/lstm/0", "--out"]
+    command = [sys.executable, "-m", "xlstm_rl", "bench", "run", str(spec), "--only", "cue-recall/lstm/0", "--out"]
     started = subprocess.Popen([*command, str(tmp_path / "out")], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     run = plan_runs(read_spec(text, "x"), tmp_path / "out", ["cue-recall/lstm/0"])[0]
     while not any(run.folder.glob("checkpoints/*.zip")):
