@@ -39,6 +39,9 @@ def test_agent_without_memory_stays_at_the_memoryless_ceiling(tmp_path: Path) ->
         ("repeat-previous", 0.9, 0.3),
         ("parity", 0.95, 0.6),
         ("key-value-recall", 0.95, 0.35),
+        ("overwrite", 0.9, 0.35),
+        ("copy", 0.95, 0.35),
+        ("shell-game", 0.95, 0.45),
     ],
 )
 def test_preset_learns_stays_learnt_and_needs_its_memory(
@@ -48,3 +51,18 @@ def test_preset_learns_stays_learnt_and_needs_its_memory(
     assert result["trained agent"].mean_return >= least
     assert result["worst of the last 5 evaluations"].mean_return >= 0.95 * least
     assert result["same agent, memory emptied every step"].mean_return < ceiling
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("env_id", "kwargs", "steps"),
+    [
+        ("TMaze-v0", "{corridor_length: 20}", 200_000),
+        ("RepeatPrevious-v0", "{lag: 16}", 300_000),
+        ("KeyValueRecall-v0", "{num_pairs: 8}", 300_000),
+        ("KeyDoor-v0", "{delay: 10, noise: 0.0}", 300_000),
+    ],
+)
+def test_general_settings_learn_tasks_of_all_kinds(env_id: str, kwargs: str, steps: int, tmp_path: Path) -> None:
+    result = scores(tmp_path, env_id, f"env.kwargs={kwargs}", f"total_steps={steps}", "env.vec=vector")
+    assert result["trained agent"].mean_return >= 0.95
