@@ -25,7 +25,7 @@ DONE, FAILED, INTERRUPTED = 0, 1, 3
 def work(run: PlannedRun, spec: BenchSpec) -> None:
     """The body of a worker process; ends it with one of the exit codes."""
     _log_to(run)
-    _leave_with_the_parent()
+    leave_with_the_parent()
     try:
         code = DONE if _finish(run, spec) else INTERRUPTED
     except BaseException:
@@ -108,7 +108,7 @@ def _log_to(run: PlannedRun) -> None:
         os.setsid()
 
 
-def _leave_with_the_parent() -> None:
+def leave_with_the_parent() -> None:
     """End this process when the parent is gone, so that nobody else goes on with its run at the same time."""
     parent = multiprocessing.parent_process()
     if parent is None:
