@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xlstm_rl._version import __version__
+from xlstm_rl.arguments import natural, positive
 from xlstm_rl.bench.commands import add_parser as add_bench_parser
 from xlstm_rl.configs import ConfigError, load, preset_names
 from xlstm_rl.run_folder import default_run_path
@@ -65,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="evaluate a run", description="Evaluate the last model of a run.")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
-    evaluate.add_argument("--episodes", type=_positive, help="default: as configured")
-    evaluate.add_argument("--seed", type=_natural, help="of the episodes")
+    evaluate.add_argument("--episodes", type=positive, help="default: as configured")
+    evaluate.add_argument("--seed", type=natural, help="of the episodes")
     evaluate.add_argument("--device", help="default: as trained, or the CPU where that device is missing")
     evaluate.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
     evaluate.set_defaults(run=_evaluate)
@@ -80,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="draw an episode", description="Draw what the memory does.")
     inspect.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
     inspect.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
-    inspect.add_argument("--max-steps", type=_positive, default=300, help="the episode is cut there; default 300")
-    inspect.add_argument("--seed", type=_natural, help="of the episode")
+    inspect.add_argument("--max-steps", type=positive, default=300, help="the episode is cut there; default 300")
+    inspect.add_argument("--seed", type=natural, help="of the episode")
     inspect.set_defaults(run=_inspect)
 
     add_bench_parser(commands)
@@ -183,17 +184,3 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _natural(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(lowest: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < lowest:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {lowest}")
-    return int(text)

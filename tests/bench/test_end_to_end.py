@@ -143,3 +143,10 @@ def test_comparison_names_an_unknown_agent(out: Path, capsys: pytest.CaptureFixt
 def test_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "render", str(tmp_path)]) == 2
     assert "results.json is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_wrong_number_of_workers_is_told(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "run", "quick", f"--workers={text}"])
+    assert f"--workers: {text!r} must be a whole number of at least 1" in capsys.readouterr().err

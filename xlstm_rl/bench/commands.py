@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from xlstm_rl.arguments import positive
+
 INCOMPLETE = 3
 SOME_FAILED = 1
 SIGNAL_EXIT = 128
@@ -20,7 +22,7 @@ def add_parser(commands: Any) -> None:
     run = actions.add_parser("run", help="train and measure what is missing, then write the card")
     run.add_argument("spec", metavar="SPEC", help="a benchmark of `xlstm-rl list`, or a .yaml file")
     run.add_argument("--out", type=Path, help="default: bench/NAME; what is there already is not done again")
-    run.add_argument("--workers", type=_positive, default=2, help="processes, one torch thread each (default 2)")
+    run.add_argument("--workers", type=positive, default=2, help="processes, one torch thread each (default 2)")
     run.add_argument("--hours", type=float, help="no new run starts after this time")
     run.add_argument(
         "--only",
@@ -95,10 +97,3 @@ def _compare(options: argparse.Namespace) -> int:
     pair = None if options.agents is None else (options.agents[0], options.agents[1])
     print(compare(read_results(options.before), read_results(options.after), pair), end="")
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
-    return number
