@@ -37,6 +37,7 @@ import yaml
 
 from benchmarks.tuning_spaces import MEMORIES, SHARED, suggest
 from xlstm_rl.agents.archive import write_whole
+from xlstm_rl.arguments import natural, positive
 from xlstm_rl.bench.plan import Task, plan_runs
 from xlstm_rl.bench.spec import AgentSpec, BenchSpec, TaskSpec, load_spec
 from xlstm_rl.bench.worker import leave_with_the_parent
@@ -434,17 +435,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", default=[], help="presets, or names in --spec; default: all of --spec")
     parser.add_argument("--spec", help="a benchmark such as suite, or a .yaml file")
     parser.add_argument("--memories", nargs="+", default=["xlstm", "lstm"], help=f"of {', '.join(MEMORIES)}")
-    parser.add_argument("--trials", type=int, default=20, help="of every memory on every task (default 20)")
+    parser.add_argument("--trials", type=positive, default=20, help="of every memory on every task (default 20)")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], help="every trial trains once with each (default 0)"
+        "--seeds", nargs="+", type=natural, default=[0], help="every trial trains once with each (default 0)"
     )
     parser.add_argument("--steps", type=float, default=1.0, help="of a trial: a share of the task's, or their number")
     parser.add_argument("--out", type=Path, default=Path("tuning"), help="what is there is gone on with")
-    parser.add_argument("--workers", type=int, default=2, help="studies at the same time (default 2)")
+    parser.add_argument("--workers", type=positive, default=2, help="studies at the same time (default 2)")
     options = parser.parse_args(arguments)
-    for name in ("trials", "workers", "steps"):
-        if not getattr(options, name) > 0:
-            parser.error(f"--{name} {getattr(options, name)} must be above 0")
+    if not options.steps > 0:
+        parser.error(f"--steps {options.steps} must be above 0")
     if not options.tasks and options.spec is None:
         parser.error("give --tasks, --spec or both")
     if importlib.util.find_spec("optuna") is None:
