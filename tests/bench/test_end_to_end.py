@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.bench.small_bench import SMALL
 from xlstm_rl import cli
 from xlstm_rl.bench.results import Results, read_results
 from xlstm_rl.configs import load_file
+from xlstm_rl.file_lock import exclusive
 
 PNG = b"\x89PNG"
 
@@ -117,6 +119,27 @@ def test_runs_made_with_other_settings_are_refused(
     other.write_text(SMALL.replace(*change), encoding="utf-8")
     assert cli.main(["bench", "run", str(other), "--out", str(out)]) == 2
     assert "made with other settings" in capsys.readouterr().err
+
+
+def test_second_run_in_the_same_folder_is_refused(
+    spec_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "run", str(spec_path), "--out", str(tmp_path / "out"), "--hours", "0"]
+    (tmp_path / "out").mkdir()
+    with exclusive(tmp_path / "out" / "lock"):
+        assert cli.main(command) == 2
+    assert f"process {os.getpid()} on " in (said := capsys.readouterr().err) and "choose another --out" in said
+    assert not (tmp_path / "out" / "results.json").exists()
+    # the lock ends with its holder
+    assert cli.main(command) == 3
+
+
+def test_folder_that_cannot_be_made_is_told(
+    spec_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["bench", "run", str(spec_path), "--out", str(tmp_path / "file"), "--hours", "0"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_no_run_starts_after_the_hours_are_over(spec_path: Path, tmp_path: Path) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from xlstm_rl.arguments import positive
+from xlstm_rl.configs import ConfigError
+from xlstm_rl.file_lock import LockedError, exclusive
 
 INCOMPLETE = 3
 SOME_FAILED = 1
@@ -59,19 +63,20 @@ def _run(options: argparse.Namespace) -> int:
     runs = plan_runs(spec, out)
     chosen = select_runs(runs, options.only)
     console = Console()
-    outcome = run_all(
-        chosen,
-        spec,
-        workers=options.workers,
-        hours=options.hours,
-        console=console,
-        after_each=lambda: write_results(gather(name, spec, runs), out),
-    )
-    results = gather(name, spec, runs)
-    write_results(results, out)
-    if results.records:
-        render(results, out)
-        console.print(f"card: {out / 'card.md'}, {out / 'card.html'}", highlight=False, soft_wrap=True)
+    with _alone_in(out):
+        outcome = run_all(
+            chosen,
+            spec,
+            workers=options.workers,
+            hours=options.hours,
+            console=console,
+            after_each=lambda: write_results(gather(name, spec, runs), out),
+        )
+        results = gather(name, spec, runs)
+        write_results(results, out)
+        if results.records:
+            render(results, out)
+            console.print(f"card: {out / 'card.md'}, {out / 'card.html'}", highlight=False, soft_wrap=True)
     for run in outcome.failed:
         console.print(f"{run.name} failed; the reason is in {run.failure}", highlight=False, soft_wrap=True)
     if outcome.interrupted_by is not None:
@@ -80,6 +85,22 @@ def _run(options: argparse.Namespace) -> int:
         print(f"xlstm-rl: {len(outcome.left)} runs are left; the same command goes on with them", file=sys.stderr)
         return INCOMPLETE
     return SOME_FAILED if outcome.failed else 0
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Keep all others from running a benchmark in the folder: they would do the same runs."""
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(out / "lock"))
+        except LockedError as error:
+            raise ConfigError(
+                f"{error} is running a benchmark in {out}; wait until it has ended, end it, or choose another --out"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
+        yield
 
 
 def _render(options: argparse.Namespace) -> int:
