@@ -162,6 +162,13 @@ def test_unknown_memory_input_is_named() -> None:
         tiny("cue-recall", "env.memory_inputs=[actions]")
 
 
+@pytest.mark.parametrize("vec", ["dummy", "vector"])
+def test_repeated_memory_input_is_named(vec: str, tmp_path: Path) -> None:
+    config = tiny("cue-recall", "env.memory_inputs=[action, action]", f"env.vec={vec}")
+    with pytest.raises(ConfigError, match=r"env.memory_inputs of 'xlstm_rl/CueRecall-v0': .* 'action' more than once"):
+        train(config, tmp_path / "run")
+
+
 def test_masks_of_the_environment_are_used_throughout(tmp_path: Path) -> None:
     gymnasium.register("xlstm_rl_tests/Masked-v0", "tests.agents.masked_env:MaskedEpisodes")
     try:

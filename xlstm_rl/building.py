@@ -18,7 +18,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO
-from xlstm_rl.agents.memory_inputs import KEYS, MemoryInputs, VecMemoryInputs
+from xlstm_rl.agents.memory_inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
 from xlstm_rl.agents.normalization import load_normalizer
 from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
@@ -72,6 +72,7 @@ def read_facts(config: EnvConfig) -> TaskFacts | None:
         ) from error
     with closing(env):
         _check_observations(env.observation_space, config)
+        _check_memory_inputs(env, config)
         return task_facts(env)
 
 
@@ -177,6 +178,14 @@ def _check_observations(space: spaces.Space[Any], config: EnvConfig) -> None:
                 f"env.normalize_observation=True needs Box observations, but environment {config.id!r} has {kind}; "
                 "leave it false"
             )
+
+
+def _check_memory_inputs(env: gymnasium.Env[Any, Any], config: EnvConfig) -> None:
+    if config.memory_inputs:
+        try:
+            InputLayout(env.observation_space, env.action_space, config.memory_inputs)
+        except ValueError as error:
+            raise ConfigError(f"env.memory_inputs of {config.id!r}: {error}") from error
 
 
 def _normalizes(config: EnvConfig) -> bool:

@@ -77,6 +77,12 @@ def test_other_inputs_are_refused(inputs: Any) -> None:
         MemoryInputs(RandomEpisodes(), inputs)
 
 
+@pytest.mark.parametrize("inputs", [["action", "action"], ["start", "reward", "action", "action"]])
+def test_repeated_input_is_refused(inputs: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"inputs=\[.*\] names 'action' more than once: name each input once"):
+        MemoryInputs(RandomEpisodes(), inputs)
+
+
 def test_taken_name_is_refused() -> None:
     with pytest.raises(ValueError, match="has an entry 'episode_start' already"):
         MemoryInputs(MemoryInputs(RandomEpisodes(), ["start"]), ["reward", "start"])

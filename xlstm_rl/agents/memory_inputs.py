@@ -36,10 +36,14 @@ class InputLayout:
             inputs: Any of "action", "reward" and "start".
 
         Raises:
-            ValueError: `inputs` is empty or names another, or the observation has an entry of that name already.
+            ValueError: `inputs` is empty, names another or one twice, or the observation has an entry of that name
+                already.
         """
         if isinstance(inputs, str) or not inputs or set(inputs) - set(MEMORY_INPUTS):
             raise ValueError(f"inputs={inputs!r} must be a list of some of {', '.join(map(repr, MEMORY_INPUTS))}")
+        twice = [name for name in MEMORY_INPUTS if list(inputs).count(name) > 1]
+        if twice:
+            raise ValueError(f"inputs={list(inputs)} names {twice[0]!r} more than once: name each input once")
         self._inputs = [name for name in MEMORY_INPUTS if name in inputs]
         self._is_dict = isinstance(observation_space, spaces.Dict)
         parts = (
@@ -103,7 +107,8 @@ class MemoryInputs(gym.Wrapper[dict[str, Any], Any, Any, Any], gym.utils.RecordC
             inputs: Any of "action", "reward" and "start".
 
         Raises:
-            ValueError: `inputs` is empty or names another, or the observation has an entry of that name already.
+            ValueError: `inputs` is empty, names another or one twice, or the observation has an entry of that name
+                already.
         """
         gym.utils.RecordConstructorArgs.__init__(self, inputs=inputs)
         super().__init__(env)
@@ -135,7 +140,7 @@ class VecMemoryInputs(VecEnvWrapper):
         inputs: any of "action", "reward" and "start".
 
     Raises:
-        ValueError: `inputs` is empty or names another, or the observation has an entry of that name already.
+        ValueError: `inputs` is empty, names another or one twice, or the observation has an entry of that name already.
     """
 
     def __init__(self, venv: VecEnv, inputs: Sequence[str] = MEMORY_INPUTS) -> None:
