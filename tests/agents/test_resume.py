@@ -159,6 +159,19 @@ def test_notes_come_back_and_the_file_loads_as_an_agent(tmp_path: Path) -> None:
     assert_same(model, other)
 
 
+def test_function_as_schedule_is_handed_over_to_resume(tmp_path: Path) -> None:
+    def clip(progress: float) -> float:
+        return 0.1 + 0.2 * progress
+
+    model = learner(envs(), clip_range=clip).learn(N_ENVS * N_STEPS)
+    with pytest.warns(UserWarning, match=r"clip_range is a function.*custom_objects=.* of load and resume"):
+        model.save_checkpoint(tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"clip_range was a function.*custom_objects=.*, which load and resume take"):
+        assert RecurrentPPO.resume(tmp_path / "run", envs(), "cpu").clip_range(0.5) == clip(0.0)  # type: ignore[operator]
+    resumed = RecurrentPPO.resume(tmp_path / "run", envs(), "cpu", custom_objects={"clip_range": clip})
+    assert resumed.clip_range(0.5) == clip(0.5)  # type: ignore[operator]
+
+
 def test_agent_alone_is_no_run(tmp_path: Path) -> None:
     learner(envs()).save(tmp_path / "agent")
     with pytest.raises(CheckpointError, match="agent without its training run: RecurrentPPO.load reads it"):

@@ -239,8 +239,8 @@ def _present_value(model: RecurrentPPO, name: str, function: Any) -> float:
     present = float(function(model._current_progress_remaining))
     warnings.warn(
         f"{name} is a function, which a safe file cannot keep: its present value {present:g} is saved in its place; "
-        f"load(path, custom_objects={{{name!r}: function}}) restores it, and a LinearSchedule of Stable-Baselines3 "
-        "would be kept",
+        f"custom_objects={{{name!r}: function}} of load and resume restores it, and a LinearSchedule of "
+        "Stable-Baselines3 would be kept",
         stacklevel=4,
     )
     return present
@@ -252,7 +252,7 @@ def _warn_of_functions(data: dict[str, Any], names: Any, given: Collection[str])
         if name in _SCHEDULES and name in data and name not in given:
             warnings.warn(
                 f"{name} was a function when the agent was saved and is the constant {data[name]} now: to train on, "
-                f"load(path, custom_objects={{{name!r}: function}})",
+                f"hand it over as custom_objects={{{name!r}: function}}, which load and resume take",
                 stacklevel=4,
             )
 
