@@ -5,7 +5,6 @@ python examples/play_onnx.py policy.onnx CartPole-v1 500
 """
 
 import json
-import resource
 import sys
 import time
 from collections import deque
@@ -42,10 +41,19 @@ def play(path: str, env_id: str, longest: int) -> float:
         total, steps, ended = total + float(reward), steps + 1, terminated or truncated
         if ended or steps % part == 0:
             milliseconds, size = 1e3 * np.median(seconds), sum(leaf.nbytes for leaf in state.values())
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"step {steps:>6}: {milliseconds:.3f} ms a step, state {size} bytes, process {peak:.0f} MiB")
+            print(f"step {steps:>6}: {milliseconds:.3f} ms a step, state {size} bytes{process_size()}")
     print(f"return {total:.2f} after {steps} steps")
     return total
+
+
+def process_size() -> str:
+    if sys.platform == "win32":
+        return ""  # its standard library does not tell
+    else:
+        import resource
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+        return f", process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB"
 
 
 if __name__ == "__main__":

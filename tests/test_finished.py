@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,7 +77,21 @@ runpy.run_path({str(EXAMPLES / "play_onnx.py")!r}, run_name="__main__")
 
 def test_example_is_short() -> None:
     text = (EXAMPLES / "play_onnx.py").read_text(encoding="utf-8")
-    assert len(text[text.index("def play") : text.index("if __name__")].strip().splitlines()) <= 32
+    assert len(text[text.index("def play") : text.index("def process_size")].strip().splitlines()) <= 32
+
+
+@pytest.mark.parametrize(
+    ("platform", "told", "size"),
+    [("linux", 40 * 2**10, ", process 40 MiB"), ("darwin", 40 * 2**20, ", process 40 MiB"), ("win32", None, "")],
+)
+def test_example_tells_the_size_of_the_process_where_it_can(
+    platform: str, told: int | None, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=told))
+    # None makes the import fail, as on Windows
+    monkeypatch.setitem(sys.modules, "resource", None if told is None else usage)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert runpy.run_path(str(EXAMPLES / "play_onnx.py"))["process_size"]() == size
 
 
 def test_inspection_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,6 +99,15 @@ def test_inspection_is_written(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "inspection.png" in capsys.readouterr().out
     with Image.open(run / "inspection.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_inspection_of_the_best_model_leaves_that_of_the_last_alone(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "inspection.png").unlink(missing_ok=True)
+    for file in run.glob("model.*"):
+        shutil.copy(file, folder / file.name.replace("model", "best"))
+    assert cli.main(["inspect", str(folder), "--max-steps", "5", "--best"]) == 0
+    assert (folder / "inspection-best.png").is_file() and not (folder / "inspection.png").exists()
 
 
 def test_task_that_draws_gets_a_video(tmp_path: Path) -> None:

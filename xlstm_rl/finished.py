@@ -106,7 +106,8 @@ def inspect_run(
 ) -> Episode:
     """Play one episode of a run and draw what the memory does.
 
-    Written are `inspection.png` and, where the environment draws pictures, `inspection.gif` in the run folder.
+    Written are `inspection.png` and, where the environment draws pictures, `inspection.gif` in the run folder, or
+    `inspection-best.png` and `inspection-best.gif`.
 
     Args:
         run_dir: as `train` made it.
@@ -118,18 +119,20 @@ def inspect_run(
     Raises:
         ConfigError: as for `open_run`.
     """
+    paths = (RunFolder(run_dir).inspection, RunFolder(run_dir).video)
+    picture, video = (path.with_stem(f"{path.stem}-best") if best else path for path in paths)
     with open_run(run_dir, best=best, device="cpu", render=True) as run:
         run.env.seed(run.config.seed + INSPECTION_SEED if seed is None else seed)
         episode = record_episode(run.model, run.env, max_steps=max_steps)
         title = f"{run.config.env.id}, memory {run.config.memory.name}, {run.model.num_timesteps:,} steps of training"
-        draw_episode(episode, run.folder.inspection, title, gamma=run.model.gamma)
+        draw_episode(episode, picture, title, gamma=run.model.gamma)
         if episode.frames:
             frames_per_second: Any = run.env.metadata.get("render_fps", DEFAULT_FPS)
-            write_gif(episode.frames, run.folder.video, frames_per_second)
+            write_gif(episode.frames, video, frames_per_second)
     if console is not None:
         end = f"{len(episode.rewards)} steps, {episode.ended}, return {episode.total:.2f}"
-        video = f"video: {run.folder.video}" if episode.frames else "no video: the environment draws none here"
-        said = f"one episode, {end}: {run.folder.inspection}\n{video}"
+        drawn = f"video: {video}" if episode.frames else "no video: the environment draws none here"
+        said = f"one episode, {end}: {picture}\n{drawn}"
         console.print(said, highlight=False, soft_wrap=True, markup=False)
     return episode
 

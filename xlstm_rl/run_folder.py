@@ -31,8 +31,8 @@ class RunFolder:
     `config.yaml` the resolved configuration, `versions.json` what it ran with, `returns.csv`, `curve.png`,
     `tensorboard/` events, `checkpoints/` to resume from, `best.zip` the model of the best evaluation during training,
     `model.zip` the last model, each model with a `.normalizer.json` beside it when observations or rewards are
-    normalised. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked into, `lock`
-    the process that trains, or trained last.
+    normalised. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked into
+    (`inspection-best` that of the best model), `lock` the process that trains, or trained last.
     """
 
     def __init__(self, path: Path) -> None:
