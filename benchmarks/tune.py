@@ -145,7 +145,7 @@ def plan(
         out: the folder.
 
     Raises:
-        ConfigError: a task or a memory is unknown, or a task has no score or no memory to match.
+        ConfigError: a task or a memory is unknown, or the ends of a task that make a score are.
     """
     for memory in memories:
         if memory not in MEMORIES:
@@ -161,7 +161,7 @@ def plan(
         config = load(base, task_overrides)
         with closing(make_env(config, 1, config.seed, here=True)) as env:
             memory_of_preset = make_model(dataclasses.replace(config, device="cpu"), env).policy.memory_actor
-        budget = round(config.total_steps * steps) if steps <= 1 else min(int(steps), config.total_steps)
+        budget = max(round(config.total_steps * steps), 1) if steps <= 1 else min(int(steps), config.total_steps)
         tunings += [
             Tuning(
                 task=ends[name],
@@ -175,7 +175,7 @@ def plan(
                 steps=budget,
                 out=out,
             )
-            for memory in memories
+            for memory in dict.fromkeys(memories)
         ]
     return tunings
 

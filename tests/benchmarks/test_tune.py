@@ -178,6 +178,11 @@ def test_pruned_trials_end_early_and_count(spec: Path, tmp_path: Path, monkeypat
     assert study["steps"] < 2 * 320
 
 
+def test_memory_given_twice_is_tuned_once(spec: Path, tmp_path: Path) -> None:
+    assert run(spec, tmp_path, 1, memories=("lstm", "lstm")) == 0
+    assert [study["trials"] for study in read(tmp_path)] == [1]
+
+
 def test_several_seeds_and_a_smaller_budget(spec: Path, tmp_path: Path) -> None:
     assert run(spec, tmp_path, 1, "--seeds", "0", "1", "--steps", "0.4") == 0
     (trial,) = read(tmp_path)[0]["all"]
