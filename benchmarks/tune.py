@@ -145,7 +145,7 @@ def plan(
         out: the folder.
 
     Raises:
-        ConfigError: a task or a memory is unknown, or the ends of a task that make a score are.
+        ConfigError: a task, a memory or the ends of a task, which make the score, are unknown.
     """
     for memory in memories:
         if memory not in MEMORIES:
