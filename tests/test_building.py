@@ -1,11 +1,16 @@
 """From a configuration to environments."""
 
+from collections.abc import Callable
+
+import gymnasium
 import numpy as np
 import pytest
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv
-from xlstm_rl.building import make_env
+from xlstm_rl.building import make_env, normalized
 from xlstm_rl.configs import load
 from xlstm_rl.envs import TaskVectorEnv
 
@@ -36,3 +41,42 @@ def test_vector_and_dummy_show_the_same_episodes() -> None:
         results = [env.step(np.array([0, 1, 1])) for env in envs]
         for part in range(3):
             np.testing.assert_allclose(np.asarray(results[0][part]), np.asarray(results[1][part]), rtol=1e-6)
+
+
+IMAGE = spaces.Box(0, 255, (36, 36, 3), np.uint8)
+VECTOR = spaces.Box(-1, 1, (2,), np.float32)
+
+
+class Shows(gymnasium.Env[object, np.int64]):
+    """An observation space and nothing to do."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, space: spaces.Space[object]) -> None:
+        self.observation_space = space
+
+
+def only(space: spaces.Space[object]) -> Callable[[], Shows]:
+    return lambda: Shows(space)
+
+
+@pytest.mark.parametrize(
+    ("space", "normalizes", "keys"),
+    [
+        (VECTOR, True, None),
+        (IMAGE, False, None),
+        (spaces.Discrete(3), False, None),
+        (spaces.Dict({"view": IMAGE, "speed": VECTOR, "sign": spaces.Discrete(3)}), True, ["speed"]),
+        (spaces.Dict({"view": IMAGE}), False, []),
+    ],
+    ids=str,
+)
+def test_box_observations_are_normalised_but_not_images(
+    space: spaces.Space[object], normalizes: bool, keys: list[str] | None
+) -> None:
+    config = load("CartPole-v1", ["env.normalize_observation=true"])
+    env = normalized(DummyVecEnv([only(space)]), config)
+    assert isinstance(env, VecNormalize)
+    assert env.norm_obs == normalizes
+    if normalizes:
+        assert env.norm_obs_keys == keys

@@ -173,11 +173,6 @@ def _check_observations(space: spaces.Space[Any], config: EnvConfig) -> None:
                 f"environment {config.id!r} has {kind}; allowed are {known} and a flat Dict of these: register it with "
                 "a gymnasium wrapper that converts them"
             )
-        if config.normalize_observation and not isinstance(part, spaces.Box):
-            raise ConfigError(
-                f"env.normalize_observation=True needs Box observations, but environment {config.id!r} has {kind}; "
-                "leave it false"
-            )
 
 
 def _check_memory_inputs(env: gymnasium.Env[Any, Any], config: EnvConfig) -> None:
@@ -216,17 +211,24 @@ def normalized(env: VecEnv, config: TrainConfig) -> VecEnv:
     """The environment with fresh running normalisation, if the run normalises."""
     if not _normalizes(config.env):
         return env
-    keys = None
-    if config.env.normalize_observation and isinstance(env.observation_space, spaces.Dict):
-        # one-hot actions and the start flag are of the right size, and rare ones would come out huge
-        keys = [key for key in env.observation_space.spaces if key not in (KEYS["action"], KEYS["start"])]
+    some, keys = _parts_to_normalize(env.observation_space)
     return VecNormalize(
         env,
-        norm_obs=config.env.normalize_observation,
+        norm_obs=config.env.normalize_observation and some,
         norm_reward=config.env.normalize_reward,
         gamma=config.ppo.gamma,
         norm_obs_keys=keys,
     )
+
+
+def _parts_to_normalize(space: spaces.Space[Any]) -> tuple[bool, list[str] | None]:
+    """Whether there is anything to normalise, and under which keys of a Dict: Box parts that are no images."""
+    if not isinstance(space, spaces.Dict):
+        return isinstance(space, spaces.Box) and not is_image_space(space), None
+    # one-hot actions and the start flag are of the right size, and rare ones would come out huge
+    left = (KEYS["action"], KEYS["start"])
+    keys = [key for key, part in space.spaces.items() if key not in left and _parts_to_normalize(part)[0]]
+    return bool(keys), keys
 
 
 def normalized_like(env: VecEnv, training: VecNormalize | None) -> VecEnv:

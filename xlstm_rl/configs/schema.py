@@ -28,7 +28,8 @@ class EnvConfig:
             takes the vectorised form that `gymnasium.make_vec` knows, or lets gymnasium step them where there is none.
         worker_timeout: seconds in which a process of "subproc" must answer; None waits forever.
         worker_restarts: how often a process that failed, died or hung is started again, per environment.
-        normalize_observation, normalize_reward: running normalisation by SB3's VecNormalize.
+        normalize_observation, normalize_reward: running normalisation by SB3's VecNormalize; of observations the Box
+            parts, but not images, which the network scales itself.
         memory_inputs: what of the step before the agent sees beside the observation: any of "action", "reward" (not
             normalised) and "start".
     """
