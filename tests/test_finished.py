@@ -29,6 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CartPole with normalised observations and all memory inputs."""
     overrides = [
         "env.normalize_observation=true",
+        "env.normalize_reward=false",
         "env.memory_inputs=[action, reward, start]",
         "env.n_envs=2",
         "ppo.n_steps=16",
