@@ -63,4 +63,4 @@ def test_file_system_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("fcntl.flock", refuse)
     with exclusive(tmp_path / "lock"), exclusive(tmp_path / "lock"):
-        pass
+        assert (tmp_path / "lock").read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")

@@ -100,6 +100,16 @@ def test_card_that_is_void_says_why(records: tuple[Record, ...], broken: int) ->
     assert [index for index, answer in enumerate(answers(card(*records))) if answer == "no"] == [broken]
 
 
+def test_lstm_is_compared_with_the_agent_that_it_was_sized_after() -> None:
+    large = [record("large", seed, 1.0) for seed in (0, 1)]
+    twin = [dataclasses.replace(record("twin", seed, 0.5), memory="lstm") for seed in (0, 1)]
+    both = tuple(dataclasses.replace(r, memory_parameters=300) for r in (*large, *twin))
+    agents = ("xlstm", "lstm", "none", "large", "twin")
+    sized = {"lstm": "xlstm", "twin": "large"}
+    assert answers(card(*sound(), *both, agents=agents, parameters_of=sized))[SIZE] == "yes"
+    assert answers(card(*sound(), *both, agents=agents, parameters_of=sized | {"twin": "xlstm"}))[SIZE] == "no"
+
+
 def test_card_with_failed_or_missing_runs_says_so(tmp_path: Path) -> None:
     results = card(failures={"t/lstm/7": "Traceback\nZeroDivisionError: <b>"}, missing=("t/none/8",))
     assert check(results)[COMPLETE].problems == ["t/lstm/7 failed", "1 runs are not done"]

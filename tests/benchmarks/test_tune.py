@@ -223,4 +223,5 @@ def test_spaces_name_only_settings_that_exist(memory: str) -> None:
     for key, values in {**SHARED, **MEMORIES[memory]}.items():
         for value in (values.low, values.high) if isinstance(values, Log) else values.values:
             # checks names and values
-            load("parity", tune._overrides({"memory.name": memory, key: value}))
+            config = load("parity", tune._overrides({"memory.name": memory, key: value}))
+            assert config.memory.name == memory

@@ -89,16 +89,18 @@ def _emptied(results: Results) -> Check:
 def _equal_size(results: Results) -> Check:
     first, problems, unknown = results.agents[0], [], []
     for task in results.tasks:
-        mine = results.of(task, first)
         for agent in results.agents[1:]:
-            others = results.of(task, agent)
+            # one that was sized after another agent is compared with that one
+            mine, others = results.of(task, results.parameters_of.get(agent, first)), results.of(task, agent)
             if mine and others and others[0].memory == "lstm":
                 ratio = others[0].memory_parameters / max(mine[0].memory_parameters, 1)
                 if abs(ratio - 1) > SIZE_TOLERANCE:
                     problems.append(f"{task}, {agent}: {ratio:.2f} times as many")
         if not any(group and group[0].memory == "lstm" for group in (results.of(task, a) for a in results.agents)):
             unknown.append(f"{task}: no LSTM run yet")
-    return Check(f"An LSTM has as many memory parameters as {first}", problems, unknown)
+    return Check(
+        f"An LSTM has as many memory parameters as {first}, or as the agent that it was sized after", problems, unknown
+    )
 
 
 def _equal_tuning(results: Results) -> Check:
