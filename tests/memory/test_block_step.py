@@ -1,14 +1,20 @@
 """A compiled step of a block equals the same step in torch operations, and steps aside where it has to."""
 
+import copy
+import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from tests.conftest import assert_close
 from xlstm_rl.kernels import cpp_extension
+from xlstm_rl.kernels.cpp_blocks import block_step
+from xlstm_rl.kernels.recording import recorded_calls
 from xlstm_rl.memory import MemoryCore, leaves, make_memory, mlstm_block, slstm_block
 
 pytestmark = pytest.mark.skipif(cpp_extension.extension().module is None, reason="the compiled kernels are not built")
@@ -60,19 +66,14 @@ def compiled_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collects the kind of every compiled step that is taken."""
     taken: list[str] = []
 
-    def watch(module: Any, name: str) -> None:
-        step = getattr(module, name)
+    def watched(kind: str, *arguments: Any) -> Any:
+        result = block_step(kind, *arguments)  # type: ignore[arg-type]
+        if result is not None:
+            taken.append(kind[0])
+        return result
 
-        def watched(*arguments: Any, **options: Any) -> Any:
-            result = step(*arguments, **options)
-            if result is not None:
-                taken.append(name[0])
-            return result
-
-        monkeypatch.setattr(module, name, watched)
-
-    watch(mlstm_block, "mlstm_block_step")
-    watch(slstm_block, "slstm_block_step")
+    for module in (mlstm_block, slstm_block):
+        monkeypatch.setattr(module, "block_step", watched)
     return taken
 
 
@@ -167,12 +168,86 @@ def test_step_with_dropout_is_taken_in_torch(compiled_steps: list[str]) -> None:
     assert compiled_steps == ["m", "s"]
 
 
+class Doubled(nn.Linear):
+    """A linear layer that does more than its weights tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _wrap_down(block: Any) -> None:
+    block.down = nn.Sequential(block.down, nn.Identity())
+
+
+def _replace_nested_layer(block: Any) -> None:
+    block.ffn.up = Doubled(24, 64, bias=False).double()
+
+
+def _prune(block: Any) -> None:
+    layer = block.up if hasattr(block, "up") else block.ffn.up
+    prune.l1_unstructured(layer, "weight", amount=0.5)  # type: ignore[no-untyped-call]
+
+
+def _parametrize(block: Any) -> None:
+    layer = block.down if hasattr(block, "down") else block.ffn.down
+    parametrize.register_parametrization(layer, "weight", nn.Tanh())
+
+
+def _another_shape(block: Any) -> None:
+    block.head_norm.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+
 @torch.no_grad()
-def test_step_of_a_replaced_layer_is_taken_in_torch(compiled_steps: list[str]) -> None:
-    core: Any = perturbed("m")
-    core.blocks[0].down = nn.Sequential(core.blocks[0].down, nn.Identity())
-    core(random(2, 1, 5), core.initial_state(2))
+@pytest.mark.parametrize(
+    ("blocks", "change"),
+    [
+        ("m", _wrap_down),
+        ("s", _replace_nested_layer),
+        *itertools.product("ms", (_prune, _parametrize, _another_shape)),
+    ],
+)
+@pytest.mark.parametrize("T", (1, 5))
+def test_changed_layers_are_called_in_torch(
+    blocks: str, change: Callable[[Any], None], T: int, compiled_steps: list[str]
+) -> None:
+    core: Any = perturbed(blocks)
+    arguments = (random(2, T, 5), core.initial_state(2))
+    core(*arguments)
+    compiled_steps.clear()
+    change(core.blocks[0])
+    x, state = arguments
+    y, _ = core(x, state)
     assert compiled_steps == []
+    with recorded_calls():  # sets the compiled blocks aside
+        expected, _ = core(x, state)
+    assert_close(y, expected)
+
+
+@torch.no_grad()
+@every_block
+def test_replaced_layer_of_the_same_kind_is_seen(blocks: str, in_torch: Callable[..., Any]) -> None:
+    core: Any = perturbed(blocks)
+    arguments = (random(2, 1, 5), core.initial_state(2))
+    core(*arguments)
+    for block in core.blocks:
+        if hasattr(block, "ffn"):
+            block.ffn.up = nn.Linear(24, 64, bias=False).double()
+            block.recurrent = nn.Parameter(torch.randn_like(block.recurrent))
+        else:
+            block.down = nn.Linear(48, 24, bias=True).double()
+    assert_close(core(*arguments), in_torch(core, *arguments))
+
+
+@torch.no_grad()
+@every_block
+def test_copies_step_with_their_own_weights(blocks: str, in_torch: Callable[..., Any]) -> None:
+    core = perturbed(blocks)
+    arguments = (random(2, 1, 5), core.initial_state(2))
+    core(*arguments)
+    for copied in (copy.deepcopy(core), pickle.loads(pickle.dumps(core))):
+        for parameter in copied.parameters():
+            parameter.mul_(0.5)
+        assert_close(copied(*arguments), in_torch(copied, *arguments))
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ def test_threads_do_not_change_a_bit() -> None:
     def gradients() -> tuple[Tensor, ...]:
         source = x.clone().requires_grad_()
         y, _ = block._compiled_mix(source, block.initial_state(5), reset)
-        weights = [weight for weight in block._weights()[3:13] if weight is not None]
+        weights = [weight for weight in block._weights().mixer if weight is not None]
         return torch.autograd.grad((y * y).sum(), [source, *weights])
 
     expected = gradients()

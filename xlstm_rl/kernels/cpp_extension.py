@@ -16,7 +16,7 @@ from xlstm_rl.kernels.recording import recording
 
 SWITCH = "XLSTM_RL_NATIVE"
 # What the module calls the order of its arguments; a build of other sources has another number.
-INTERFACE = 2
+INTERFACE = 3
 _DTYPES = (torch.float32, torch.float64)
 _HOW_TO_BUILD = (
     "install a C++ compiler (g++ or clang) and then xlstm_rl again, or in a checkout run "

@@ -5,36 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels.cpp_blocks import state_fits, weight_addresses
+from xlstm_rl.kernels.cpp_blocks import MLSTMOptions, MLSTMSizes, MLSTMWeights, state_fits, weight_addresses
 from xlstm_rl.kernels.cpp_extension import compiled, why_not
 from xlstm_rl.kernels.cpp_sequence import dense, pointer, refuse_second_derivative
-from xlstm_rl.kernels.states import ForgetActivation, MLSTMState
-
-
-class MixerWeights(NamedTuple):
-    """Weights of a mixer of inner width N, in the order of its computation."""
-
-    conv: Tensor | None  # [N, W]
-    conv_bias: Tensor | None  # [N]
-    query_key: Tensor  # [N / G, 2 G, G], blocks of size G
-    query_key_bias: Tensor | None  # [N / G, 2 G]
-    value: Tensor  # [N / G, G, G]
-    value_bias: Tensor | None  # [N / G, G]
-    gates: Tensor  # [2 H, 3 N]
-    gates_bias: Tensor  # [2 H]
-    head_norm: Tensor  # [N]
-    skip: Tensor  # [N]
-
-
-class MixerOptions(NamedTuple):
-    """What a mixer is besides its weights."""
-
-    epsilon: float
-    """Added to the variance in the norm of the heads."""
-    gate_soft_cap: float | None
-    forget_activation: ForgetActivation
-    sigmoid_input: bool
-    """Whether the input gate is a sigmoid and not an exponential."""
+from xlstm_rl.kernels.states import MLSTMState
 
 
 def can_mix(x: Tensor) -> bool:
@@ -43,29 +17,37 @@ def can_mix(x: Tensor) -> bool:
 
 
 def mlstm_mixer(
-    x: Tensor, weights: MixerWeights, state: MLSTMState, window: Tensor, reset: Tensor | None, options: MixerOptions
+    x: Tensor,
+    weights: MLSTMWeights,
+    sizes: MLSTMSizes,
+    state: MLSTMState,
+    window: Tensor,
+    reset: Tensor | None,
+    options: MLSTMOptions,
 ) -> tuple[Tensor, MLSTMState, Tensor] | None:
     """Convolution, q, k, v, gates, mLSTM cell, norm of the heads, skip and output gate over a sequence.
 
     Args:
         x: [B, T, 2 N], what is mixed and the output gate before its SiLU; ask `can_mix` first.
-        weights: of the mixer, the dtype of x.
+        weights: of the block, of the dtype of x.
+        sizes: of the block.
         state: of the cell, heads of width N / H.
         window: [B, W - 1, N], what the convolution saw.
         reset: [B, T] bool or None, true where an episode starts.
-        options: of the mixer.
+        options: of the block.
 
     Returns:
         Output [B, T, N], state and window; or None where tensors do not fit together as expected here. Differentiable
         once; all but the stabilizers and `reset` carry gradients.
     """
-    B, T, N, H = *x.shape[:2], weights.skip.shape[0], weights.gates_bias.shape[0] // 2
-    past = 0 if weights.conv is None else weights.conv.shape[1] - 1
-    shapes = ((B, H, N // H, N // H), (B, H, N // H), (B, H), (B, past, N))
+    B, T, columns = x.shape
+    shapes = [(B, *shape) for shape in sizes.state_shapes()]
     reset = dense(reset)
-    if T == 0 or weight_addresses(weights, x.dtype) is None or not state_fits(x, (*state, window), shapes, reset):
+    if T == 0 or columns != 2 * sizes.N or weight_addresses(weights, sizes.weight_shapes(), x.dtype) is None:
         return None
-    arguments = (x, window, *state[:2], state.stabilizer.detach(), *weights, reset, options)
+    if not state_fits(x, (*state, window), shapes, reset, (B, T)):
+        return None
+    arguments = (x, window, *state[:2], state.stabilizer.detach(), *weights.mixer, reset, options)
     if torch.is_grad_enabled():
         y, new_window, *leaves = _Mixer.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
@@ -81,7 +63,7 @@ class _Call(NamedTuple):
     state: tuple[Tensor, ...]
     weights: tuple[Tensor | None, ...]
     reset: Tensor | None
-    options: MixerOptions
+    options: MLSTMOptions
 
     def numbers(self) -> tuple[int | float, ...]:
         """The arguments in the order in which the compiled functions take them."""

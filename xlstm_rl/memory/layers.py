@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import causal_conv
+from xlstm_rl.kernels.cpp_blocks import Place
 
 
 def round_up(value: float, multiple: int) -> int:
@@ -36,12 +37,14 @@ class BlockLinear(nn.Module):
         bias: whether to add one.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, features: int, num_blocks: int, num_maps: int = 1, *, bias: bool = False) -> None:
         super().__init__()
         width = features // num_blocks
         self.num_maps = num_maps
         self.weight = nn.Parameter(torch.empty(num_blocks, num_maps * width, width))
-        self.bias = nn.Parameter(torch.zeros(num_blocks, num_maps * width)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_blocks, num_maps * width)) if bias else None)
         nn.init.normal_(self.weight, std=width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,3 +134,13 @@ class GatedFeedForward(nn.Module):
 def soft_cap(gate: Tensor, cap: float | None) -> Tensor:
     """Squash gate pre-activations into (-cap, cap) with cap * tanh(gate / cap); None leaves them."""
     return gate if cap is None else cap * torch.tanh(gate / cap)
+
+
+_NOTHING: dict[str, Tensor | None] = {"weight": None, "bias": None}
+
+
+def parameters_of(layer: nn.Module | None) -> tuple[Place, Place]:
+    """Where weight and bias of a layer are held; without a layer, places that hold None."""
+    # Straight in the dictionary: the attributes of modules take longer to read than a step of a block takes.
+    held = _NOTHING if layer is None else layer._parameters
+    return (held, "weight"), (held, "bias")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,9 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import MLSTMState, mlstm_sequence
-from xlstm_rl.kernels.cpp_blocks import MLSTMWeights, can_step, mlstm_block_step
-from xlstm_rl.kernels.cpp_mixer import MixerOptions, MixerWeights, can_mix, mlstm_mixer
-from xlstm_rl.memory.layers import BlockLinear, CausalConv, HeadNorm, init_small, init_wang, soft_cap
+from xlstm_rl.kernels.cpp_blocks import (
+    KeptPlan,
+    MLSTMOptions,
+    MLSTMSizes,
+    MLSTMWeights,
+    Place,
+    StepPlan,
+    block_step,
+    can_step,
+    mlstm_plan,
+)
+from xlstm_rl.kernels.cpp_mixer import can_mix, mlstm_mixer
+from xlstm_rl.memory.layers import BlockLinear, CausalConv, HeadNorm, init_small, init_wang, parameters_of, soft_cap
 
 if TYPE_CHECKING:
     from xlstm_rl.memory.xlstm import XLSTMConfig
@@ -62,10 +73,12 @@ class MLSTMBlock(nn.Module):
             if config.bias:
                 self.up.bias.zero_()
                 self.down.bias.zero_()
-        self._options = MixerOptions(
+        self._options = MLSTMOptions(
             config.norm_eps, config.gate_soft_cap, config.forget_activation, config.input_activation == "sigmoid"
         )
+        self._sizes = MLSTMSizes(width, inner, heads, config.qkv_block_size, config.conv_kernel)
         self._layer_types = tuple(map(type, self._modules.values()))
+        self._plan = KeptPlan()
 
     def initial_state(self, batch_size: int) -> MLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -128,8 +141,7 @@ class MLSTMBlock(nn.Module):
         weights = self._weights()
         if weights is None:
             return None
-        # in the order of both tuples, from the convolution to the skip
-        mixed = mlstm_mixer(x, MixerWeights(*weights[3:13]), state.cell, state.window, reset, self._options)
+        mixed = mlstm_mixer(x, weights, self._sizes, state.cell, state.window, reset, self._options)
         if mixed is None:
             return None
         hidden, cell, window = mixed
@@ -138,56 +150,42 @@ class MLSTMBlock(nn.Module):
     def _compiled_step(
         self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None, reuse_state: bool
     ) -> tuple[Tensor, MLSTMBlockState] | None:
-        config = self.config
-        weights = self._weights()
-        stepped = (
-            None
-            if weights is None
-            else mlstm_block_step(
-                x,
-                weights,
-                state.cell,
-                state.window,
-                reset,
-                epsilon=config.norm_eps,
-                gate_soft_cap=config.gate_soft_cap,
-                forget_activation=config.forget_activation,
-                reuse_state=reuse_state,
-                sigmoid_input=config.input_activation == "sigmoid",
-            )
-        )
+        plan = self._plan.get(tuple(self._modules.values()), self._places, self._make_plan)
+        if plan is None:
+            return None
+        stepped = block_step("mlstm_block_step", x, plan, (*state.cell, state.window), reset, reuse_state)
         if stepped is None:
             return None
-        y, cell, window = stepped
-        return y, MLSTMBlockState(cell, window)
+        y, *cell, window = stepped
+        return y, MLSTMBlockState(MLSTMState(*cell), window)
+
+    def _make_plan(self, weights: Sequence[Tensor | None]) -> StepPlan | None:
+        return mlstm_plan(MLSTMWeights(*weights), self._sizes, self._options)  # type: ignore[arg-type]
 
     def _weights(self) -> MLSTMWeights | None:
         """The weights, or None if layers were replaced or parametrized, so that weights alone do not tell."""
-        # Straight from the dictionaries: nn.Module's attributes would take longer than the step.
+        try:
+            return MLSTMWeights(*(held[name] for held, name in self._places() or ()))  # type: ignore[arg-type]
+        # weights that pruning or a parametrization has put elsewhere; or no places
+        except (KeyError, TypeError):
+            return None
+
+    def _places(self) -> list[Place] | None:
+        """Where the weights are, in the order of `MLSTMWeights`."""
         layers: dict[str, Any] = self._modules
         if tuple(map(type, layers.values())) != self._layer_types:
             return None
-        conv = layers.get("conv")
-        taps = conv._parameters if conv is not None else {"weight": None, "bias": None}
-        up, gates, down = layers["up"]._parameters, layers["gates"]._parameters, layers["down"]._parameters
-        query_key, value = layers["query_key"]._parameters, layers["value"]._parameters
-        return MLSTMWeights(
-            layers["norm"]._parameters["weight"],
-            up["weight"],
-            up["bias"],
-            taps["weight"],
-            taps["bias"],
-            query_key["weight"],
-            query_key.get("bias"),
-            value["weight"],
-            value.get("bias"),
-            gates["weight"],
-            gates["bias"],
-            layers["head_norm"]._parameters["weight"],
-            self._parameters["skip"],  # type: ignore[arg-type]
-            down["weight"],
-            down["bias"],
-        )
+        return [
+            (layers["norm"]._parameters, "weight"),
+            *parameters_of(layers["up"]),
+            *parameters_of(layers.get("conv")),
+            *parameters_of(layers["query_key"]),
+            *parameters_of(layers["value"]),
+            *parameters_of(layers["gates"]),
+            (layers["head_norm"]._parameters, "weight"),
+            (self._parameters, "skip"),
+            *parameters_of(layers["down"]),
+        ]
 
 
 @torch.no_grad()

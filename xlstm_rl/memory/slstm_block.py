@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,8 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import SLSTMState, slstm_sequence
-from xlstm_rl.kernels.cpp_blocks import SLSTMWeights, can_step, slstm_block_step
-from xlstm_rl.memory.layers import BlockLinear, CausalConv, GatedFeedForward, HeadNorm, init_small
+from xlstm_rl.kernels.cpp_blocks import (
+    KeptPlan,
+    Place,
+    SLSTMOptions,
+    SLSTMSizes,
+    SLSTMWeights,
+    StepPlan,
+    block_step,
+    can_step,
+    slstm_plan,
+)
+from xlstm_rl.memory.layers import BlockLinear, CausalConv, GatedFeedForward, HeadNorm, init_small, parameters_of
 
 if TYPE_CHECKING:
     from xlstm_rl.memory.xlstm import XLSTMConfig
@@ -54,7 +65,10 @@ class SLSTMBlock(nn.Module):
         nn.init.normal_(self.recurrent, std=config.recurrent_std / head_width**0.5)
         with torch.no_grad():
             self.gate_bias[1].copy_(_forget_bias(config, index, head_width))
-        self._layer_types = tuple(map(type, self._modules.values()))
+        self._options = SLSTMOptions(config.norm_eps, config.forget_activation)
+        self._sizes = SLSTMSizes(width, heads, config.ffn_size, config.slstm_conv)
+        self._layer_types = tuple(map(type, self._layers()))
+        self._plan = KeptPlan()
 
     def initial_state(self, batch_size: int) -> SLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -89,54 +103,42 @@ class SLSTMBlock(nn.Module):
     def _compiled_step(
         self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None, reuse_state: bool
     ) -> tuple[Tensor, SLSTMBlockState] | None:
-        weights = self._weights()
-        stepped = (
-            None
-            if weights is None
-            else slstm_block_step(
-                x,
-                weights,
-                state.cell,
-                state.window,
-                reset,
-                epsilon=self.config.norm_eps,
-                forget_activation=self.config.forget_activation,
-                reuse_state=reuse_state,
-            )
-        )
+        plan = self._plan.get(self._layers(), self._places, self._make_plan)
+        if plan is None:
+            return None
+        stepped = block_step("slstm_block_step", x, plan, (*state.cell, state.window), reset, reuse_state)
         if stepped is None:
             return None
-        y, cell, window = stepped
-        return y, SLSTMBlockState(cell, window)
+        y, *cell, window = stepped
+        return y, SLSTMBlockState(SLSTMState(*cell), window)
 
-    def _weights(self) -> SLSTMWeights | None:
-        """The weights, or None if layers were replaced or parametrized, so that weights alone do not tell."""
-        # Straight from the dictionaries: nn.Module's attributes would take longer than the step.
+    def _layers(self) -> tuple[nn.Module | None, ...]:
+        """All layers, those of the feed-forward network last."""
+        ffn = self._modules.get("ffn")
+        return (*self._modules.values(), *(() if ffn is None else ffn._modules.values()))
+
+    def _make_plan(self, weights: Sequence[Tensor | None]) -> StepPlan | None:
+        return slstm_plan(SLSTMWeights(*weights), self._sizes, self._options)  # type: ignore[arg-type]
+
+    def _places(self) -> list[Place] | None:
+        """Where the weights are, in the order of `SLSTMWeights`; None if layers were replaced or parametrized."""
         layers: dict[str, Any] = self._modules
-        if tuple(map(type, layers.values())) != self._layer_types:
+        if tuple(map(type, self._layers())) != self._layer_types:
             return None
-        own: dict[str, Any] = self._parameters
-        none = {"weight": None, "bias": None}
-        conv, ffn = layers.get("conv"), layers.get("ffn")
-        taps = none if conv is None else conv._parameters
-        up = none if ffn is None else ffn._modules["up"]._parameters
-        down = none if ffn is None else ffn._modules["down"]._parameters
-        ffn_norm = none if ffn is None else layers["ffn_norm"]._parameters
-        return SLSTMWeights(
-            layers["norm"]._parameters["weight"],
-            taps["weight"],
-            taps["bias"],
-            layers["input_forget"]._parameters["weight"],
-            layers["cell_output"]._parameters["weight"],
-            own["gate_bias"],
-            own["recurrent"],
-            layers["head_norm"]._parameters["weight"],
-            ffn_norm["weight"],
-            up["weight"],
-            up["bias"],
-            down["weight"],
-            down["bias"],
-        )
+        ffn = layers.get("ffn")
+        up, down = (None, None) if ffn is None else (ffn._modules["up"], ffn._modules["down"])
+        return [
+            (layers["norm"]._parameters, "weight"),
+            *parameters_of(layers.get("conv")),
+            (layers["input_forget"]._parameters, "weight"),
+            (layers["cell_output"]._parameters, "weight"),
+            (self._parameters, "gate_bias"),
+            (self._parameters, "recurrent"),
+            (layers["head_norm"]._parameters, "weight"),
+            parameters_of(layers.get("ffn_norm"))[0],
+            *parameters_of(up),
+            *parameters_of(down),
+        ]
 
 
 def _forget_bias(config: XLSTMConfig, index: int, head_width: int) -> Tensor:

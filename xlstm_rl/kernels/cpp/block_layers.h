@@ -71,20 +71,40 @@ template <class T> void layer_norm(Features<T> x, const T* weight, T epsilon, in
   transform(to, features, [&](Vec<T> y, int64_t f, int64_t) { return y * weight[f]; });
 }
 
+// Outputs of one group of SIZE features, which are held in registers; `next`: distance of the outputs of two projections.
+template <class T, int SIZE>
+INLINE void project_group(const T* weight, const T* bias, int64_t outputs, int64_t next, const T* x, int64_t x_width,
+                          T* to, int64_t to_width) {
+  Vec<T> features[SIZE];
+  for (int i = 0; i < SIZE; i++) features[i] = load(x + i * x_width);
+  for (int64_t o = 0; o < outputs; o++) {
+    Vec<T> y = fill(bias ? bias[o] : T(0));
+    for (int i = 0; i < SIZE; i++) y += weight[o * SIZE + i] * features[i];
+    store(to + (o / SIZE * next + o % SIZE) * to_width, y);
+  }
+}
+
 // `projections` outputs of each group of features, the first of all groups in front; too small to be a product.
 template <class T>
 void project_groups(const T* weight, const T* bias, int64_t inner, int64_t group, int64_t projections, Features<T> x,
                     Features<T> to) {
-  for (int64_t first = 0; first < inner; first += group)
-    for (int64_t o = 0; o < projections * group; o++) {
-      const int64_t at = first * projections + o;
-      T* out = to.at(o / group * inner + first + o % group).data;
-      for (int64_t b = 0; b < to.width; b += WIDTH<T>) {
-        Vec<T> y = fill(bias ? bias[at] : T(0));
-        for (int64_t i = 0; i < group; i++) y += weight[at * group + i] * load(x.at(first + i).data + b);
-        store(out + b, y);
+  const int64_t outputs = projections * group;
+  for (int64_t first = 0; first < inner; first += group) {
+    const T *w = weight + first * outputs, *offset = bias ? bias + first * projections : nullptr;
+    for (int64_t b = 0; b < to.width; b += WIDTH<T>) {
+      const T* from = x.at(first).data + b;
+      T* out = to.at(first).data + b;
+      if (group == 4) {
+        project_group<T, 4>(w, offset, outputs, inner, from, x.width, out, to.width);
+        continue;
+      }
+      for (int64_t o = 0; o < outputs; o++) {
+        Vec<T> y = fill(offset ? offset[o] : T(0));
+        for (int64_t i = 0; i < group; i++) y += w[o * group + i] * load(from + i * x.width);
+        store(out + (o / group * inner + o % group) * to.width, y);
       }
     }
+  }
 }
 
 // Squash gates into (-cap, cap); zero is no cap.
@@ -105,37 +125,60 @@ template <class T> struct Convolution {
   const T* window;         // [B, size - 1, features]
   T* new_window;
 
-  // Rows `begin` onwards; `past` is room for (size - 1) * features.
-  void step(int64_t begin, int64_t rows, int64_t features, const uint8_t* reset, Features<T> x, Features<T> past,
+  int64_t room(int64_t rows, int64_t features) const { return size ? (size + 2 * rows) * features + 2 * 64 : 0; }
+
+  // Rows `begin` onwards, row by row, as the window lies; `scratch` has `room` numbers.
+  void step(int64_t begin, int64_t rows, int64_t features, const uint8_t* reset, Features<T> x, Scratch<T>& scratch,
             Features<T> to) const {
     if (size == 0) {
       std::memcpy(to.data, x.data, features * x.width * sizeof(T));
       return;
     }
+    T *taps = scratch.take(size * features), *newest = scratch.take(rows * features);
+    T* mixed = scratch.take(rows * features);
+    transpose(features, size, weight, size, taps, features);
+    scatter(x, rows, features, newest, features);
     const int64_t length = (size - 1) * features;
-    if (length) {
-      const T* from = window + begin * length;
-      T* next = new_window + begin * length;
-      gather(from, length, rows, length, past);
-      for (int64_t b = 0; b < rows; b++) {
-        const bool starts = reset && reset[begin + b];
-        for (int64_t f = 0; f < length && starts; f++) past.data[f * past.width + b] = T(0);
-        if (starts)
-          std::fill(next + b * length, next + (b + 1) * length, T(0));
-        else
-          // in place, the two overlap
-          std::memmove(next + b * length, from + b * length + features, (length - features) * sizeof(T));
-      }
-      scatter(x, rows, features, next + length - features, length);
+    for (int64_t b = 0; b < rows; b++) {
+      const bool starts = reset && reset[begin + b];
+      const T* from = starts ? nullptr : window + (begin + b) * length;
+      T* next = new_window + (begin + b) * length;
+      int64_t f = 0;
+      for (; f + 4 * WIDTH<T> <= features; f += 4 * WIDTH<T>)
+        mix<4>(features, f, taps, newest + b * features, from, next, mixed + b * features);
+      for (; f < features; f += WIDTH<T>)
+        mix<1>(features, f, taps, newest + b * features, from, next, mixed + b * features);
     }
-    for (int64_t f = 0; f < features; f++)
-      for (int64_t b = 0; b < x.width; b += WIDTH<T>) {
-        const T* taps = weight + f * size;
-        Vec<T> y = bias[f] + taps[size - 1] * load(x.data + f * x.width + b);
-        for (int64_t tap = 0; tap < size - 1; tap++)
-          y += taps[tap] * load(past.data + (tap * features + f) * past.width + b);
-        store(to.data + f * to.width + b, silu<T>(y));
+    gather(mixed, features, rows, features, to);
+  }
+
+ private:
+  // N vectors of features of a row, and its window moved on; windows may be one, as a step is read before the one
+  // before it is written. An emptied window is null.
+  template <int N>
+  INLINE void mix(int64_t features, int64_t f, const T* taps, const T* newest, const T* from, T* next, T* to) const {
+    constexpr int W = WIDTH<T>;
+    const int64_t left = N > 1 ? N * W : features - f, last = size - 1;
+    Vec<T> y[N], now[N];
+    for (int n = 0; n < N; n++) {
+      now[n] = load_part(newest + f + n * W, left - n * W);
+      y[n] = load_part(bias + f + n * W, left - n * W) +
+             load_part(taps + last * features + f + n * W, left - n * W) * now[n];
+    }
+    for (int64_t tap = 0; tap < last; tap++)
+      for (int n = 0; n < N; n++) {
+        const int64_t at = tap * features + f + n * W;
+        Vec<T> past{};
+        if (from) {
+          past = load_part(from + at, left - n * W);
+          y[n] += load_part(taps + at, left - n * W) * past;
+        }
+        if (tap > 0) store_part(next + at - features, past, left - n * W);
       }
+    for (int n = 0; n < N; n++) {
+      if (last) store_part(next + (last - 1) * features + f + n * W, now[n], left - n * W);
+      store_part(to + f + n * W, silu<T>(y[n]), left - n * W);
+    }
   }
 };
 

@@ -9,24 +9,35 @@
 
 namespace xlstm {
 
-// Weights as the modules hold them; a bias may be null. x and y [B, D]; the state like the kernels'.
+static_assert(sizeof(void*) == 8, "plans are packed with addresses of eight bytes");
+
+// What stays the same from step to step, all fields eight bytes wide, as kernels/cpp_blocks.py packs them. Weights as
+// the modules hold them; a bias may be null.
+template <class T> struct MlstmPlan {
+  int64_t D, inner, H, group, taps;  // group: block size of the projections to q, k, v; taps: zero for no convolution
+  const T *norm, *up, *up_bias, *conv, *conv_bias, *query_key, *query_key_bias, *value, *value_bias, *gates, *gates_bias;
+  const T *head_norm, *skip, *down, *down_bias;
+  double epsilon, soft_cap;  // soft_cap: zero for none
+  int64_t exp_forget, sigmoid_input;
+};
+
+// x and y [B, D]; the state like the kernels'.
 template <class T> struct MlstmBlock {
-  int64_t B, D, inner, H, group;  // group: block size of the projections to q, k, v
-  const T *x, *norm, *up, *up_bias;
-  Convolution<T> convolution;
-  const T *query_key, *query_key_bias, *value, *value_bias, *gates, *gates_bias, *head_norm, *skip, *down, *down_bias;
+  MlstmPlan<T> plan;
+  int64_t B;
+  const T *x, *window;
+  T* new_window;
   const T *cell, *normalizer, *stabilizer;
   const uint8_t* reset;  // [B] or null
   T *y, *new_cell, *new_normalizer, *new_stabilizer;
-  double epsilon, soft_cap;  // soft_cap: zero for none
-  bool exp_forget, sigmoid_input;
 };
 
 // Turn input and forget gates [2 H] into the weights of `StepWeights` forget, input and bound [3 H].
 template <class T>
 void weigh_steps(const MlstmBlock<T>& block, int64_t begin, int64_t rows, Features<T> gates, Features<T> stabilizer,
                  Features<T> weights) {
-  const int64_t H = block.H;
+  const MlstmPlan<T>& plan = block.plan;
+  const int64_t H = plan.H;
   gather(block.stabilizer + begin * H, H, rows, H, stabilizer);
   const Vec<T> zero{};
   for (int64_t h = 0; h < H; h++)
@@ -34,7 +45,7 @@ void weigh_steps(const MlstmBlock<T>& block, int64_t begin, int64_t rows, Featur
       Int<T> starts{};
       for (int e = 0; e < WIDTH<T> && b + e < rows; e++) starts[e] = block.reset && block.reset[begin + b + e] ? -1 : 0;
       Vec<T> f = load(gates.at(H + h).data + b), i = load(gates.at(h).data + b), m = load(stabilizer.at(h).data + b);
-      Vec<T> decayed = (block.exp_forget ? f : log_sigmoid<T>(f)) + (starts ? zero : m);
+      Vec<T> decayed = (plan.exp_forget ? f : log_sigmoid<T>(f)) + (starts ? zero : m);
       m = larger(larger(decayed, i), zero);
       store(stabilizer.at(h).data + b, m);
       store(weights.at(h).data + b, starts ? zero : exponential<T>(decayed - m));
@@ -45,25 +56,26 @@ void weigh_steps(const MlstmBlock<T>& block, int64_t begin, int64_t rows, Featur
 }
 
 template <class T> void mlstm_block_rows(const MlstmBlock<T>& block, int64_t begin, int64_t rows, int64_t width) {
-  const int64_t D = block.D, N = block.inner, H = block.H, K = N / H;
-  const int64_t window = std::max<int64_t>(block.convolution.size - 1, 0) * N;
-  Scratch<T> scratch((2 * D + 7 * N + 6 * H + window) * width + rows * 4 * N + K);
+  const MlstmPlan<T>& plan = block.plan;
+  const Convolution<T> convolution{plan.taps, plan.conv, plan.conv_bias, block.window, block.new_window};
+  const int64_t D = plan.D, N = plan.inner, H = plan.H, K = N / H;
+  Scratch<T> scratch((2 * D + 7 * N + 6 * H) * width + rows * 4 * N + K + convolution.room(rows, N));
   Features<T> x{scratch.take(D * width), width}, normed{scratch.take(D * width), width};
   Features<T> inner{scratch.take(2 * N * width), width}, mixed{scratch.take(N * width), width};
-  Features<T> past{scratch.take(window * width), width}, projected{scratch.take(3 * N * width), width};
-  Features<T> gates{scratch.take(2 * H * width), width}, hidden{scratch.take(N * width), width};
+  Features<T> projected{scratch.take(3 * N * width), width}, hidden{scratch.take(N * width), width};
+  Features<T> gates{scratch.take(2 * H * width), width};
   Features<T> stabilizer{scratch.take(H * width), width}, weights{scratch.take(3 * H * width), width};
   T *by_row = scratch.take(rows * 3 * N), *hidden_by_row = scratch.take(rows * N), *write = scratch.take(K);
 
   gather(block.x + begin * D, D, rows, D, x);
-  layer_norm(x, block.norm, T(block.epsilon), D, normed);
-  linear(block.up, block.up_bias, 2 * N, D, normed, inner);
-  block.convolution.step(begin, rows, N, block.reset, inner, past, mixed);
-  project_groups(block.query_key, block.query_key_bias, N, block.group, 2, mixed, projected);
-  project_groups(block.value, block.value_bias, N, block.group, 1, inner, projected.at(2 * N));
-  linear(block.gates, block.gates_bias, 2 * H, 3 * N, projected, gates);
-  cap_gates(gates, 2 * H, block.soft_cap);
-  if (block.sigmoid_input) take_log_sigmoid(gates, H);
+  layer_norm(x, plan.norm, T(plan.epsilon), D, normed);
+  linear(plan.up, plan.up_bias, 2 * N, D, normed, inner);
+  convolution.step(begin, rows, N, block.reset, inner, scratch, mixed);
+  project_groups(plan.query_key, plan.query_key_bias, N, plan.group, 2, mixed, projected);
+  project_groups(plan.value, plan.value_bias, N, plan.group, 1, inner, projected.at(2 * N));
+  linear(plan.gates, plan.gates_bias, 2 * H, 3 * N, projected, gates);
+  cap_gates(gates, 2 * H, plan.soft_cap);
+  if (plan.sigmoid_input) take_log_sigmoid(gates, H);
 
   weigh_steps(block, begin, rows, gates, stabilizer, weights);
   scatter(projected, rows, 3 * N, by_row, 3 * N);
@@ -77,12 +89,12 @@ template <class T> void mlstm_block_rows(const MlstmBlock<T>& block, int64_t beg
     }
   gather(hidden_by_row, N, rows, N, hidden);
   for (int64_t h = 0; h < H; h++)
-    layer_norm(hidden.at(h * K), block.head_norm + h * K, T(block.epsilon), K, hidden.at(h * K));
+    layer_norm(hidden.at(h * K), plan.head_norm + h * K, T(plan.epsilon), K, hidden.at(h * K));
   transform(hidden, N, [&](Vec<T> y, int64_t f, int64_t b) {
     Vec<T> open = silu<T>(load(inner.at(N + f).data + b));
-    return (y + block.skip[f] * load(mixed.at(f).data + b)) * open;
+    return (y + plan.skip[f] * load(mixed.at(f).data + b)) * open;
   });
-  linear(block.down, block.down_bias, D, N, hidden, x, true);
+  linear(plan.down, plan.down_bias, D, N, hidden, x, true);
   scatter(x, rows, D, block.y + begin * D, D);
 }
 
@@ -93,32 +105,38 @@ template <class T> void mlstm_block_step(const MlstmBlock<T>& block, int64_t thr
 }
 
 // As above; `ffn` zero means that there is no feed-forward network.
+template <class T> struct SlstmPlan {
+  int64_t D, H, ffn, taps;
+  const T *norm, *conv, *conv_bias, *input_forget, *cell_output, *gate_bias, *recurrent, *head_norm;
+  const T *ffn_norm, *ffn_up, *ffn_up_bias, *ffn_down, *ffn_down_bias;
+  double epsilon;
+  int64_t exp_forget;
+};
+
 template <class T> struct SlstmBlock {
-  int64_t B, D, H, ffn;
-  const T *x, *norm;
-  Convolution<T> convolution;
-  const T *input_forget, *cell_output, *gate_bias, *recurrent, *head_norm, *ffn_norm, *ffn_up, *ffn_up_bias;
-  const T *ffn_down, *ffn_down_bias;
+  SlstmPlan<T> plan;
+  int64_t B;
+  const T *x, *window;
+  T* new_window;
   const T *cell, *normalizer, *hidden, *stabilizer;
   const uint8_t* reset;  // [B] or null
   T *y, *new_cell, *new_normalizer, *new_hidden, *new_stabilizer;
-  double epsilon;
-  bool exp_forget;
 };
 
 template <class T> void slstm_block_rows(const SlstmBlock<T>& block, int64_t begin, int64_t rows, int64_t width) {
-  const int64_t D = block.D, H = block.H, K = D / H, F = block.ffn;
-  const int64_t window = std::max<int64_t>(block.convolution.size - 1, 0) * D;
-  Scratch<T> scratch((7 * D + 4 * K + 2 * F + window) * width);
+  const SlstmPlan<T>& plan = block.plan;
+  const Convolution<T> convolution{plan.taps, plan.conv, plan.conv_bias, block.window, block.new_window};
+  const int64_t D = plan.D, H = plan.H, K = D / H, F = plan.ffn;
+  Scratch<T> scratch((8 * D + 4 * K + 2 * F) * width + convolution.room(rows, D));
   Features<T> x{scratch.take(D * width), width}, normed{scratch.take(D * width), width};
-  Features<T> mixed{scratch.take(D * width), width}, past{scratch.take(window * width), width};
+  Features<T> mixed{scratch.take(D * width), width};
   Features<T> cell{scratch.take(D * width), width}, normalizer{scratch.take(D * width), width};
   Features<T> hidden{scratch.take(D * width), width}, stabilizer{scratch.take(D * width), width};
   Features<T> gates{scratch.take(4 * K * width), width}, up{scratch.take(2 * F * width), width};
 
   gather(block.x + begin * D, D, rows, D, x);
-  layer_norm(x, block.norm, T(block.epsilon), D, normed);
-  block.convolution.step(begin, rows, D, block.reset, normed, past, mixed);
+  layer_norm(x, plan.norm, T(plan.epsilon), D, normed);
+  convolution.step(begin, rows, D, block.reset, normed, scratch, mixed);
   gather(block.cell + begin * D, D, rows, D, cell);
   gather(block.normalizer + begin * D, D, rows, D, normalizer);
   gather(block.hidden + begin * D, D, rows, D, hidden);
@@ -133,10 +151,10 @@ template <class T> void slstm_block_rows(const SlstmBlock<T>& block, int64_t beg
 
   for (int64_t h = 0; h < H; h++) {
     const int64_t first = h * K;
-    linear<T>(block.input_forget + first * 2 * K, nullptr, 2 * K, K, mixed.at(first), gates);
-    linear<T>(block.cell_output + first * 2 * K, nullptr, 2 * K, K, normed.at(first), gates.at(2 * K));
+    linear<T>(plan.input_forget + first * 2 * K, nullptr, 2 * K, K, mixed.at(first), gates);
+    linear<T>(plan.cell_output + first * 2 * K, nullptr, 2 * K, K, normed.at(first), gates.at(2 * K));
     for (int64_t a = 0; a < 4; a++)
-      linear<T>(block.recurrent + (a * H + h) * K * K, block.gate_bias + (a * H + h) * K, K, K, hidden.at(first),
+      linear<T>(plan.recurrent + (a * H + h) * K * K, plan.gate_bias + (a * H + h) * K, K, K, hidden.at(first),
                 gates.at(a * K), true);
     for (int64_t f = first; f < first + K; f++)
       for (int64_t b = 0; b < width; b += WIDTH<T>) {
@@ -146,13 +164,13 @@ template <class T> void slstm_block_rows(const SlstmBlock<T>& block, int64_t beg
         unit.stabilizer = load(stabilizer.at(f).data + b);
         Vec<T> gate[4];
         for (int a = 0; a < 4; a++) gate[a] = load(gates.at(a * K + f - first).data + b);
-        unit.step(gate[0], gate[1], gate[2], gate[3], block.exp_forget);
+        unit.step(gate[0], gate[1], gate[2], gate[3], plan.exp_forget);
         store(cell.at(f).data + b, unit.cell);
         store(normalizer.at(f).data + b, unit.normalizer);
         store(stabilizer.at(f).data + b, unit.stabilizer);
         store(hidden.at(f).data + b, unit.hidden);
       }
-    layer_norm(hidden.at(first), block.head_norm + first, T(block.epsilon), K, normed.at(first));
+    layer_norm(hidden.at(first), plan.head_norm + first, T(plan.epsilon), K, normed.at(first));
   }
   scatter(cell, rows, D, block.new_cell + begin * D, D);
   scatter(normalizer, rows, D, block.new_normalizer + begin * D, D);
@@ -160,10 +178,10 @@ template <class T> void slstm_block_rows(const SlstmBlock<T>& block, int64_t beg
   scatter(stabilizer, rows, D, block.new_stabilizer + begin * D, D);
   transform(x, D, [&](Vec<T> y, int64_t f, int64_t b) { return y + load(normed.at(f).data + b); });
   if (F > 0) {
-    layer_norm(x, block.ffn_norm, T(block.epsilon), D, normed);
-    linear(block.ffn_up, block.ffn_up_bias, 2 * F, D, normed, up);
+    layer_norm(x, plan.ffn_norm, T(plan.epsilon), D, normed);
+    linear(plan.ffn_up, plan.ffn_up_bias, 2 * F, D, normed, up);
     transform(up, F, [&](Vec<T> g, int64_t f, int64_t b) { return gelu<T>(g) * load(up.at(F + f).data + b); });
-    linear(block.ffn_down, block.ffn_down_bias, D, F, up, x, true);
+    linear(plan.ffn_down, plan.ffn_down_bias, D, F, up, x, true);
   }
   scatter(x, rows, D, block.y + begin * D, D);
 }

@@ -64,6 +64,9 @@ void block_columns_of(int64_t rows, int64_t first_column, int64_t K, Left<T> a, 
   b.data += first_column;
   c.data += first_column;
   while (i + M <= rows) i = block_rows<T, M, N, DENSE>(i, first_column, K, a, b, c, accumulate, triangle);
+  // Fewer rows at a time would wait for the sums before.
+  if (M > 8)
+    while (i + 8 <= rows) i = block_rows<T, 8, N, DENSE>(i, first_column, K, a, b, c, accumulate, triangle);
   if (M > 4)
     while (i + 4 <= rows) i = block_rows<T, 4, N, DENSE>(i, first_column, K, a, b, c, accumulate, triangle);
   while (i + 2 <= rows) i = block_rows<T, 2, N, DENSE>(i, first_column, K, a, b, c, accumulate, triangle);

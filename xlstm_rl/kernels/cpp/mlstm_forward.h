@@ -19,18 +19,26 @@ INLINE void step_columns(int64_t K, int64_t V, int64_t column, const T* q, const
                          T divisor, const T* before, T* after, T* hidden) {
   constexpr int W = WIDTH<T>;
   const int64_t left = WHOLE ? N * W : V - column;
-  Vec<T> value[N], read[N] = {};
+  // Rows take turns at two sums, or each addition would wait for the one before.
+  Vec<T> value[N], read[2][N] = {};
   for (int n = 0; n < N; n++) value[n] = load_part(v + column + n * W, left - n * W);
-  for (int64_t i = 0; i < K; i++) {
+  auto add_row = [&](int64_t i, Vec<T>* sums) __attribute__((always_inline)) {
     for (int n = 0; n < N; n++) {
       const int64_t at = i * V + column + n * W;
       Vec<T> updated = write[i] * value[n];
       if (KEPT) updated += forget * load_part(before + at, left - n * W);
       store_part(after + at, updated, left - n * W);
-      read[n] += q[i] * updated;
+      sums[n] += q[i] * updated;
     }
+  };
+  int64_t i = 0;
+  for (; i + 2 <= K; i += 2) {
+    add_row(i, read[0]);
+    add_row(i + 1, read[1]);
   }
-  for (int n = 0; n < N; n++) store_part(hidden + column + n * W, read[n] / divisor, left - n * W);
+  if (i < K) add_row(i, read[0]);
+  for (int n = 0; n < N; n++)
+    store_part(hidden + column + n * W, (read[0][n] + read[1][n]) / divisor, left - n * W);
 }
 
 template <class T, bool KEPT>

@@ -1,4 +1,5 @@
-// The Python module: functions that take the item size first and then pointers, sizes and numbers as Python numbers.
+// The Python module: functions that take the item size first and then pointers, sizes and numbers as Python numbers;
+// what stays the same from one step of a block to the next comes packed.
 //
 // Nothing of torch is needed to build it. The caller, kernels/cpp_sequence.py and kernels/cpp_blocks.py, answers for
 // shapes, strides and lifetimes, and gives the arguments in exactly the order in which they are taken here.
@@ -34,6 +35,16 @@ class Arguments {
     if (value == -1 && PyErr_Occurred()) throw BadArguments{};
     return value;
   }
+  // A structure that the caller has packed into bytes.
+  template <class Structure> Structure packed() {
+    char* bytes;
+    Py_ssize_t size;
+    if (PyBytes_AsStringAndSize(take(), &bytes, &size)) throw BadArguments{};
+    if (size != sizeof(Structure)) throw BadArguments{};
+    Structure structure;
+    std::memcpy(&structure, bytes, sizeof(Structure));
+    return structure;
+  }
   // A null pointer is given as zero.
   template <class T> T* pointer() { return reinterpret_cast<T*>(static_cast<uintptr_t>(integer())); }
   void finish() {
@@ -65,7 +76,6 @@ template <class T> struct Call {
                          from(), from(), from(), in.pointer<const uint8_t>(),
                          in.number(), in.number(), in.integer() != 0, in.integer() != 0};
   }
-  Convolution<T> convolution() { return Convolution<T>{in.integer(), from(), from(), from(), to()}; }
 };
 
 // Each operation takes its arguments and gives back what to do once the interpreter is let go of.
@@ -131,22 +141,16 @@ struct MlstmMixerBackward {
 struct MlstmBlockStep {
   template <class T> static auto prepare(Arguments& in) {
     Call<T> c{in};
-    MlstmBlock<T> block{in.integer(), in.integer(), in.integer(), in.integer(), in.integer(),
-                        c.from(), c.from(), c.from(), c.from(), c.convolution(),
-                        c.from(), c.from(), c.from(), c.from(), c.from(), c.from(), c.from(), c.from(), c.from(),
-                        c.from(), c.from(), c.from(), c.from(), in.pointer<const uint8_t>(),
-                        c.to(), c.to(), c.to(), c.to(), in.number(), in.number(),
-                        in.integer() != 0, in.integer() != 0};
+    MlstmBlock<T> block{in.packed<MlstmPlan<T>>(), in.integer(), c.from(), c.from(), c.to(), c.from(), c.from(), c.from(),
+                        in.pointer<const uint8_t>(), c.to(), c.to(), c.to(), c.to()};
     return [=, threads = in.integer()] { mlstm_block_step(block, threads); };
   }
 };
 struct SlstmBlockStep {
   template <class T> static auto prepare(Arguments& in) {
     Call<T> c{in};
-    SlstmBlock<T> block{in.integer(), in.integer(), in.integer(), in.integer(), c.from(), c.from(), c.convolution(),
-                        c.from(), c.from(), c.from(), c.from(), c.from(), c.from(), c.from(), c.from(), c.from(),
-                        c.from(), c.from(), c.from(), c.from(), c.from(), in.pointer<const uint8_t>(),
-                        c.to(), c.to(), c.to(), c.to(), c.to(), in.number(), in.integer() != 0};
+    SlstmBlock<T> block{in.packed<SlstmPlan<T>>(), in.integer(), c.from(), c.from(), c.to(), c.from(), c.from(), c.from(),
+                        c.from(), in.pointer<const uint8_t>(), c.to(), c.to(), c.to(), c.to(), c.to()};
     return [=, threads = in.integer()] { slstm_block_step(block, threads); };
   }
 };
@@ -263,6 +267,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cpp", nullptr, -1, methods, nu
 PyMODINIT_FUNC INITIALISER(MODULE_NAME)(void) {
   PyObject* module = PyModule_Create(&xlstm::definition);
   // Raised with every change of the order of arguments, so that a stale build is found out.
-  if (module) PyModule_AddIntConstant(module, "INTERFACE", 2);
+  if (module) PyModule_AddIntConstant(module, "INTERFACE", 3);
   return module;
 }
