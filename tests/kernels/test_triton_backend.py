@@ -128,7 +128,7 @@ def test_auto_on_a_gpu_takes_triton(gpu: Any) -> None:
 def test_auto_warns_once_when_it_falls_back_on_a_gpu(gpu: Any) -> None:
     gpu(H100)
     dispatch._warn_once.cache_clear()
-    with pytest.warns(RuntimeWarning, match="'triton' cannot run here: head width 5 is not covered.*; using 'torch'"):
+    with pytest.warns(RuntimeWarning, match="'triton' is not used here: head width 5 is not covered.*; using 'torch'"):
         assert dispatch._choose("auto", on_gpu(Q, 5)) is dispatch._BACKENDS["torch"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -40,7 +40,7 @@ def test_unknown_memory_names_the_known_ones() -> None:
         (
             "lstm",
             {"hidden": 8},
-            r"'lstm' .*'hidden'; its settings are \['hidden_size', 'num_layers', 'bias', 'dropout'\]",
+            r"'lstm' .*'hidden'; its settings are \['hidden_size', 'num_layers', 'bias', 'dropout', 'forget_bias'\]",
         ),
     ],
 )

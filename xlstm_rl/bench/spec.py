@@ -14,6 +14,8 @@ from xlstm_rl.configs.conversion import build, check_mapping, parse_yaml
 from xlstm_rl.configs.errors import nearest
 from xlstm_rl.envs import ABILITIES
 
+# Without it, an LSTM does not learn to hold anything within the budgets here, and a comparison would flatter the xLSTM.
+LSTM_FORGET_BIAS = 3.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -74,10 +76,10 @@ class AgentSpec:
         if self.tuning_runs < 0:
             raise ConfigError(f"tuning_runs={self.tuning_runs} must be at least 0")
 
-    def with_memory(self, name: str, parameters_of: str | None = None) -> AgentSpec:
-        """The same training with another memory at its defaults."""
+    def with_memory(self, name: str, parameters_of: str | None = None, **settings: Any) -> AgentSpec:
+        """The same training with another memory."""
         kept = {key: value for key, value in self.set.items() if not key.startswith("memory")}
-        return replace(self, memory={"name": name}, set=kept, parameters_of=parameters_of)
+        return replace(self, memory={"name": name, **settings}, set=kept, parameters_of=parameters_of)
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def load_spec(name: str) -> BenchSpec:
     """The benchmark `name`, with the agents added without which its figures mean nothing.
 
     These are "none", the same training without memory, and "lstm", an LSTM of as many parameters as the first agent's
-    memory; each is added where no agent has such a memory.
+    memory, with its forget gates open at the start, as the mLSTM's are; each is added where no agent has such a memory.
 
     Args:
         name: one that comes with the package, or a path ending in ".yaml".
@@ -185,7 +187,7 @@ def _with_baselines(spec: BenchSpec) -> BenchSpec:
     memories = {(agent.memory or {}).get("name", agent.set.get("memory.name")): agent for agent in agents.values()}
     if "lstm" not in memories:
         target = agents[first].parameters_of or first
-        _add(agents, "lstm", agents[first].with_memory("lstm", target))
+        _add(agents, "lstm", agents[first].with_memory("lstm", target, forget_bias=LSTM_FORGET_BIAS))
     if "none" not in memories:
         _add(agents, "none", agents[first].with_memory("none"))
     return replace(spec, agents=agents)

@@ -17,6 +17,7 @@ from xlstm_rl.kernels.slstm_reference import slstm_recurrence
 from xlstm_rl.kernels.slstm_scan import slstm_scan
 from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState, empty_mlstm_state, empty_slstm_state
 from xlstm_rl.kernels.triton_backend import mlstm_fused, slstm_fused, why_not_triton
+from xlstm_rl.kernels.triton_self_check import why_not_trusted
 
 
 def mlstm_sequence(
@@ -149,11 +150,13 @@ class Backend(NamedTuple):
         mlstm: behind `mlstm_sequence`.
         slstm: behind `slstm_sequence`.
         why_not: None or a reason, asked on every call with q or gates: it must be quick.
+        why_not_trusted: the same for "auto" alone, which does not take what could run and was found to be wrong.
     """
 
     mlstm: MLSTMKernel
     slstm: SLSTMKernel
     why_not: WhyNot
+    why_not_trusted: WhyNot = lambda tensor, /: None
 
 
 class BackendInfo(NamedTuple):
@@ -176,7 +179,7 @@ def _why_not_torch(tensor: Tensor, /) -> str | None:
 
 # "auto" takes the first that can run; the reference comes last and is there to be compared with.
 _BACKENDS: dict[str, Backend] = {
-    "triton": Backend(mlstm_fused, slstm_fused, why_not_triton),
+    "triton": Backend(mlstm_fused, slstm_fused, why_not_triton, why_not_trusted),
     "cpp": Backend(mlstm_cpp, slstm_cpp, cpp_extension.why_not),
     "torch": Backend(mlstm_chunkwise, slstm_scan, _why_not_torch),
     "reference": Backend(mlstm_recurrence, slstm_recurrence, _why_not_torch),
@@ -206,7 +209,7 @@ def backend_info() -> dict[str, BackendInfo]:
 
 
 def _info(tensor: Tensor) -> BackendInfo:
-    reasons = {name: backend.why_not(tensor) for name, backend in _BACKENDS.items()}
+    reasons = {name: backend.why_not(tensor) or backend.why_not_trusted(tensor) for name, backend in _BACKENDS.items()}
     in_use = next(name for name, reason in reasons.items() if reason is None)
     return BackendInfo(in_use, {name: reason for name, reason in reasons.items() if reason is not None})
 
@@ -224,7 +227,7 @@ def _choose(name: str, tensor: Tensor) -> Backend:
 def _first_that_can(tensor: Tensor) -> Backend:
     reasons: dict[str, str] = {}
     for name, backend in _BACKENDS.items():
-        reason = backend.why_not(tensor)
+        reason = backend.why_not(tensor) or backend.why_not_trusted(tensor)
         if reason is None:
             if tensor.is_cuda and "triton" in reasons and not torch.compiler.is_compiling():
                 _warn_once(name, reasons["triton"])
@@ -238,4 +241,4 @@ def _first_that_can(tensor: Tensor) -> Backend:
 
 @cache
 def _warn_once(name: str, reason: str) -> None:
-    warnings.warn(f"backend 'triton' cannot run here: {reason}; using {name!r}", RuntimeWarning, stacklevel=5)
+    warnings.warn(f"backend 'triton' is not used here: {reason}; using {name!r}", RuntimeWarning, stacklevel=5)
