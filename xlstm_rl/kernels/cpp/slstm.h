@@ -37,19 +37,23 @@ template <class T> struct SlstmUnit {
 
   // cell, normalizer and stabilizer are those before the step; empty units have the stabilizer minus infinity.
   INLINE void step(Vec<T> i, Vec<T> f, Vec<T> z, Vec<T> o, bool exp_forget) {
-    Vec<T> small = exponential<T>(-magnitude<T>(f));
-    Vec<T> decayed = (exp_forget ? f : log_sigmoid<T>(f, small)) + stabilizer;
+    // Divisions take longest, so two quotients share one: 1 / a = b / (a b).
+    Vec<T> small = exponential<T>(-magnitude<T>(f)), one_more = T(1) + small, two_more = T(2) + small;
+    Vec<T> inverse = T(1) / (one_more * two_more);
+    Vec<T> log_forget = smaller(f, fill(T(0))) - log1p_series<T>(small * one_more * inverse);
+    Vec<T> decayed = (exp_forget ? f : log_forget) + stabilizer;
     stabilizer = larger(decayed, i);
     write = exponential<T>(i - stabilizer);
     forget = exponential<T>(decayed - stabilizer);
     cell_input = hyperbolic_tangent<T>(z);
-    output_gate = sigmoid<T>(o);
     // d log f / d gate = sigmoid(-gate)
-    Vec<T> slope = (f > 0 ? small : fill(T(1))) / (T(1) + small);
+    Vec<T> slope = (f > 0 ? small : fill(T(1))) * two_more * inverse;
     forget_slope = exp_forget ? forget : forget * slope;
     cell = forget * cell + write * cell_input;
     normalizer = forget * normalizer + write;
-    hidden = output_gate * cell / normalizer;
+    inverse = T(1) / ((T(1) + exponential<T>(-o)) * normalizer);
+    output_gate = normalizer * inverse;
+    hidden = cell * inverse;
   }
 };
 

@@ -151,14 +151,15 @@ template <> INLINE Vec<float> hyperbolic_tangent<float>(Vec<float> x) {
   return magnitude<float>(x) < 0.625f ? p * z * x + x : far;
 }
 
-// log(1 + y) for y in [0, 1], to relative accuracy.
-template <class T> INLINE Vec<T> log1p_unit(Vec<T> y) {
+// log(1 + y) for y in [0, 1] given s = y / (2 + y), to relative accuracy.
+template <class T> INLINE Vec<T> log1p_series(Vec<T> s) {
   constexpr int TERMS = sizeof(T) == 4 ? 8 : 18;
-  Vec<T> s = y / (T(2) + y), z = s * s;
+  Vec<T> z = s * s;
   Vec<T> p = fill(T(1) / (2 * TERMS - 1));
   for (int k = TERMS - 2; k >= 0; k--) p = p * z + T(1) / (2 * k + 1);
   return T(2) * s * p;
 }
+template <class T> INLINE Vec<T> log1p_unit(Vec<T> y) { return log1p_series<T>(y / (T(2) + y)); }
 // log(sigmoid(x)) from exp(-|x|), which the caller may need for more.
 template <class T> INLINE Vec<T> log_sigmoid(Vec<T> x, Vec<T> exp_minus_abs) {
   return smaller(x, fill(T(0))) - log1p_unit<T>(exp_minus_abs);
