@@ -27,7 +27,7 @@ class TaskSpec:
         base: a preset, a .yaml file or an environment id; None takes the task's name.
         set: overrides of its configuration, such as `env.kwargs.length: 12`.
         ability, length_parameter: None where `xlstm_rl.envs.PURPOSES` knows them.
-        optimal_return, memoryless_return: known ends of a task that does not state them itself.
+        optimal_return, memoryless_return: known bounds of a task that does not state them itself.
     """
 
     base: str | None = None
