@@ -70,7 +70,7 @@ class Tuning:
     """The study of one memory on one task.
 
     Attributes:
-        task: its name and its known ends.
+        task: its name and its known bounds.
         base: its preset, file or environment id.
         task_overrides: what the task sets in `base`.
         memory: its name.
@@ -145,7 +145,7 @@ def plan(
         out: the folder.
 
     Raises:
-        ConfigError: a task, a memory or the ends of a task, which make the score, are unknown.
+        ConfigError: a task, a memory or the bounds of a task, which make the score, are unknown.
     """
     for memory in memories:
         if memory not in MEMORIES:

@@ -2,7 +2,7 @@
 
     python examples/own_memory.py
 
-`check_memory_laws` tells whether a core carries and empties its state rightly; after `register_memory` its name goes
+`check_memory_laws` tells whether a core carries and empties its state correctly; after `register_memory` its name goes
 wherever the name of a built-in memory does.
 """
 
@@ -14,10 +14,8 @@ import torch
 from stable_baselines3.common.env_util import make_vec_env
 from torch import Tensor, nn
 
-from xlstm_rl import MemoryCore, RecurrentPPO, register_memory
-from xlstm_rl.agents import evaluate
+from xlstm_rl import MemoryCore, RecurrentPPO, check_memory_laws, evaluate, register_memory
 from xlstm_rl.memory import zeros_where
-from xlstm_rl.memory.laws import check_memory_laws
 
 
 class LeakyState(NamedTuple):

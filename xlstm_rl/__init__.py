@@ -13,10 +13,25 @@ from xlstm_rl.kernels import backend_info
 from xlstm_rl.memory import MemoryCore, load_nxai_weights, make_memory, register_memory
 
 if TYPE_CHECKING:
-    from xlstm_rl.agents import CnnXLSTMPolicy, MemoryInputs, MultiInputXLSTMPolicy, RecurrentPPO, XLSTMPolicy
+    from xlstm_rl.agents import (
+        CheckpointError,
+        CnnXLSTMPolicy,
+        LSTMPolicy,
+        MemoryInputs,
+        MultiInputXLSTMPolicy,
+        RecurrentPPO,
+        XLSTMPolicy,
+        evaluate,
+    )
+    from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
+    from xlstm_rl.configs import general_settings
+    from xlstm_rl.memory.laws import check_memory_laws
 
 __all__ = [
+    "CheckpointError",
     "CnnXLSTMPolicy",
+    "GuardedSubprocVecEnv",
+    "LSTMPolicy",
     "MemoryCore",
     "MemoryInputs",
     "MultiInputXLSTMPolicy",
@@ -24,13 +39,27 @@ __all__ = [
     "XLSTMPolicy",
     "__version__",
     "backend_info",
+    "check_memory_laws",
+    "evaluate",
+    "general_settings",
     "load_nxai_weights",
     "make_memory",
     "register_memory",
 ]
 
+# Loaded on first use; what is in __all__ and neither imported above nor listed here is in xlstm_rl.agents.
+_PLACES = {
+    "GuardedSubprocVecEnv": "xlstm_rl.agents.subprocesses",
+    "check_memory_laws": "xlstm_rl.memory.laws",
+    "general_settings": "xlstm_rl.configs",
+}
+
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("xlstm_rl.agents"), name)
+        return getattr(import_module(_PLACES.get(name, "xlstm_rl.agents")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

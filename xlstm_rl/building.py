@@ -22,6 +22,7 @@ from xlstm_rl.agents.memory_inputs import KEYS, InputLayout, MemoryInputs, VecMe
 from xlstm_rl.agents.normalization import load_normalizer
 from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
+from xlstm_rl.configs.schema import agent_arguments
 from xlstm_rl.envs import Resumable, TaskFacts, task_facts
 from xlstm_rl.run_folder import normalizer_path
 
@@ -82,23 +83,14 @@ def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
     Raises:
         ConfigError: the agent refuses the configuration or the spaces.
     """
-    policy_kwargs: dict[str, Any] = {
-        "memory": config.memory.name,
-        "memory_kwargs": dict(config.memory.settings),
-        "critic_memory": config.policy.critic_memory,
-        **config.policy.kwargs,
-    }
-    if config.policy.net_arch is not None:
-        policy_kwargs["net_arch"] = list(config.policy.net_arch)
     with_kwargs = f" with policy.kwargs={dict(config.policy.kwargs)}" if config.policy.kwargs else ""
     try:
         return RecurrentPPO(
             _policy_name(env.observation_space),
             env,
-            policy_kwargs=policy_kwargs,
             seed=config.seed,
             device=config.device,
-            **config.ppo.model_arguments(),
+            **agent_arguments(config.memory, config.policy, config.ppo),
         )
     except _BUILD_ERRORS as error:
         raise ConfigError(f"the agent cannot be built{with_kwargs} for {config.env.id!r}: {error}") from error

@@ -191,7 +191,7 @@ def evaluate_run(
 def final_scores(
     model: RecurrentPPO, config: TrainConfig, facts: TaskFacts | None, n_episodes: int, seed: int
 ) -> list[Score]:
-    """The agent, the same agent without memory, random actions and the known ends of the task."""
+    """The agent, the same agent without memory, random actions and the known bounds of the task."""
     run = partial(_play, model, config, n_episodes=n_episodes, seed=seed)
     with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
         random_actions = evaluate_random(env, n_episodes, seed=seed)

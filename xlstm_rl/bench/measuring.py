@@ -118,7 +118,7 @@ def _play_longer(model: RecurrentPPO, run: PlannedRun, n_episodes: int) -> tuple
     for factor, config in _lengths(run):
         watched = WatchedModel(model)
         played = _play(watched, config, n_episodes)
-        facts = None if run.task.given_ends else read_facts(config.env)
+        facts = None if run.task.given_bounds else read_facts(config.env)
         if factor > 1 and facts is not None:
             figures[str(factor)] = _figure(played, facts)
     return figures, watched.health(factor)

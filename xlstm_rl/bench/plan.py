@@ -25,14 +25,14 @@ class Task:
     Attributes:
         name: in the benchmark.
         purpose: its ability and its length.
-        facts: its known ends.
-        given_ends: the known ends come from the specification, and hold for the length of training only.
+        facts: its known bounds.
+        given_bounds: the known bounds come from the specification, and hold for the length of training only.
     """
 
     name: str
     purpose: TaskPurpose
     facts: TaskFacts
-    given_ends: bool
+    given_bounds: bool
 
     def score(self, mean_return: float) -> float:
         """0 for the best policy without memory, 1 for the optimum."""
@@ -190,7 +190,7 @@ def _task(name: str, task: TaskSpec, env: EnvConfig) -> Task:
         facts = TaskFacts(0 if facts is None else facts.horizon, task.optimal_return, task.memoryless_return)
     if facts is None:
         raise ConfigError(
-            f"task {name}: {env.id!r} does not state its ends, so returns make no score; give optimal_return and "
+            f"task {name}: {env.id!r} does not state its bounds, so returns make no score; give optimal_return and "
             "memoryless_return"
         )
     return Task(name, purpose, facts, given)

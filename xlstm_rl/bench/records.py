@@ -57,13 +57,13 @@ class Record:
         parameters, memory_parameters: of the whole policy, and of the actor's memory alone.
         tuning_runs: spent on the agent's settings.
         total_steps, steps: environment steps planned and trained; fewer where training ended early as solved.
-        optimal_return, memoryless_return: the ends of the score.
+        optimal_return, memoryless_return: the bounds of the score.
         curve: [step, mean return] of each evaluation during training.
         greedy, sampled: final weights, with the mode of the policy and with samples of it.
         emptied: greedy, with the memory emptied at every step.
         oracle: the scripted oracle in episodes of the same seeds; None where the environment has none.
         longer: greedy at "4" and "16" times the training length, the state carried; absent where the task has no
-            length, or its ends are not known there.
+            length, or its bounds are not known there.
         state: of the memory.
         cpu_minutes: of all starts of the run, measuring included.
         versions: packages, platform and machine.

@@ -27,7 +27,7 @@ class TaskSpec:
         base: a preset, a .yaml file or an environment id; None takes the task's name.
         set: overrides of its configuration, such as `env.kwargs.length: 12`.
         ability, length_parameter: None where `xlstm_rl.envs.PURPOSES` knows them.
-        optimal_return, memoryless_return: known ends of a task that does not state them itself.
+        optimal_return, memoryless_return: known bounds of a task that does not state them itself.
     """
 
     base: str | None = None
@@ -51,12 +51,12 @@ class AgentSpec:
     """An agent of the benchmark: the task's own training with what differs.
 
     Attributes:
-        tuned: trained with what each task's preset tunes; false takes the settings of a plain environment id instead,
-            the same on every task, and of the task only the environment itself, its budget and its evaluation.
+        tuned: trained with the settings of each task's preset; false uses those of a plain environment id instead, the
+            same on every task, and takes from the task only the environment itself, its budget and its evaluation.
         memory: name and settings of the memory on every task; None keeps each task's own.
         set: overrides of the configuration, on top of those of the task.
         parameters_of: the agent whose number of memory parameters this one's `hidden_size` is chosen to match.
-        tuning_runs: runs that were spent on choosing this agent's settings; a fact for the card.
+        tuning_runs: runs spent on choosing this agent's settings; stated on the card.
     """
 
     tuned: bool = True
@@ -87,13 +87,13 @@ class BenchSpec:
     """A benchmark.
 
     Attributes:
-        tasks, agents: by name. The first agent is the one that the others are compared with.
+        tasks, agents: by name. The first agent is the one the others are compared with.
         description: one line for `xlstm-rl list`.
         seeds: of the runs; each agent and task is trained once with each.
         set: overrides for every run.
-        episodes: of each evaluation of final weights; a task's `set: {eval.n_episodes: N}` goes before it.
+        episodes: of each evaluation of final weights; a task's `set: {eval.n_episodes: N}` takes precedence.
         long_episodes: of each evaluation at several times the training length.
-        solved_score: from which score on a run has solved its task.
+        solved_score: a run with at least this score has solved its task.
         stop_score, stop_evaluations: training ends early once this many evaluations in a row reach the score; None
             trains every run to its end.
     """
@@ -137,7 +137,7 @@ def spec_names() -> list[str]:
 
 
 def load_spec(name: str) -> BenchSpec:
-    """The benchmark `name`, with the agents added without which its figures mean nothing.
+    """The benchmark `name`, with the baselines added that give its figures a meaning.
 
     These are "none", the same training without memory, and "lstm", an LSTM of as many parameters as the first agent's
     memory, with its forget gates open at the start, as the mLSTM's are; each is added where no agent has such a memory.

@@ -1,7 +1,7 @@
 """Typed configuration of a training run, its presets and the one loader."""
 
 from xlstm_rl.configs.errors import ConfigError
-from xlstm_rl.configs.loading import dump, load, load_file, preset_names
+from xlstm_rl.configs.loading import dump, general_settings, load, load_file, preset_names
 from xlstm_rl.configs.schema import (
     CheckpointConfig,
     EnvConfig,
@@ -22,6 +22,7 @@ __all__ = [
     "PolicyConfig",
     "TrainConfig",
     "dump",
+    "general_settings",
     "load",
     "load_file",
     "preset_names",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import gymnasium
 import yaml
 
+from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.configs.conversion import build, check_mapping, flatten, parse_yaml
 from xlstm_rl.configs.errors import ConfigError, nearest
-from xlstm_rl.configs.schema import MemoryConfig, TrainConfig
+from xlstm_rl.configs.schema import MemoryConfig, PolicyConfig, PPOConfig, TrainConfig, agent_arguments
 
 
 def preset_names() -> list[str]:
@@ -43,8 +46,7 @@ def load(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     else:
         env_id = f"xlstm_rl/{name}" if f"xlstm_rl/{name}" in gymnasium.registry else name
         _check_registered(env_id, "neither a preset nor a registered environment", preset_names())
-        general = _read_own(resources.files("xlstm_rl.configs") / "general.yaml", "general.yaml")
-        values = _merge(general, {"env": {"id": env_id}})
+        values = _merge(_general(), {"env": {"id": env_id}})
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = _merge(changes, _parse_override(override))
@@ -66,6 +68,53 @@ def load_file(path: Path) -> TrainConfig:
 def dump(config: TrainConfig) -> str:
     """The whole configuration as YAML, defaults included; `load_file` reads it back equal."""
     return yaml.safe_dump(flatten(config), sort_keys=False, width=120)
+
+
+def general_settings(**changes: Any) -> dict[str, Any]:
+    """Recommended keyword arguments of `xlstm_rl.RecurrentPPO`, which learn most tasks untuned.
+
+    They are what `xlstm-rl train` takes for a plain environment id, read from general.yaml: an "sm" memory for the
+    actor and another for the critic, the learning rate falling linearly to 0 over the run, and so on. The defaults of
+    the constructor itself are those of sb3-contrib.
+
+    Left out is what belongs to the environment or to a single run. The command line steps 16 copies of the environment
+    and normalises observations and rewards; in Python, `make_vec_env` and `VecNormalize` do that. Tasks that pay about
+    1 learn without normalisation; returns of another scale, as those of CartPole, need it. The command line also sets
+    `device="cpu"` and a seed.
+
+    Example:
+        ```
+        env = VecNormalize(make_vec_env("CartPole-v1", n_envs=16))
+        model = RecurrentPPO("MlpXLSTMPolicy", env, device="cpu", **general_settings(gamma=0.9))
+        ```
+
+    Args:
+        **changes: keyword arguments of `RecurrentPPO` that replace the recommended ones; those with a field in
+            `PPOConfig` are checked as in a configuration. A `learning_rate` given as a number is where the schedule
+            starts, `lr_schedule="constant"` keeps it; likewise `ent_coef` and `ent_schedule`. `policy_kwargs` and the
+            `memory_kwargs` in it are merged key by key; another `memory` starts from its own defaults.
+
+    Raises:
+        ConfigError: a name is unknown or a value is impossible.
+    """
+    policy_kwargs = dict(changes.pop("policy_kwargs", None) or {})
+    memory = dict(policy_kwargs.pop("memory_kwargs", None) or {})
+    if "memory" in policy_kwargs:
+        memory["name"] = policy_kwargs.pop("memory")
+    policy = {key: policy_kwargs.pop(key) for key in ("critic_memory",) if key in policy_kwargs}
+    # what no configuration holds: functions of the progress, and what is the model's alone
+    alone = inspect.signature(RecurrentPPO).parameters.keys() - {f.name for f in fields(PPOConfig)} - {"policy", "env"}
+    kept = {key: changes.pop(key) for key in list(changes) if key in alone or callable(changes[key])}
+    wanted = _check({"memory": memory, "policy": policy, "ppo": changes}, "general_settings()")
+    values = _merge(_for_memory(_general(), wanted), wanted)
+    arguments = agent_arguments(
+        build(MemoryConfig, values["memory"]), build(PolicyConfig, values["policy"]), build(PPOConfig, values["ppo"])
+    )
+    return {**arguments, **kept, "policy_kwargs": {**arguments["policy_kwargs"], **policy_kwargs}}
+
+
+def _general() -> dict[str, Any]:
+    return _read_own(resources.files("xlstm_rl.configs") / "general.yaml", "general.yaml")
 
 
 def _presets() -> Any:

@@ -127,7 +127,10 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Keyword arguments of `xlstm_rl.RecurrentPPO`, by the same names.
+    """Settings of `xlstm_rl.RecurrentPPO`, by the same names, with other defaults than its constructor has.
+
+    The constructor keeps the defaults of sb3-contrib; these suit agents with memory: larger minibatches, fewer epochs,
+    an entropy bonus and a falling learning rate.
 
     Attributes:
         n_steps: steps of each environment per rollout.
@@ -202,6 +205,19 @@ class PPOConfig:
         # SB3's word for "once a rollout".
         arguments["sde_sample_freq"] = -1 if self.sde_sample_freq is None else self.sde_sample_freq
         return arguments
+
+
+def agent_arguments(memory: MemoryConfig, policy: PolicyConfig, ppo: PPOConfig) -> dict[str, Any]:
+    """Keyword arguments of `xlstm_rl.RecurrentPPO` for a memory, the networks around it and their training."""
+    policy_kwargs: dict[str, Any] = {
+        "memory": memory.name,
+        "memory_kwargs": dict(memory.settings),
+        "critic_memory": policy.critic_memory,
+        **policy.kwargs,
+    }
+    if policy.net_arch is not None:
+        policy_kwargs["net_arch"] = list(policy.net_arch)
+    return {**ppo.model_arguments(), "policy_kwargs": policy_kwargs}
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ PURPOSES = {
     "xlstm_rl/ShellGame-v0": TaskPurpose("state tracking", "num_swaps"),
     "xlstm_rl/NoisyEvidence-v0": TaskPurpose("filtering", "num_samples", odd=True),
     "xlstm_rl/CartPoleNoVelocity-v0": TaskPurpose("filtering", "max_episode_steps"),
-    # The known ends of these hold for their own step limit only.
+    # The known bounds of these hold for their own step limit only.
     "xlstm_rl/PendulumNoVelocity-v0": TaskPurpose("filtering"),
     "xlstm_rl/AcrobotNoVelocity-v0": TaskPurpose("filtering"),
     "xlstm_rl/KeyDoor-v0": TaskPurpose("credit", "delay"),

@@ -6,7 +6,9 @@ import gymnasium as gym
 
 
 class TaskFacts(NamedTuple):
-    """Known ends of a task, from which a score `(return - memoryless) / (optimal - memoryless)` follows.
+    """Known bounds of a task, from which a score `(return - memoryless) / (optimal - memoryless)` follows.
+
+    Exact for the memory tasks of this package; those of classic control are estimates, see `HideVelocity.facts`.
 
     Attributes:
         horizon: Most steps that an episode can take.

@@ -26,8 +26,8 @@ class MemoryCore(nn.Module, ABC):
     itself remembers nothing between calls.
 
     Attributes:
-        input_size: features per step taken.
-        output_size: features per step given.
+        input_size: features per step of the input.
+        output_size: features per step of the output.
     """
 
     input_size: int
@@ -60,8 +60,8 @@ class MemoryCore(nn.Module, ABC):
             x: [B, input_size].
             state: before the step.
             reset: bool [B] or None, true where `x` is the first of an episode.
-            reuse_state: a permission to write the new state over `state`, for callers that go on with the new one
-                alone; memories with a large state step faster so.
+            reuse_state: permission to write the new state over `state`, for callers that only use the new one; it
+                makes memories with a large state faster.
 
         Returns:
             Output [B, output_size] and the state after the step.
@@ -114,7 +114,7 @@ def make_memory(name: str, input_size: int, *, match_parameters: int | None = No
     Args:
         name: "xlstm", "lstm", "gru", "transformer", "ssm", "frames", "none" or a registered name.
         input_size: features per step.
-        match_parameters: number of parameters to come closest to by the choice of `hidden_size`, for comparisons of
+        match_parameters: choose the `hidden_size` whose number of parameters comes closest to this, to compare
             memories of equal size.
         **config: passed on, for example `hidden_size=64, blocks="ms"` for "xlstm" (see `XLSTMConfig`).
 

@@ -26,9 +26,9 @@ class XLSTMConfig:
         hidden_size: width of the residual stream and of the output; a multiple of the numbers of heads.
         blocks: the stack, spelled bottom to top: "m" an mLSTM block, "s" an sLSTM block ("mmms" is xLSTM[3:1]).
         num_heads: heads of every block.
-        slstm_num_heads: heads of sLSTM blocks, when they shall be others than `num_heads`. Memory mixing stays within a
-            head, so that one head tracks states best, while an mLSTM head is a memory of its own.
-        input_projection: embed the input linearly into the residual stream; without, `input_size` must be
+        slstm_num_heads: heads of sLSTM blocks, if different from `num_heads`. Memory mixing stays within a head, so one
+            head tracks states best, while an mLSTM head is a memory of its own.
+        input_projection: embed the input linearly into the residual stream; without it, `input_size` must equal
             `hidden_size`.
         proj_factor: inner width of mLSTM blocks over `hidden_size`.
         ffn_factor: inner width of the feed-forward network of sLSTM blocks over `hidden_size`; 0 leaves it out.
@@ -36,7 +36,7 @@ class XLSTMConfig:
             dominates small widths.
         qkv_block_size: block size of the block-diagonal q, k, v projections.
         conv_kernel: steps seen by the causal convolution before the gates, the current one included; 0 leaves it out.
-        slstm_conv_kernel: that of sLSTM blocks, when it shall be another than `conv_kernel`.
+        slstm_conv_kernel: the same for sLSTM blocks, if different from `conv_kernel`.
         forget_activation: "sigmoid" or "exp" forget gate.
         input_activation: "exp" (the paper) or "sigmoid" input gate of mLSTM blocks.
         gate_soft_cap: soft cap of the gate pre-activations of mLSTM blocks, for example 15 (Beck et al. 2025).
@@ -144,7 +144,7 @@ class XLSTM(MemoryCore):
     Args:
         input_size: features per step.
         config: the stack; or give its fields as keyword arguments.
-        **fields: fields of `XLSTMConfig`, when `config` is not given.
+        **fields: fields of `XLSTMConfig`, if `config` is not given.
 
     Raises:
         ValueError: a setting does not fit; the message names it.

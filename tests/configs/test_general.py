@@ -1,0 +1,66 @@
+"""The recommended settings from Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from xlstm_rl import RecurrentPPO, general_settings
+from xlstm_rl.building import make_env, make_model, normalized
+from xlstm_rl.configs import ConfigError, load
+
+# A small memory and short rollouts, in both spellings.
+SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 64, "policy_kwargs": {"memory_kwargs": {"hidden_size": 16}}}
+SMALL_OVERRIDES = ["ppo.n_steps=16", "ppo.batch_size=64", "memory.hidden_size=16"]
+
+
+def test_trains_as_the_command_line_does_for_a_plain_id() -> None:
+    config = load("CartPole-v1", SMALL_OVERRIDES)
+    # Two rollouts: the schedule has fallen when the second is trained on.
+    theirs = make_model(config, normalized(make_env(config, config.env.n_envs, config.seed), config)).learn(512)
+    env = VecNormalize(make_vec_env("CartPole-v1", n_envs=16))
+    ours = RecurrentPPO("MlpXLSTMPolicy", env, seed=0, device="cpu", **general_settings(**SMALL)).learn(512)
+    for mine, other in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert ours._n_updates == 2 * ours.n_epochs
+
+
+def test_number_starts_the_schedule_and_a_function_replaces_it() -> None:
+    schedule = general_settings(learning_rate=4e-4)["learning_rate"]
+    assert (schedule(1.0), schedule(0.5), schedule(0.0)) == (4e-4, 2e-4, 0.0)
+    assert general_settings(learning_rate=4e-4, lr_schedule="constant")["learning_rate"] == 4e-4
+    assert general_settings(learning_rate=abs)["learning_rate"] is abs
+
+
+def test_policy_kwargs_are_merged() -> None:
+    changed = general_settings(policy_kwargs={"net_arch": [8], "memory_kwargs": {"hidden_size": 32}})["policy_kwargs"]
+    plain = general_settings()["policy_kwargs"]
+    assert changed == {**plain, "net_arch": [8], "memory_kwargs": {**plain["memory_kwargs"], "hidden_size": 32}}
+
+
+def test_another_memory_starts_from_its_own_defaults() -> None:
+    changed = general_settings(policy_kwargs={"memory": "lstm", "memory_kwargs": {"num_layers": 2}})["policy_kwargs"]
+    assert (changed["memory"], changed["memory_kwargs"]) == ("lstm", {"num_layers": 2})
+
+
+def test_what_the_model_alone_knows_is_handed_on() -> None:
+    assert general_settings(verbose=1)["verbose"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"gama": 0.9}, "did you mean 'gamma'"),
+        ({"gamma": 2.0}, "gamma=2.0"),
+        ({"env": "CartPole-v1"}, "unknown key 'ppo.env'"),
+        ({"policy_kwargs": {"memory_kwargs": {"hidden": 3}}}, "did you mean 'hidden_size'"),
+        ({"policy_kwargs": {"critic_memory": "seperate"}}, "did you mean 'separate'"),
+    ],
+)
+def test_mistake_is_refused_by_name(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        general_settings(**changes)
