@@ -259,6 +259,7 @@ class RecurrentPPO(SavedAlgorithm):
                 "copies: set force_reset=True"
             )
         check_for_correct_spaces(env, self.observation_space, self.action_space)
+        self._rollout_start = None
         # the parent class wants as many as before
         self.n_envs = env.num_envs
         super().set_env(env, force_reset)
@@ -267,6 +268,7 @@ class RecurrentPPO(SavedAlgorithm):
             self._last_state = self.policy.initial_state(self.n_envs)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self._rollout_start = None
         fresh = self._last_obs is None
         result = super()._setup_learn(*args, **kwargs)
         if fresh or self._last_state is None:
@@ -471,4 +473,6 @@ class RecurrentPPO(SavedAlgorithm):
     ) -> RecurrentPPO:
         """Train for `total_timesteps` environment steps, rounded up to whole rollouts."""
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        # a rollout that a callback broke off is over once all callbacks have seen the end
+        self._rollout_start = None
         return self
