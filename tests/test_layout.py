@@ -24,6 +24,7 @@ ORDER = (
 # Meet environments only to register them, to wrap them or to read their facts; agents meet them through gymnasium.
 READ_ENVS = {"__init__", "building", "training", "bench", "cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
+OLDEST_PYTHON = (3, 10)
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
@@ -83,6 +84,40 @@ def test_importing_the_package_is_light() -> None:
     program = f"import sys, xlstm_rl; print(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def python_sources() -> list[Path]:
+    folders = ("xlstm_rl", "tests", "benchmarks", "examples")
+    return [ROOT / "setup.py", *(file for folder in folders for file in sorted((ROOT / folder).rglob("*.py")))]
+
+
+def base_name(base: ast.expr) -> str:
+    base = base.value if isinstance(base, ast.Subscript) else base
+    return base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
+
+
+def test_oldest_python_can_read_every_file() -> None:
+    # what the standard library lacks there, mypy knows, and neither knows the next test
+    for file in python_sources():
+        ast.parse(file.read_text(encoding="utf-8"), str(file), feature_version=OLDEST_PYTHON)
+
+
+def test_no_named_tuple_or_typed_dict_is_generic_which_python_3_10_refuses() -> None:
+    refused = [
+        f"{file.relative_to(ROOT)}: {node.name}"
+        for file in python_sources()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and len(node.bases) > 1
+        if {"NamedTuple", "TypedDict"} & set(map(base_name, node.bases))
+    ]
+    assert refused == [], "make these frozen dataclasses"
+
+
+def test_oldest_python_is_the_one_that_the_package_asks_for() -> None:
+    version = ".".join(map(str, OLDEST_PYTHON))
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for line in (f'requires-python = ">={version}"', f'python_version = "{version}"'):
+        assert line in settings.splitlines()
 
 
 def test_package_says_that_it_is_typed() -> None:

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from xlstm_rl import cli
 from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.callbacks import EpisodeRecorder
 from xlstm_rl.configs import ConfigError, TrainConfig, load, load_file
 from xlstm_rl.report import read_returns
 from xlstm_rl.training import RunResult, TrainingStoppedError, evaluate_run, resume, train
@@ -180,6 +181,27 @@ def test_process_that_is_ended_and_resumed_makes_the_same_run(kind: signal.Signa
     assert cli.main(["train", "--resume", str(killed)]) == 0
     whole = train(load("cartpole-no-velocity", longer), tmp_path / "whole").folder
     assert_same_runs(whole, killed)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals for processes")
+def test_run_that_is_interrupted_within_a_rollout_becomes_the_same_run(
+    run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = EpisodeRecorder._on_step
+
+    def interrupted(self: EpisodeRecorder) -> bool:
+        # an evaluation is due at 300, and done after the rollout
+        if self.num_timesteps == 303:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self)
+
+    monkeypatch.setattr(EpisodeRecorder, "_on_step", interrupted)
+    stopped = train(small(), tmp_path / "run")
+    assert stopped.interrupted_by == signal.SIGTERM
+    assert sorted((tmp_path / "run" / "checkpoints").glob("*.zip"))[-1].name == "step_0000000288.zip"
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert_same_runs(run.folder, tmp_path / "run")
 
 
 def test_run_that_is_alive_in_another_process_is_not_resumed(

@@ -23,14 +23,23 @@ class _Episode(NamedTuple):
 
 
 class StopOnRequest(BaseCallback):
-    """Ends training at the next step once `requested` says so."""
+    """Ends training at the next step once `requested` says so, and saves the model then.
 
-    def __init__(self, requested: Callable[[], bool]) -> None:
+    Args:
+        requested: whether to end.
+        save: called with the model after the last step, before `learn` returns.
+    """
+
+    def __init__(self, requested: Callable[[], bool], save: Callable[[Any], object]) -> None:
         super().__init__()
-        self._requested = requested
+        self._requested, self._save = requested, save
 
     def _on_step(self) -> bool:
         return not self._requested()
+
+    def _on_training_end(self) -> None:
+        if self._requested():
+            self._save(self.model)
 
 
 class StopAfterEvaluation(BaseCallback):
@@ -123,7 +132,9 @@ class Periodic(BaseCallback):
         self._act_if_due()
 
     def _on_training_end(self) -> None:
-        self._act_if_due()
+        # a rollout that was broken off is collected again when the run is resumed
+        if getattr(self.model, "checkpoint_step", self.num_timesteps) == self.num_timesteps:
+            self._act_if_due()
 
     def _act_if_due(self) -> None:
         if self._every_steps is not None and self.num_timesteps >= self._next:

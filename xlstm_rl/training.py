@@ -281,16 +281,14 @@ def _learn(
         interim = partial(_interim, config=config)
         save_best = partial(folder.save, path=folder.best)
         callbacks = [
-            StopOnRequest(lambda: interruption.signal is not None),
             *([] if stop_when is None else [StopAfterEvaluation(returns, stop_when)]),
             EpisodeRecorder(returns, view, config.eval.success_return),
             PeriodicEvaluation(config.eval.every_steps, interim, returns, view, save_best),
             # last: what is written must be all that the others did
             PeriodicCheckpoint(config.checkpoint.every_steps, save),
+            StopOnRequest(lambda: interruption.signal is not None, save),
         ]
         model.learn(max(left, 0), callback=CallbackList(callbacks), reset_num_timesteps=False)
-        if interruption.signal is not None:
-            save(model)
     model.logger.close()
     return interruption
 

@@ -14,7 +14,7 @@ MASKABLE = ("discrete", "multi-discrete", "multi-binary")
 def chosen(action: Any, space: spaces.Space[Any]) -> np.ndarray:
     """Positions in a mask of the choices that an action makes."""
     starts = np.cumsum([0, *mask_parts(space)[:-1]])
-    return np.asarray(starts + np.atleast_1d(action), int)
+    return np.asarray(starts + np.atleast_1d(action) - getattr(space, "start", 0), int)
 
 
 def random_mask(space: spaces.Space[Any], rng: np.random.Generator) -> np.ndarray:

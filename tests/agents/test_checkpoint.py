@@ -1,22 +1,28 @@
 """Checkpoints give back the same agent, and whoever must hand something over is told what."""
 
+import inspect
 import io
 import json
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
 from tests.agents.small_agents import SMALL, agent, assert_same, played
-from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, vec_env
+from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes, vec_env
 from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
 from xlstm_rl.agents.archive import CheckpointError
+from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
 from xlstm_rl.memory import leaves
 
 
@@ -107,6 +113,101 @@ def test_number_of_environments_may_change(saved: Path) -> None:
 def test_arguments_of_load_override_settings(saved: Path) -> None:
     model = RecurrentPPO.load(saved, vec_env(), n_steps=16, learning_rate=0.5, verbose=0)
     assert (model.rollout_buffer.buffer_size, model.lr_schedule(1.0)) == (16, 0.5)
+
+
+class LabelledBuffer(ChunkedRolloutBuffer):
+    def __init__(self, *args: Any, label: str = "none", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.label = label
+
+
+def divisor(model: Any) -> float:
+    """Of the normalisation of quiet advantages after loud ones."""
+    model._advantage_scale.mean_square, model._advantage_scale.count = 1e6, 1
+    model.learn(24, reset_num_timesteps=False)
+    buffer = model.rollout_buffer
+    with mock.patch.object(buffer, "chunks", wraps=buffer.chunks) as chunks:
+        model.train()
+    return float(buffer.advantages.std()) / float(chunks.call_args.args[0].std(correction=0))
+
+
+def refreshes(model: Any) -> int:
+    model.n_epochs = 2
+    with mock.patch.object(model, "_refresh", wraps=model._refresh) as refresh:
+        model.learn(24)
+    return refresh.call_count
+
+
+def clipped_norm(model: Any) -> float:
+    """Of a gradient after much smaller ones."""
+    model._gradient_norm, model.max_grad_norm = 1e-3, 1e6
+    model.learn(24)
+    return float(sum(weight.grad.square().sum() for weight in model.policy.parameters()) ** 0.5)
+
+
+def masks_kept(model: Any) -> bool:
+    model.learn(24)
+    return model.rollout_buffer.action_masks is not None
+
+
+def answer_to_nan(model: Any) -> str:
+    model.learn(24)
+    model.rollout_buffer.returns[:] = np.nan
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*this update is skipped")
+            model.train()
+    except FloatingPointError:
+        return "stop"
+    return "skip"
+
+
+def masked_agent(saved: Path, **kwargs: Any) -> Any:
+    """The saved agent in an environment that has masks."""
+    return RecurrentPPO.load(saved, make_vec_env(OptionalMasks, 3, seed=0), device="cpu", **kwargs)
+
+
+class OptionalMasks(RandomEpisodes):
+    def action_masks(self) -> np.ndarray:
+        return np.ones(3, bool)
+
+
+# Name, value to load with, what it changes: from the first to the second.
+AT_LOAD: dict[str, tuple[Any, Callable[[Any], Any], Any, Any]] = {
+    "seq_len": (4, lambda model: model.rollout_buffer.chunk_starts, [0], [0, 4]),
+    "refresh_state": (True, refreshes, 0, 1),
+    "advantage_floor": (0.0, lambda model: divisor(model) > 10, True, False),
+    "grad_spike_factor": (None, lambda model: clipped_norm(model) > 0.1, False, True),
+    "use_masking": (False, masks_kept, True, False),
+    "on_nonfinite": ("skip", answer_to_nan, "stop", "skip"),
+    "rollout_buffer_class": (
+        LabelledBuffer,
+        lambda model: type(model.rollout_buffer),
+        ChunkedRolloutBuffer,
+        LabelledBuffer,
+    ),
+    "rollout_buffer_kwargs": ({"label": "a"}, lambda model: model.rollout_buffer.label, "none", "a"),
+}
+
+
+@pytest.mark.parametrize("name", AT_LOAD)
+def test_keyword_given_to_load_takes_effect(saved: Path, name: str) -> None:
+    value, effect, before, after = AT_LOAD[name]
+    others = {"rollout_buffer_class": LabelledBuffer} if name == "rollout_buffer_kwargs" else {}
+    assert effect(masked_agent(saved, **others)) == before
+    assert effect(masked_agent(saved, **others, **{name: value})) == after
+
+
+def test_every_keyword_of_the_constructor_is_tried_at_load() -> None:
+    parameters = inspect.signature(RecurrentPPO.__init__).parameters.values()
+    assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == set(AT_LOAD)
+
+
+def test_floor_of_advantages_can_be_set_between_rollouts() -> None:
+    model = agent()
+    assert divisor(model) > 10
+    model.advantage_floor = 0.0
+    assert divisor(model) < 10
 
 
 def test_other_policy_arguments_are_refused(saved: Path) -> None:

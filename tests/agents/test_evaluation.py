@@ -5,10 +5,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 
-from xlstm_rl.agents import evaluate, evaluate_random
+from tests.agents.small_agents import agent
+from tests.agents.spaces_for_tests import RandomEpisodes
+from xlstm_rl.agents import RecurrentPPO, evaluate, evaluate_random
 
 
 class ShortSuccesses(gym.Env[np.ndarray, Any]):
@@ -50,6 +53,50 @@ class Counter:
         state = np.where(episode_start, 0, 0 if state is None else state) + 1
         self.longest = max(self.longest, int(state.max()))
         return np.zeros(len(obs), int), state
+
+
+SAMPLED: dict[str, dict[str, Any]] = {
+    "categorical": {"action": "discrete"},
+    "gaussian": {"action": "box"},
+    "gSDE": {"action": "box", "use_sde": True},
+}
+
+
+class PaysForActions(RandomEpisodes):
+    def step(self, action: Any) -> Any:
+        obs, _, *rest = super().step(action)
+        return obs, float(np.sum(action)), *rest
+
+
+def sampling_agent(kind: str) -> RecurrentPPO:
+    env = make_vec_env(PaysForActions, n_envs=2, env_kwargs={"action": SAMPLED[kind]["action"]})
+    return agent(env=env, **SAMPLED[kind])
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_sampled_play_follows_from_the_seed(kind: str) -> None:
+    model = sampling_agent(kind)
+
+    def returns(seed: int) -> Any:
+        # whatever was drawn before
+        torch.rand(3)
+        if kind == "gSDE":
+            model.policy.reset_noise(2)
+        env = make_vec_env(PaysForActions, n_envs=2, env_kwargs={"action": SAMPLED[kind]["action"]})
+        return evaluate(model, env, 6, deterministic=False, seed=seed).returns.tolist()
+
+    assert returns(1) == returns(1)
+    assert returns(1) != returns(2)
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_seeded_play_leaves_the_random_numbers_of_training_alone(kind: str) -> None:
+    model = sampling_agent(kind)
+    before, noise = torch.get_rng_state(), dict(vars(model.policy.action_dist))
+    evaluate(model, make_vec_env(PaysForActions, env_kwargs={"action": SAMPLED[kind]["action"]}), 3, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    if kind == "gSDE":
+        assert vars(model.policy.action_dist)["exploration_mat"] is noise["exploration_mat"]
 
 
 @pytest.mark.parametrize(("empty", "longest"), [(False, 40), (True, 1)])

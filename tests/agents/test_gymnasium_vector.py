@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.wrappers.vector import NormalizeObservation, RecordEpisodeStatistics, TransformReward
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -136,6 +137,81 @@ def test_rollouts_start_episodes_where_they_start(mode: AutoresetMode | None) ->
     weights = buffer.chunks(torch.zeros(32, 3)).weights
     assert torch.equal(weights == 0, torch.from_numpy(buffer.skipped.T))
     assert all(info["l"] <= 5 for info in model.ep_info_buffer or ())
+
+
+class Paying(gym.Env[Any, Any]):
+    """Pays 1 a step for a fixed number of steps."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: int) -> Any:
+        self.t += 1
+        return np.full(1, self.t, np.float32), 1.0, self.t == self.length, False, {}
+
+
+def paying(mode: AutoresetMode) -> Any:
+    return SyncVectorEnv([lambda: Paying(3), lambda: Paying(5)], autoreset_mode=mode)
+
+
+def paid(env: VectorEnv[Any, Any, Any]) -> RecurrentPPO:
+    """A model that trained in the environment; all its episodes pay as long as they last."""
+    model = RecurrentPPO("MlpXLSTMPolicy", env, n_steps=32, batch_size=32, n_epochs=1, seed=0).learn(64)
+    episodes = list(model.ep_info_buffer or ())
+    assert {(info["r"], info["l"]) for info in episodes} == {(3, 3), (5, 5)}
+    result = evaluate(model, env, 8, seed=0)
+    assert sorted(result.returns) == sorted(result.lengths) == [3, 3, 3, 3, 5, 5, 5, 5]
+    return model
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_episodes_are_counted_right_under_a_wrapper_that_counts_them(mode: AutoresetMode) -> None:
+    paid(RecordEpisodeStatistics(paying(mode)))
+
+
+def test_the_counters_of_a_wrapper_stay_right_where_environments_reset_themselves() -> None:
+    env = RecordEpisodeStatistics(paying(AutoresetMode.NEXT_STEP))
+    paid(env)
+    assert set(env.return_queue) == {3, 5}
+
+
+def test_observations_are_normalised_by_the_wrapper_of_gymnasium() -> None:
+    model = paid(NormalizeObservation(paying(AutoresetMode.NEXT_STEP)))
+    assert model.rollout_buffer.skipped.any()
+    assert model.rollout_buffer.observations.min() < 0
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+def test_the_wrapper_that_normalises_observations_refuses_other_modes(mode: AutoresetMode) -> None:
+    with pytest.raises((AssertionError, ValueError), match="NEXT_STEP"):
+        NormalizeObservation(paying(mode))
+
+
+def test_what_a_wrapper_pays_for_a_skipped_step_is_in_no_return() -> None:
+    paid(TransformReward(paying(AutoresetMode.NEXT_STEP), np.ones_like))
+
+
+class WholeResetsOnly(VectorWrapper[Any, Any, Any, Any, Any]):
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
+        if options and "reset_mask" in options:
+            raise ValueError("no partial resets")
+        return super().reset(seed=seed, options=options)
+
+
+def test_a_wrapper_that_refuses_reset_masks_is_named_with_the_mode_to_use() -> None:
+    env = GymnasiumVecEnv(WholeResetsOnly(paying(AutoresetMode.DISABLED)))
+    env.reset()
+    with pytest.raises(ValueError, match=r"WholeResetsOnly.* cannot reset some .* no partial resets; .*SAME_STEP"):
+        for _ in range(3):
+            env.step(np.zeros(2, int))
 
 
 def test_native_cartpole_is_trained_and_evaluated() -> None:

@@ -66,40 +66,40 @@ ROLLOUTS = [torch.randn(20, 4, generator=torch.Generator().manual_seed(seed)) * 
 
 @pytest.mark.parametrize("unit", [1e-3, 7.0, 1e4])
 def test_normalised_advantage_does_not_depend_on_the_unit_of_reward(unit: float) -> None:
-    plain, scaled = AdvantageScale(0.1), AdvantageScale(0.1)
+    plain, scaled = AdvantageScale(), AdvantageScale()
     for advantage in ROLLOUTS:
-        assert_close(scaled.normalize(unit * advantage), plain.normalize(advantage))
+        assert_close(scaled.normalize(unit * advantage, floor=0.1), plain.normalize(advantage, floor=0.1))
 
 
 def test_floor_of_zero_is_stock_normalisation() -> None:
-    scale = AdvantageScale(0.0)
+    scale = AdvantageScale()
     for advantage in ROLLOUTS:
         stock = (advantage - advantage.mean()) / advantage.std(correction=0)
-        assert_close(scale.normalize(advantage), stock)
+        assert_close(scale.normalize(advantage, floor=0.0), stock)
 
 
 def test_first_rollout_is_normalised_as_by_stock_ppo() -> None:
-    assert_close(AdvantageScale(0.5).normalize(ROLLOUTS[0]).std(correction=0), torch.tensor(1.0))
+    assert_close(AdvantageScale().normalize(ROLLOUTS[0], floor=0.5).std(correction=0), torch.tensor(1.0))
 
 
 def test_floor_keeps_noise_small_after_a_solved_task() -> None:
-    scale = AdvantageScale(0.1)
-    scale.normalize(ROLLOUTS[0])
+    scale = AdvantageScale()
+    scale.normalize(ROLLOUTS[0], floor=0.1)
     noise = 1e-3 * ROLLOUTS[0]
-    normalised = scale.normalize(noise)
+    normalised = scale.normalize(noise, floor=0.1)
     # the divisor is a tenth of the root mean square of both deviations
     expected = 1e-3 / (0.1 * 0.5**0.5)
     assert float(normalised.std(correction=0)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_equal_advantages_become_zero() -> None:
-    assert_close(AdvantageScale(0.0).normalize(torch.full((3, 2), 5.0)), torch.zeros(3, 2))
+    assert_close(AdvantageScale().normalize(torch.full((3, 2), 5.0), floor=0.0), torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize("floor", [-0.1, 1.0, float("nan")])
 def test_impossible_floor_is_refused(floor: float) -> None:
     with pytest.raises(ValueError, match="advantage_floor="):
-        AdvantageScale(floor)
+        AdvantageScale().normalize(ROLLOUTS[0], floor=floor)
 
 
 def loss_of(

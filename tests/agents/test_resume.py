@@ -137,6 +137,63 @@ def test_every_wrapper_and_policy_resumes_exactly(case: str, cut: int) -> None:
         model.env.close()
 
 
+class StopAt(BaseCallback):
+    """Stops training within a rollout; saves at its end if there is a file."""
+
+    def __init__(self, at: int, file: io.BytesIO | None = None) -> None:
+        super().__init__()
+        self.at, self.file = at, file
+
+    def _on_step(self) -> bool:
+        return self.num_timesteps < self.at
+
+    def _on_training_end(self) -> None:
+        if self.file is not None:
+            self.model.save_checkpoint(self.file)  # type: ignore[attr-defined]
+
+
+def test_run_that_a_callback_stopped_is_saved_as_it_is_and_goes_on_from_there() -> None:
+    whole, file = learner(envs()), io.BytesIO()
+    whole.learn(300, callback=StopAt(42))
+    assert whole.checkpoint_step == whole.num_timesteps == 42
+    whole.save_checkpoint(file)
+    whole.learn(60, reset_num_timesteps=False)
+    parts = RecurrentPPO.resume(file, envs(), device="cpu")
+    assert parts.num_timesteps == 42
+    parts.learn(60, reset_num_timesteps=False)
+    assert_same_run(whole, parts)
+
+
+def test_callbacks_of_a_stopped_run_save_it_as_before_the_rollout() -> None:
+    file = io.BytesIO()
+    learner(envs()).learn(300, callback=StopAt(42, file))
+    assert RecurrentPPO.resume(file, envs()).num_timesteps == 30
+
+
+def test_the_start_of_a_rollout_that_was_stopped_is_not_saved_later() -> None:
+    model, file = learner(envs()), io.BytesIO()
+    model.learn(300, callback=StopAt(42))
+    model.learn(30, callback=Save(42, file), reset_num_timesteps=False)
+    assert RecurrentPPO.resume(file, envs()).num_timesteps == 42
+
+
+def test_run_that_an_exception_ended_is_saved_as_before_the_rollout() -> None:
+    class Fail(StopAt):
+        def _on_step(self) -> bool:
+            if not super()._on_step():
+                raise KeyboardInterrupt
+            return True
+
+    model, file = learner(envs()), io.BytesIO()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(60, callback=Fail(42))
+    model.save_checkpoint(file)
+    parts = RecurrentPPO.resume(file, envs(), device="cpu")
+    assert model.checkpoint_step == parts.num_timesteps == 30
+    parts.learn(30, reset_num_timesteps=False)
+    assert_same_run(learner(envs()).learn(60), parts)
+
+
 def test_global_generators_go_on() -> None:
     whole, file = learner(envs()), io.BytesIO()
     whole.learn(30)

@@ -262,12 +262,14 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         return self.mlp_extractor.forward_actor(latent_pi), self.mlp_extractor.forward_critic(latent_vf), state
 
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
-        """Actions [n_envs, ...] as the environment wants them: in bounds and in its dtype."""
+        """Actions [n_envs, ...] as the environment wants them: in bounds, from the start of its space, in its dtype."""
         space = self.action_space
         if isinstance(space, spaces.Box):
             if self.squash_output:
                 return np.asarray(self.unscale_action(actions))
             return np.asarray(np.clip(actions, space.low, space.high))
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            actions = actions + space.start
         return np.asarray(actions, dtype=space.dtype)
 
 

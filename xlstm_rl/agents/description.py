@@ -89,7 +89,7 @@ def describe(value: Any, where: str, tensors: dict[str, Tensor], *, leave_out: b
     if isinstance(value, type) and value in _CLASS_NAMES:
         return {KIND: "class", "name": _CLASS_NAMES[value]}
     if type(value) is AdvantageScale:
-        return {KIND: "AdvantageScale", **{name: _finite_or_name(part) for name, part in vars(value).items()}}
+        return {KIND: "AdvantageScale", "mean_square": _finite_or_name(value.mean_square), "count": value.count}
 
     def inner(part: Any, name: Any) -> Any:
         return describe(part, f"{where}.{name}" if where else str(name), tensors, leave_out=leave_out)
@@ -234,7 +234,7 @@ def _rebuild_dict(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor
 
 
 def _rebuild_advantage_scale(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]) -> AdvantageScale:
-    scale = AdvantageScale(float(tree["floor"]))
+    scale = AdvantageScale()
     scale.mean_square, scale.count = float(tree["mean_square"]), int(tree["count"])
     return scale
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium.vector import VectorEnv
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
@@ -52,7 +55,8 @@ def evaluate(
             over-represented.
         deterministic: the mode of the policy instead of a sample.
         empty_state_every_step: take the memory away: every observation is presented as the first of an episode.
-        seed: of the environments; None leaves their random state.
+        seed: of the environments and of what the policy samples, by torch's generators, which are afterwards as they
+            were; None leaves the random state of both.
 
     Raises:
         TypeError: `env` is no environment.
@@ -66,7 +70,8 @@ def evaluate(
             episode_start = np.ones_like(episode_start)
         return player.predict(obs, state=state, episode_start=episode_start, deterministic=deterministic)
 
-    return _play(actor, env, n_episodes, seed)
+    with nullcontext() if seed is None else _seeded_sampling(model, env.num_envs, seed):
+        return _play(actor, env, n_episodes, seed)
 
 
 def evaluate_random(
@@ -84,6 +89,26 @@ def evaluate_random(
         return np.stack([space.sample() for _ in episode_start]), state
 
     return _play(actor, env, n_episodes, seed)
+
+
+@contextmanager
+def _seeded_sampling(model: Any, n_envs: int, seed: int) -> Iterator[None]:
+    """Samples of the model follow from the seed; torch's generators and the noise of gSDE come back afterwards."""
+    device = torch.device(getattr(model, "device", "cpu"))
+    noise = getattr(getattr(model, "policy", None), "action_dist", None)
+    kept = dict(vars(noise)) if isinstance(noise, StateDependentNoiseDistribution) else {}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        try:
+            if kept:
+                model.policy.reset_noise(n_envs)
+            yield
+        finally:
+            if kept:
+                vars(noise).update(kept)
 
 
 def _as_vec_env(env: Any) -> VecEnv:

@@ -23,13 +23,14 @@ class GymnasiumVecEnv(VecEnv):
     How the environment resets itself (`metadata["autoreset_mode"]`) decides what happens at the end of an episode:
 
     - SAME_STEP: its final observation goes into the info.
-    - DISABLED, and NEXT_STEP of gymnasium's own Sync- and AsyncVectorEnv: it is reset at once with a reset mask.
-    - NEXT_STEP of others: their next step only resets and ignores its action. That step is an episode of its own here,
-      whose one observation belongs to nobody; the info marks it as "skipped_step", it has no "episode", and
-      `RecurrentPPO` gives it no weight. Prefer SAME_STEP where there is a choice.
+    - DISABLED, and NEXT_STEP of a bare Sync- or AsyncVectorEnv of gymnasium: it is reset at once with a reset mask.
+    - NEXT_STEP of others, vector wrappers included: their next step only resets and ignores its action. That step is an
+      episode of its own here, whose one observation belongs to nobody; the info marks it as "skipped_step", it has no
+      "episode", and `RecurrentPPO` gives it no weight. Prefer SAME_STEP where there is a choice.
 
     Episodes are recorded as `Monitor` would: the info of a final step has "episode" with return "r", length "l" and
-    seconds "t", unless the environment has put it there.
+    seconds "t", unless the environment has put it there. In the mode DISABLED that of vector wrappers does not count:
+    gymnasium's set the counters of all environments to zero where one is reset.
 
     Args:
         env: the environment.
@@ -45,9 +46,11 @@ class GymnasiumVecEnv(VecEnv):
             )
         self.env = env
         self._mode = AutoresetMode(env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+        # vector wrappers do not expect resets that the mode does not announce
         self._masked_reset = self._mode is AutoresetMode.DISABLED or (
-            self._mode is AutoresetMode.NEXT_STEP and isinstance(env.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+            self._mode is AutoresetMode.NEXT_STEP and isinstance(env, SyncVectorEnv | AsyncVectorEnv)
         )
+        self._masked_through_wrappers = self._masked_reset and env is not env.unwrapped
         self._actions: Any = None
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._start = time.perf_counter()
@@ -76,7 +79,7 @@ class GymnasiumVecEnv(VecEnv):
         terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
         infos = _by_environment(vector_infos, self.num_envs)
         skipped, dones = self._resets_next, terminated | truncated
-        self._returns += rewards
+        self._returns += np.where(skipped, 0, rewards)
         self._lengths += ~skipped
         for row in np.flatnonzero(skipped):
             infos[row] = {SKIPPED: "the environment was reset in this step", "TimeLimit.truncated": False}
@@ -99,10 +102,19 @@ class GymnasiumVecEnv(VecEnv):
             final = _row(obs, row)
         elapsed = round(time.perf_counter() - self._start, 6)
         episode = {"r": round(float(self._returns[row]), 6), "l": int(self._lengths[row]), "t": elapsed}
-        return {"episode": episode} | info | {"terminal_observation": final, "TimeLimit.truncated": cut}
+        told = info | {"episode": episode} if self._masked_through_wrappers else {"episode": episode} | info
+        return told | {"terminal_observation": final, "TimeLimit.truncated": cut}
 
     def _reset_where(self, mask: np.ndarray, obs: Any) -> Any:
-        first, infos = self.env.reset(options={"reset_mask": mask.copy()})
+        try:
+            first, infos = self.env.reset(options={"reset_mask": mask.copy()})
+        except ValueError as error:
+            if not self._masked_through_wrappers:
+                raise
+            raise ValueError(
+                f"{self.env} cannot reset some environments alone, which autoreset_mode DISABLED needs: {error}; make "
+                "the environment with AutoresetMode.SAME_STEP, or NEXT_STEP where the wrapper wants that"
+            ) from error
         for row, info in enumerate(_by_environment(infos, self.num_envs)):
             if mask[row]:
                 self.reset_infos[row] = info

@@ -43,32 +43,41 @@ class AdvantageScale:
     therefore kept above `floor` times the root mean square of the standard deviations met so far in training, so it
     holds for rewards of any unit.
 
-    Args:
-        floor: smallest divisor relative to the scale met so far; 0 is the stock behaviour.
+    Attributes:
+        mean_square: mean of the squared standard deviations met.
+        count: rollouts met.
     """
 
-    def __init__(self, floor: float) -> None:
-        if not 0 <= floor < 1:
-            raise ValueError(f"advantage_floor={floor} must be in [0, 1); 0 is stock PPO, 0.1 the default")
-        self.floor = floor
+    def __init__(self) -> None:
         self.mean_square = 0.0
         self.count = 0
 
-    def normalize(self, advantage: Tensor, counted: Tensor | None = None) -> Tensor:
+    def normalize(self, advantage: Tensor, *, floor: float, counted: Tensor | None = None) -> Tensor:
         """Count one rollout's advantages [...] in and return them centred and scaled.
 
         Args:
             advantage: [...].
+            floor: smallest divisor relative to the scale met so far; 0 is the stock behaviour.
             counted: bool [...], false for steps that are not to be counted in; None counts all.
+
+        Raises:
+            ValueError: the floor is not in [0, 1).
         """
+        check_advantage_floor(floor)
         seen = advantage if counted is None else advantage[counted]
         if seen.numel() == 0:
             return advantage
         std = seen.std(correction=0).item()
         self.count += 1
         self.mean_square += (std**2 - self.mean_square) / self.count
-        divisor: float = max(std, self.floor * self.mean_square**0.5, 1e-8)
+        divisor: float = max(std, floor * self.mean_square**0.5, 1e-8)
         return (advantage - seen.mean()) / divisor
+
+
+def check_advantage_floor(floor: float) -> None:
+    """Refuse a floor of `AdvantageScale` that is not in [0, 1)."""
+    if not 0 <= floor < 1:
+        raise ValueError(f"advantage_floor={floor} must be in [0, 1); 0 is stock PPO, 0.1 the default")
 
 
 class PPOLoss(NamedTuple):

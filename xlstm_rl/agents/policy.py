@@ -117,7 +117,16 @@ class XLSTMPolicy(MemoryActorCritic):
     def forward(  # type: ignore[override]
         self, obs: Any, lstm_states: RNNStates, episode_starts: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, RNNStates]:
-        """One step for sb3-contrib: actions, values [N, 1], log_prob [N], states."""
+        """One step for sb3-contrib: actions, values [N, 1], log_prob [N], states.
+
+        Raises:
+            ValueError: actions do not start at 0, which sb3-contrib would send all the same.
+        """
+        if np.any(getattr(self.action_space, "start", 0)):
+            raise ValueError(
+                f"actions {self.action_space} do not start at 0, and sb3_contrib.RecurrentPPO sends those from 0: use "
+                "xlstm_rl.RecurrentPPO, or shift them with gymnasium.wrappers.TransformAction"
+            )
         step = self.act(obs, self._from_pairs(lstm_states), episode_starts > 0.5, deterministic=deterministic)
         actions = step.actions.reshape((-1, *(self.action_space.shape or ())))
         return actions, step.values.unsqueeze(-1), step.log_prob, self._to_pairs(step.state)

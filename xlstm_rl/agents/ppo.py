@@ -28,7 +28,7 @@ from xlstm_rl.agents.faults import (
 )
 from xlstm_rl.agents.gradient_clip import clip_gradients
 from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
-from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, ppo_loss
+from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, check_advantage_floor, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.memory_statistics import memory_statistics
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
@@ -171,7 +171,7 @@ class RecurrentPPO(SavedAlgorithm):
         self.seq_len = seq_len
         self.refresh_state = refresh_state
         self.advantage_floor = advantage_floor
-        self._advantage_scale = AdvantageScale(advantage_floor)
+        self._advantage_scale = AdvantageScale()
         self.grad_spike_factor = grad_spike_factor
         self.use_masking = use_masking
         self._gradient_norm: float | None = None
@@ -185,6 +185,7 @@ class RecurrentPPO(SavedAlgorithm):
         for name in ("n_steps", "batch_size", "n_epochs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_advantage_floor(self.advantage_floor)
         if self.grad_spike_factor is not None and self.grad_spike_factor <= 1:
             raise ValueError(f"grad_spike_factor={self.grad_spike_factor} must be above 1, or None for no bound")
         if self.on_nonfinite not in ("stop", "skip"):
@@ -258,6 +259,7 @@ class RecurrentPPO(SavedAlgorithm):
                 "copies: set force_reset=True"
             )
         check_for_correct_spaces(env, self.observation_space, self.action_space)
+        self._rollout_start = None
         # the parent class wants as many as before
         self.n_envs = env.num_envs
         super().set_env(env, force_reset)
@@ -266,6 +268,7 @@ class RecurrentPPO(SavedAlgorithm):
             self._last_state = self.policy.initial_state(self.n_envs)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self._rollout_start = None
         fresh = self._last_obs is None
         result = super()._setup_learn(*args, **kwargs)
         if fresh or self._last_state is None:
@@ -344,7 +347,8 @@ class RecurrentPPO(SavedAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         advantages = torch.from_numpy(np.ascontiguousarray(self.rollout_buffer.advantages))
         if self.normalize_advantage:
-            advantages = self._advantage_scale.normalize(advantages, torch.from_numpy(~self.rollout_buffer.skipped))
+            counted = torch.from_numpy(~self.rollout_buffer.skipped)
+            advantages = self._advantage_scale.normalize(advantages, floor=self.advantage_floor, counted=counted)
         chunks = self.rollout_buffer.chunks(advantages)
         parts: list[PPOLoss] = []
         keep_going, skipped = True, 0
@@ -469,4 +473,6 @@ class RecurrentPPO(SavedAlgorithm):
     ) -> RecurrentPPO:
         """Train for `total_timesteps` environment steps, rounded up to whole rollouts."""
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        # a rollout that a callback broke off is over once all callbacks have seen the end
+        self._rollout_start = None
         return self

@@ -32,7 +32,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
     """The part of `RecurrentPPO` that deals with files."""
 
     _rollout_start: TrainingPoint | None = None
-    """Set while a rollout is collected."""
+    """Set while a rollout is collected, and where an exception or a callback broke one off until `learn` is over."""
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_rollout_start"]
@@ -129,8 +129,10 @@ class SavedAlgorithm(OnPolicyAlgorithm):
 
         Beside the agent, the file holds the states of the random generators of Python, NumPy and torch, of the vector
         wrappers (running statistics, stacked frames), and what the running episodes follow from, if every environment
-        is wrapped in `xlstm_rl.envs.Resumable`. Called while a rollout is collected, as callbacks do, it writes the
-        run as it was before that rollout: the run then goes on from there and repeats the steps since.
+        is wrapped in `xlstm_rl.envs.Resumable`. Called while a rollout is collected, as callbacks do, or after an
+        exception ended one, it writes the run as it was before that rollout: the run then goes on from there and
+        repeats the steps since. Called after `learn` returned, it writes the present, also where a callback stopped
+        training within a rollout: the resumed run then does what another `learn` would do.
 
         Args:
             path: as for `save`; the file appears whole or not at all, and `load` reads the agent in it.

@@ -6,6 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -38,7 +39,8 @@ class TrainingPoint(NamedTuple):
     """State of every vector wrapper, the outermost first."""
 
 
-class Resumed(NamedTuple, Generic[Model]):
+@dataclass(frozen=True)
+class Resumed(Generic[Model]):
     """A run that can go on."""
 
     model: Model

@@ -143,6 +143,8 @@ def _action_error(space: spaces.Space[Any], got: dict[str, np.ndarray], expected
     logits = got["logits"]
     if isinstance(space, spaces.MultiBinary):
         return float(np.abs(logits[action != expected]).max(initial=0.0))
+    assert isinstance(space, spaces.Discrete | spaces.MultiDiscrete), "others have no list of choices"
+    action, expected = action - space.start, expected - space.start
     gaps = []
     for index, part in enumerate(np.split(logits, np.cumsum(mask_parts(space))[:-1], axis=-1)):
         chosen, other = (np.reshape(choice, (ROWS, -1))[:, index, None] for choice in (action, expected))

@@ -85,7 +85,10 @@ class PolicyStep(nn.Module):
             return (output > 0).to(torch.int8), [output]
         output = mask_logits(output, mask)
         chosen = [part.argmax(-1) for part in torch.split(output, mask_parts(space), dim=-1)]
-        return (chosen[0] if isinstance(space, spaces.Discrete) else torch.stack(chosen, -1)), [output]
+        assert isinstance(space, spaces.Discrete | spaces.MultiDiscrete), "a policy has no other action spaces"
+        action = chosen[0] if isinstance(space, spaces.Discrete) else torch.stack(chosen, -1)
+        start = torch.as_tensor(space.start, dtype=action.dtype, device=action.device)
+        return action + start, [output]
 
     def _std(self, latent: Tensor, mean: Tensor) -> Tensor:
         """Standard deviation [B, n] of the Gaussian."""
