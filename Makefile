@@ -11,15 +11,19 @@ TRITON_VENV ?= .venv-triton
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-STAMP := $(VENV)/.installed
+# What training needs, and what tests, lint and documentation need besides.
+RUNTIME := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 # More threads than workers make small networks slower, not faster.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help setup train test test-triton test-triton-interpreter test-triton-compiler slow-triton gpu-check lint slow bench docs clean
 
 help:
 	@echo "make train   train an agent (PRESET=$(PRESET), OVERRIDES='a.b=value ...')"
+	@echo "make setup   everything for development, in $(VENV)"
 	@echo "make test    lint, types and the quick tests"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make slow    the slow tests"
@@ -32,19 +36,26 @@ help:
 	@echo "make bench   speed and learning benchmarks"
 	@echo "make clean   remove what make created, runs/ excepted"
 
-setup: $(STAMP)
+setup: $(DEV)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard xlstm_rl/kernels/cpp/*)
+$(RUNTIME) $(DEV): pyproject.toml setup.py constraints.txt $(wildcard xlstm_rl/kernels/cpp/*)
+
+# A torch that is already in the environment stays, so its smaller CPU build can be installed there first.
+$(RUNTIME):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[dev]'
-	$(PIP) install -c constraints.txt --no-deps xlstm
+	$(PIP) install -c constraints.txt -e .
 	touch $@
 
-train: $(STAMP)
+$(DEV):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-deps xlstm
+	touch $(RUNTIME) $@
+
+train: $(RUNTIME)
 	$(BIN)/xlstm-rl train $(PRESET) $(OVERRIDES)
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -53,16 +64,16 @@ test: lint
 	$(ONE_THREAD) $(BIN)/pytest -q tests/test_layout.py
 	$(ONE_THREAD) $(BIN)/pytest -q -n $(WORKERS) --ignore=tests/test_layout.py
 
-docs: $(STAMP)
+docs: $(DEV)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-slow: $(STAMP)
+slow: $(DEV)
 	$(ONE_THREAD) $(BIN)/pytest -q -m slow
 
 # Triton beside the packages of the first environment; torch for the CPU does not bring it.
 TRITON_STAMP := $(TRITON_VENV)/.installed-$(TRITON)
 
-$(TRITON_STAMP): $(STAMP)
+$(TRITON_STAMP): $(DEV)
 	test -x $(TRITON_VENV)/bin/python || $(BIN)/python -m venv $(TRITON_VENV)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> "$$($(TRITON_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth"
@@ -83,11 +94,11 @@ test-triton-compiler: $(TRITON_STAMP)
 slow-triton: $(TRITON_STAMP)
 	$(ONE_THREAD) TRITON_INTERPRET=0 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q -m slow tests/gpu/test_compilation.py
 
-gpu-check: $(STAMP)
+gpu-check: $(RUNTIME)
 	$(BIN)/python -m benchmarks.gpu_check
 
 # gpu_check needs a GPU and has a target of its own.
-bench: $(STAMP)
+bench: $(DEV)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.layers
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.throughput
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.collapse

@@ -66,11 +66,11 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def run_all(jobs: Sequence[Job], workers: int) -> None:
-    """Run what has no result yet, each run in a process of its own."""
+    """Run what has no result yet."""
     todo = [job for job in jobs if not job.path.exists()]
     print(f"{len(jobs) - len(todo)} runs are there, {len(todo)} to do")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = {pool.submit(run, job): job for job in todo}
         for done, future in enumerate(as_completed(futures), 1):
             job, result = futures[future], future.result()

@@ -37,9 +37,10 @@ TABLES = ("layers", "blocks", "step", "growth")
 Medians = dict[str, float]
 
 
-def medians(runs: Mapping[str, Run], rounds: int, seconds: float) -> Medians:
+def medians(runs: Mapping[str, Run | Training], rounds: int, seconds: float) -> Medians:
     """Median time of one call in us; a turn of a contender lasts about `seconds`, whatever it takes."""
-    calls, times = {}, {label: [] for label in runs}
+    calls: dict[str, int] = {}
+    times: dict[str, list[float]] = {label: [] for label in runs}
     for label, run in runs.items():
         run()
         start = time.process_time()

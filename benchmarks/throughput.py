@@ -32,7 +32,7 @@ from xlstm_rl.agents import RecurrentPPO
 N_ENVS, N_STEPS = 16, 128
 
 
-class LongEpisodes(gym.Env[np.ndarray, int]):
+class LongEpisodes(gym.Env[np.ndarray, np.int64]):
     """Cheap steps, episodes of uniform length with a given mean: the learner is the limit."""
 
     observation_space = spaces.Box(-1, 1, (8,), np.float32)
@@ -47,7 +47,7 @@ class LongEpisodes(gym.Env[np.ndarray, int]):
         self.left = int(self.np_random.integers(1, 2 * self.mean_steps))
         return self.np_random.random(8, dtype=np.float32), {}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Pay for action 0."""
         self.left -= 1
         return self.np_random.random(8, dtype=np.float32), float(action == 0), self.left <= 0, False, {}

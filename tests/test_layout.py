@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from xlstm_rl import __version__
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "xlstm_rl"
 LINKS = ("kernels", "agents", "envs", "configs")
@@ -118,6 +120,10 @@ def test_oldest_python_is_the_one_that_the_package_asks_for() -> None:
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for line in (f'requires-python = ">={version}"', f'python_version = "{version}"'):
         assert line in settings.splitlines()
+
+
+def test_citation_names_the_version() -> None:
+    assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
 
 
 def test_package_says_that_it_is_typed() -> None:

@@ -18,9 +18,9 @@ def clip_gradients(
     """Scale gradients down to `max_norm`, and to a multiple of their usual norm.
 
     On a solved task gradients become small and Adam's second moment forgets what large ones were. One rare action with
-    a surprising outcome then gives a gradient hundreds of times the usual, still below `max_norm`; Adam's steps go on
-    along it for ten updates, farther than PPO's clipped ratio can call back, and the policy breaks. A bound relative to
-    the running norm keeps such a step at the size of the others; gradients that stay large raise the bound.
+    a surprising outcome then gives a gradient hundreds of times the usual, still below `max_norm`; Adam keeps moving
+    along it for ten updates, farther than PPO's clipped ratio can undo, and the policy breaks. A bound relative to the
+    running norm keeps such a step at the size of the others; gradients that stay large raise the bound.
 
     Args:
         parameters: with gradients.

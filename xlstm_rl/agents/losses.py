@@ -35,13 +35,13 @@ def gae(
 
 
 class AdvantageScale:
-    """Divisor that normalises advantages without blowing noise up to signal.
+    """Divisor that normalises advantages without amplifying noise to the size of a signal.
 
     Dividing by the standard deviation of one batch makes every batch equally loud. Once a sparse task is solved,
     nearly all returns are equal, what is left of the advantage is the error of the critic, and stock normalisation
     turns that noise into full-size policy updates: the policy walks away from the solution. The divisor is
-    therefore kept above `floor` times the root mean square of the standard deviations met so far in training, so it
-    holds for rewards of any unit.
+    therefore kept above `floor` times the root mean square of the standard deviations seen so far in training, so it
+    works for rewards of any unit.
 
     Attributes:
         mean_square: mean of the squared standard deviations met.

@@ -15,9 +15,9 @@ from xlstm_rl.agents.action_masks import masks_actions, read_masks, takes_masks
 class MaskedModel:
     """A model whose `predict` looks up the masks of the environment that it plays in.
 
-    Hand it to what calls `predict` without masks, such as Stable-Baselines3's `evaluate_policy`:
+    Pass it to code that calls `predict` without masks, such as Stable-Baselines3's `evaluate_policy`:
     `evaluate_policy(MaskedModel(model, env), env)`. Where the environment has no `action_masks`, or the model does not
-    take them, it is the model as it was. Everything but `predict` is the model's.
+    take them, it behaves as the model itself. Everything but `predict` is the model's.
 
     Args:
         model: with Stable-Baselines3's `predict`.

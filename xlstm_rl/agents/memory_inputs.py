@@ -85,7 +85,7 @@ class InputLayout:
 
 
 class MemoryInputs(gym.Wrapper[dict[str, Any], Any, Any, Any], gym.utils.RecordConstructorArgs):
-    """Adds to every observation what the agent did and was paid in the step before.
+    """Adds the previous action, the previous reward and a start flag to every observation.
 
     The observation becomes a Dict: the entries of a Dict as they are, anything else as "observation", and
 
@@ -132,8 +132,8 @@ class MemoryInputs(gym.Wrapper[dict[str, Any], Any, Any, Any], gym.utils.RecordC
 class VecMemoryInputs(VecEnvWrapper):
     """What `xlstm_rl.MemoryInputs` does to one environment, for a vector environment.
 
-    For simulators that step many copies at once, where nothing can be put around a single one. The reward told is that
-    of `venv`: wrap before `VecNormalize`, so that training and evaluation tell the same.
+    For simulators that step many copies at once, where a single one cannot be wrapped. The previous reward is that of
+    `venv`: wrap before `VecNormalize`, so that it is the same in training and evaluation.
 
     Args:
         venv: the environments.

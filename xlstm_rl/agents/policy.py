@@ -59,8 +59,8 @@ class XLSTMPolicy(MemoryActorCritic):
         optimizer_kwargs: for its constructor; by default Adam's fused form with eps 1e-5.
         memory: name of the memory core, see `make_memory`.
         memory_kwargs: its settings, for "xlstm" the fields of `XLSTMConfig`.
-        critic_memory: "shared" (the actor's memory, trained by both losses), "separate" (one of the same settings) or
-            "none" (the critic sees the current features only).
+        critic_memory: "shared" (the actor's memory, trained by both losses), "separate" (one of its own, with the same
+            settings) or "none" (the critic sees only the current features).
 
     Raises:
         ValueError: a setting does not fit; the message names it and the remedy.

@@ -91,19 +91,19 @@ class _Remote:
 
 
 class GuardedSubprocVecEnv(SubprocVecEnv):
-    """Stable-Baselines3's `SubprocVecEnv` that says which environment failed, and why, and can start it again.
+    """A `SubprocVecEnv` of Stable-Baselines3 that reports which environment failed, and why, and can restart it.
 
     Where an environment raises an exception, its process dies or it does not answer in time, `WorkerError` names it
     and holds its traceback. With restarts left, a step in which that happens ends the episode of this environment
-    instead: the environment is made anew with a new seed, its first observation is returned with `done`, the reward is
-    0 and the info holds "skipped_step" with the reason, no final observation and no "episode". `RecurrentPPO` lets
-    such a step teach nothing.
+    instead: the environment is built again with a new seed, its first observation is returned with `done`, the reward
+    is 0 and the info holds "skipped_step" with the reason, no final observation and no "episode". `RecurrentPPO` learns
+    nothing from such a step.
 
     Args:
-        env_fns: make the environments.
-        start_method: of processes, as for `multiprocessing`; None: "forkserver" where there is such, else "spawn".
-        timeout: seconds for an answer; None waits forever.
-        restarts: how often each environment may be started again.
+        env_fns: functions that make the environments.
+        start_method: of processes, as for `multiprocessing`; None: "forkserver" where available, else "spawn".
+        timeout: seconds to wait for an answer; None waits forever.
+        restarts: how often each environment may be restarted.
 
     Raises:
         WorkerError: an environment cannot be made.

@@ -30,7 +30,7 @@ class EnvConfig:
         worker_restarts: how often a process that failed, died or hung is started again, per environment.
         normalize_observation, normalize_reward: running normalisation by SB3's VecNormalize; of observations the Box
             parts, but not images, which the network scales itself.
-        memory_inputs: what of the step before the agent sees beside the observation: any of "action", "reward" (not
+        memory_inputs: what the agent sees of the previous step beside the observation: any of "action", "reward" (not
             normalised) and "start".
     """
 

@@ -27,16 +27,16 @@ class _Episode:
 
 
 class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
-    """Notes what the running episode follows from, and plays it again elsewhere.
+    """Records what determines the running episode, so that it can be replayed elsewhere.
 
-    An episode follows from the random generators before its reset and the actions since. `resume_at` restores the
-    former and repeats the latter, so every environment resumes exactly whose randomness all comes from
-    `self.np_random` and its spaces, with all its wrappers. An environment that carries more from one episode to the
-    next (a curriculum, the generator of a simulator) tells it by two methods of its own, which are called before a
-    reset: `get_state()` returns plain values (numbers, strings, arrays, lists and dicts of them), and
-    `set_state(state)` takes them.
+    An episode is determined by the random generators before its reset and the actions since. `resume_at` restores the
+    former and repeats the latter, so an environment, with all its wrappers, resumes exactly if all its randomness comes
+    from `self.np_random` and its spaces. An environment that carries more from one episode to the next (a curriculum,
+    the generator of a simulator) provides it through two methods of its own, which are called before a reset:
+    `get_state()` returns plain values (numbers, strings, arrays, lists and dicts of them), and `set_state(state)` takes
+    them.
 
-    To be the outermost wrapper: what lies outside is not brought back.
+    It must be the outermost wrapper: what lies outside is not brought back.
     """
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:

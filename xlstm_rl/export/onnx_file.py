@@ -39,14 +39,14 @@ class ExportError(ValueError):
 def export_onnx(model: BaseAlgorithm, path: Path, *, action_masks: bool | None = None) -> dict[str, Any]:
     """Write one step of an agent as an ONNX file: observation, state and reset flag in, action and next state out.
 
-    In the graph are the normalisation and the transposition of images that the vector environment of the agent does
+    The graph includes the normalisation and the transposition of images done by the vector environment of the agent
     (`VecNormalize` with its present statistics, `VecTransposeImage`); every axis of the batch is dynamic; the file is
     written whole or not at all.
 
     Args:
         model: an agent with an `XLSTMPolicy`.
-        path: of the file; missing folders are made.
-        action_masks: make an input of the masks; None: where the environment of the agent has masks that it uses.
+        path: of the file; missing folders are created.
+        action_masks: whether masks are an input; None: where the environment of the agent has masks that it uses.
 
     Returns:
         The metadata, which is the JSON under the key "xlstm_rl" in the file; docs/export.md says what is in it.

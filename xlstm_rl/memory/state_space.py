@@ -36,8 +36,8 @@ class StateSpace(MemoryCore):
         num_states: states per inner feature, the N of the paper.
         proj_factor: inner width over `hidden_size`.
         conv_kernel: steps seen by the causal convolution, the current one included.
-        delta_range: initial time constants are spread log-uniformly between 1 / the second and 1 / the first number of
-            steps.
+        delta_range: initial step sizes are spread log-uniformly between these two, hence time constants between 1 / the
+            second and 1 / the first number in steps.
 
     Raises:
         TypeError: a setting is of the wrong kind; the message names it.

@@ -26,9 +26,9 @@ class AttentionCache(NamedTuple):
 class Transformer(MemoryCore):
     """Causal self-attention over the last `window` steps of the episode (Parisotto et al. 2020, GTrXL).
 
-    As in GTrXL, norms come before the sublayers, whose outputs are rectified, and gates like those of a GRU, at first
-    open to the residual stream, take the place of sums. Distances enter as a learnt bias per head, and no gradient is
-    stopped: keys and values are cached, not layer inputs.
+    As in GTrXL, norms come before the sublayers, whose outputs are rectified, and gates like those of a GRU, which
+    start open to the residual stream, replace the sums. Distances enter as a learnt bias per head. What is cached are
+    keys and values, not layer inputs, and no gradient is stopped.
 
     Args:
         input_size: features per step.
