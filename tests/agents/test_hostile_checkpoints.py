@@ -304,6 +304,29 @@ def test_changed_value_is_loaded_or_refused(saved: Path, tmp_path: Path, member:
             RecurrentPPO.load(path, device="cpu")
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_no_file_chooses_where_events_are_written(resumed: bool, tmp_path: Path) -> None:
+    agent(steps=24).save_checkpoint(tmp_path / "run.zip")
+    log_there = json_edit("data.json", lambda tree: tree.update(tensorboard_log=str(tmp_path / "chosen")))
+    path = edited(tmp_path / "run.zip", tmp_path / "changed.zip", log_there)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*start new episodes")
+        model = (RecurrentPPO.resume if resumed else RecurrentPPO.load)(path, vec_env(), "cpu")
+    model.learn(24)
+    assert not (tmp_path / "chosen").exists()
+    again = RecurrentPPO.load(path, vec_env(), tensorboard_log=str(tmp_path / "own"))
+    again.learn(24)
+    assert list((tmp_path / "own").iterdir())
+
+
+def test_folder_of_events_is_not_saved_and_can_be_handed_over(tmp_path: Path) -> None:
+    agent(tensorboard_log=str(tmp_path / "here")).save(tmp_path / "model")
+    with zipfile.ZipFile(tmp_path / "model.zip") as file:
+        assert "tensorboard_log" not in json.loads(file.read("data.json"))
+    given = RecurrentPPO.load(tmp_path / "model", custom_objects={"tensorboard_log": "there"})
+    assert given.tensorboard_log == "there"
+
+
 def test_settings_left_out_are_named(tmp_path: Path) -> None:
     agent().save(tmp_path / "model", exclude=["action_space"])
     with pytest.raises(CheckpointError, match="holds no action_space"):

@@ -368,6 +368,16 @@ def test_weights_stay_finite_where_every_reward_is_equal() -> None:
     assert_finite(model)
 
 
+@pytest.mark.parametrize("n_steps", [4, 9])
+def test_number_of_steps_that_changed_after_construction_is_refused(n_steps: int) -> None:
+    model = agent()
+    model.n_steps = n_steps
+    with pytest.raises(
+        ValueError, match=rf"n_steps={n_steps} was set after .* for 8 steps: give n_steps to the constr"
+    ):
+        model.learn(24)
+
+
 class OwnBuffer(ChunkedRolloutBuffer):
     pass
 

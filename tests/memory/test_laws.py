@@ -1,5 +1,6 @@
 """Every memory core obeys the laws, and a core that breaks one is caught."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xlstm_rl.memory import MemoryCore, make_memory, zeros_where
+from xlstm_rl.memory import MemoryCore, laws, make_memory, zeros_where
 from xlstm_rl.memory.laws import check_memory_laws
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "recurrent_std": 1.0}
@@ -172,6 +173,59 @@ class WritesIntoTheState(Accumulator):
 
 def test_correct_third_party_core_passes() -> None:
     check_memory_laws(Accumulator())
+
+
+class OnItsDevice(Accumulator):
+    """Refuses what is not on the device of its parameters, and not in their dtype."""
+
+    def forward(self, x: Tensor, state: Any, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+        given = [x, *state] + ([] if reset is None else [reset])
+        assert {tensor.device for tensor in given} == {self.scale.device}
+        assert {tensor.dtype for tensor in given if tensor is not reset} == {self.scale.dtype}
+        return super().forward(x, state, reset)
+
+
+class WithoutParameters(Accumulator):
+    """Has its device and dtype from its state alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("like", torch.zeros((), dtype=torch.float64))
+        del self.scale
+        self.scale = 1.0  # type: ignore[assignment]
+
+    def _zeros(self, *shape: int) -> Tensor:
+        like: Any = self.like
+        return like.new_zeros(shape)  # type: ignore[no-any-return]
+
+    def update(self, total: Tensor, x: Tensor) -> Tensor:
+        assert total.dtype == x.dtype
+        return super().update(total, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reset", [None, torch.zeros(3, 7, dtype=torch.bool)])
+def test_the_check_runs_on_the_device_and_in_the_dtype_of_the_core(
+    dtype: torch.dtype, reset: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # there is always this other device, but it has no values to compare
+    monkeypatch.setattr(laws, "_is_equal", lambda one, other: one.device == other.device == torch.device("meta"))
+    monkeypatch.setattr(laws, "_is_zero", lambda tensors: {tensor.device.type for tensor in tensors} == {"meta"})
+    monkeypatch.setattr(laws, "_largest", lambda tensor: 0.0 if tensor.device.type == "meta" else float("nan"))
+    check_memory_laws(OnItsDevice().to("meta", dtype), reset=reset)
+
+
+def test_core_without_parameters_is_checked_in_the_dtype_of_its_state() -> None:
+    check_memory_laws(WithoutParameters())
+
+
+def test_broken_laws_are_caught_where_python_leaves_assertions_out() -> None:
+    source = Path(laws.__file__).read_text(encoding="utf-8")
+    optimized: dict[str, Any] = {"__name__": "optimized"}
+    exec(compile(source, laws.__file__, "exec", optimize=1), optimized)
+    for broken in (IgnoresResets, MixesRows, StartsAtOne, WritesIntoTheState):
+        with pytest.raises(AssertionError):
+            optimized["check_memory_laws"](broken())
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,9 @@ def load_model(
     """
     data, state, arguments = contents.data, contents.state, arguments or {}
     _check_arguments(data, arguments)
+    if "tensorboard_log" not in given:
+        # a file must not choose where this machine writes
+        data.pop("tensorboard_log", None)
     _warn_of_functions(data, contents.functions, {*given, *arguments})
     if env is not None:
         env = cls._wrap_env(env, data.get("verbose", 0))

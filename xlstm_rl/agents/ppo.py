@@ -283,7 +283,15 @@ class RecurrentPPO(SavedAlgorithm):
 
         Returns:
             False if the callback stopped training.
+
+        Raises:
+            ValueError: the buffer is made for another number of steps.
         """
+        if n_rollout_steps != rollout_buffer.buffer_size:
+            raise ValueError(
+                f"n_steps={n_rollout_steps} was set after the rollout buffer was made for {rollout_buffer.buffer_size} "
+                "steps: give n_steps to the constructor, or save the agent and load(path, env, n_steps=...)"
+            )
         assert self._last_obs is not None and self._last_state is not None, "learn() sets the first observation"
         self.policy.set_training_mode(False)
         rollout_buffer.reset()

@@ -35,7 +35,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
     """Set while a rollout is collected, and where an exception or a callback broke one off until `learn` is over."""
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_rollout_start"]
+        return [*super()._excluded_save_params(), "_rollout_start", "tensorboard_log"]
 
     def save(
         self,
@@ -81,7 +81,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             allow_pickle: read zips of Stable-Baselines3 too, which can hold any code and run it: those of
                 `sb3_contrib.RecurrentPPO`, and of this class where Stable-Baselines3 wrote them. Only for files whose
                 maker you trust. Episodes start anew.
-            **kwargs: attributes to change, such as `learning_rate`.
+            **kwargs: attributes to change, such as `learning_rate`, or `tensorboard_log`, which no file chooses.
 
         Raises:
             CheckpointError: the file is torn, foreign or wrong, or a class or function is missing; the message names
@@ -155,7 +155,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             path: of the file, with or without ".zip", or a binary file.
             env: like that of the run, wrappers included.
             device: where to put the policy.
-            **kwargs: `custom_objects`, as for `load`.
+            **kwargs: `custom_objects`, as for `load`; `tensorboard_log` among them, as no file chooses it.
 
         Raises:
             CheckpointError: the file is torn, foreign or wrong, holds no training run or is of another number of

@@ -5,6 +5,7 @@ check_memory_laws(my_core)     # raises AssertionError with the law and the erro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ def check_memory_laws(
     """Check carry, split, reset, rows, zeros and pack on random inputs, values and gradients.
 
     Args:
-        core: the memory, in the dtype to check (float64 shows mistakes best); put into eval mode for the check.
+        core: the memory, on the device and in the dtype to check (float64 shows mistakes best); put into eval mode for
+            the check.
         batch_size: rows, at least 2.
         steps: sequence length, at least 2.
-        reset: bool [batch_size, steps]; random if not given.
-        seed: of the random inputs.
+        reset: bool [batch_size, steps], on any device; random if not given.
+        seed: of the random inputs, which are the same on every device.
         tolerance: largest error relative to the magnitude of what is compared; 1e-10 in float64, 1e-5 in float32
             unless given.
 
@@ -53,12 +55,13 @@ class _Check:
     ) -> None:
         self.core, self.B, self.T = core, batch_size, steps
         self.generator = torch.Generator().manual_seed(seed)
-        like = next(iter(core.parameters()), torch.zeros(()))
-        self.dtype = like.dtype
+        like = _first_float([*core.parameters(), *leaves(core.initial_state(1))])
+        self.dtype, self.device = like.dtype, like.device
         self.tolerance = tolerance or (1e-10 if self.dtype == torch.float64 else 1e-5)
         self.x = self._random(batch_size, steps, core.input_size)
         self.weight = self._random(batch_size, steps, core.output_size)
-        self.reset = torch.rand(batch_size, steps, generator=self.generator) < 0.3 if reset is None else reset
+        drawn = torch.rand(batch_size, steps, generator=self.generator) < 0.3
+        self.reset = (drawn if reset is None else reset).to(self.device)
         with torch.no_grad():
             warm_up = self._random(batch_size, 3, core.input_size)
             state = core(warm_up, core.initial_state(batch_size))[1]
@@ -76,18 +79,20 @@ class _Check:
         self._row_law()
 
     def _random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.device, self.dtype)
 
     def _interface(self) -> None:
         core, empty = self.core, self.core.initial_state(self.B)
-        assert all(leaf.shape[0] == self.B for leaf in leaves(empty)), "every leaf of a state must start with B"
-        assert not any(leaf.count_nonzero() for leaf in leaves(empty)), "zeros: the empty state must be all zeros"
-        assert pack(self.state).shape == (self.B, core.state_size), "pack: state_size must count the state's numbers"
+        _require(all(leaf.shape[0] == self.B for leaf in leaves(empty)), "every leaf of a state must start with B")
+        _require(_is_zero(leaves(empty)), "zeros: the empty state must be all zeros")
+        counted = pack(self.state).shape == (self.B, core.state_size)
+        _require(counted, "pack: state_size must count the state's numbers")
         _assert_equal("pack/unpack", list(leaves(unpack(pack(self.state), self.state))), list(leaves(self.state)))
         before = map_leaves(lambda leaf: leaf.clone(), self.state)
         for reset in (self.reset, None):
             y, _ = core(self.x, self.state, reset)
-        assert y.shape == (self.B, self.T, core.output_size), f"output must be [B, T, output_size], got {y.shape}"
+        fits = y.shape == (self.B, self.T, core.output_size)
+        _require(fits, f"output must be [B, T, output_size], got {list(y.shape)}")
         _assert_equal("state passed in must not be changed", list(leaves(self.state)), list(leaves(before)))
 
     def _gradients(self, slices: list[slice] | None) -> dict[str, Tensor]:
@@ -121,14 +126,14 @@ class _Check:
         for name, value in expected.items():
             if value.numel() == 0:
                 continue
-            error = (actual[name] - value).abs().max().item()
-            allowed = self.tolerance * max(1.0, value.abs().max().item())
-            assert error <= allowed, f"{law}: {name} is off by {error:.1e}, allowed {allowed:.1e}"
+            error = _largest(actual[name] - value)
+            allowed = self.tolerance * max(1.0, _largest(value))
+            _require(error <= allowed, f"{law}: {name} is off by {error:.1e}, allowed {allowed:.1e}")
 
     def _reset_law(self) -> None:
         """From an episode start on, all equals a fresh state, whatever was carried there, NaN included."""
         for t in sorted({0, self.T // 2, self.T - 1}):
-            everywhere = torch.zeros(self.B, self.T, dtype=torch.bool)
+            everywhere = torch.zeros_like(self.reset)
             everywhere[:, t] = True
             poisoned = self.x.clone()
             poisoned[:, :t] *= 3
@@ -148,8 +153,8 @@ class _Check:
                 continue
             gradients = torch.autograd.grad(after, targets, allow_unused=True)
             before = [g for g in (gradients[0][:, :t], *gradients[1:]) if g is not None]
-            assert not any(g.count_nonzero() for g in before), f"reset at {t}: a gradient crosses the episode start"
-        emptied = zeros_where(torch.ones(self.B, dtype=torch.bool), self.state)
+            _require(_is_zero(before), f"reset at {t}: a gradient crosses the episode start")
+        emptied = zeros_where(torch.ones_like(self.reset[:, 0]), self.state)
         y, _ = self.core(self.x, emptied)
         fresh_y, _ = self.core(self.x, self.core.initial_state(self.B))
         _assert_equal("zeros", [y], [fresh_y])
@@ -170,4 +175,30 @@ class _Check:
 
 def _assert_equal(law: str, actual: list[Tensor], expected: list[Tensor]) -> None:
     for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e), f"{law}: tensors differ by up to {(a - e).abs().max().item():.1e}"
+        if not _is_equal(a, e):
+            raise AssertionError(f"{law}: tensors differ by up to {_largest(a - e):.1e}")
+
+
+def _require(holds: bool, law: str) -> None:
+    # no `assert`, which python -O leaves out
+    if not holds:
+        raise AssertionError(law)
+
+
+def _first_float(tensors: Iterable[Tensor]) -> Tensor:
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
+
+
+# All that reads values follows; a device without values can run the rest.
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other)
+
+
+def _is_zero(tensors: Iterable[Tensor]) -> bool:
+    return not any(tensor.count_nonzero() for tensor in tensors)
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
