@@ -1,6 +1,7 @@
 """The optional compiled kernels; everything else about the package is in pyproject.toml.
 
-Without a C++ compiler, or with one that fails, the install goes on without them and the torch forms serve.
+Without a C++ compiler, or with one that fails, the install goes on without them and the torch forms serve; with MSVC
+too, which does not know the vector extensions of GCC and clang that they are written in.
 From a checkout, `python setup.py build_ext --inplace` builds them where they are imported.
 """
 
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("xlstm_rl/kernels/cpp")
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
@@ -36,7 +38,18 @@ def extension(name: str, flags: list[str]) -> Extension:
     )
 
 
+class BuildWithoutMSVC(build_ext):
+    """Builds the extensions with any compiler but MSVC."""
+
+    def build_extensions(self):
+        """Build those that the compiler can."""
+        if self.compiler.compiler_type == "msvc":
+            self.extensions = []
+        super().build_extensions()
+
+
 setup(
+    cmdclass={"build_ext": BuildWithoutMSVC},
     ext_modules=[extension(name, flags) for name, flags in INSTRUCTION_SETS.items()],
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

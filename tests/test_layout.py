@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from setuptools import Distribution  # type: ignore[import-untyped]
 
 from xlstm_rl import __version__
 
@@ -124,6 +128,23 @@ def test_oldest_python_is_the_one_that_the_package_asks_for() -> None:
 
 def test_citation_names_the_version() -> None:
     assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize(("compiler", "builds"), [("msvc", False), ("unix", True)])
+def test_kernels_are_left_to_compilers_that_know_their_vectors(
+    compiler: str, builds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {}
+    built: list[str] = []
+    monkeypatch.setattr("setuptools.setup", lambda **given: settings.update(given))
+    monkeypatch.setattr("setuptools.command.build_ext.build_ext.build_extension", lambda _, ext: built.append(ext.name))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    command = settings["cmdclass"]["build_ext"](Distribution({"ext_modules": settings["ext_modules"]}))
+    command.finalize_options()
+    command.compiler = SimpleNamespace(compiler_type=compiler)
+    command.build_extensions()
+    assert ("xlstm_rl.kernels._cpp_base" in built) == builds
 
 
 def test_package_says_that_it_is_typed() -> None:

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 import xlstm_rl  # noqa: F401  registers the tasks
-from tests.agents.small_agents import SMALL, agent
+from tests.agents.small_agents import SMALL, agent, played
 from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes, policy_name, vec_env
 from xlstm_rl.agents import ChunkedRolloutBuffer, RecurrentPPO, minibatches
 from xlstm_rl.agents.losses import PPOLoss, ppo_loss
@@ -366,6 +366,28 @@ def test_advantages_may_be_left_as_they_are() -> None:
 def test_weights_stay_finite_where_every_reward_is_equal() -> None:
     model = agent(env=VecNormalize(vec_env(), norm_obs=False, clip_reward=0.0), steps=48)
     assert_finite(model)
+
+
+@pytest.mark.parametrize("critic_memory", ["shared", "separate"])
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("observation", ["vector", "image", "dict with image"])
+def test_policy_in_double_precision_predicts_and_trains(observation: str, action: str, critic_memory: str) -> None:
+    separate = {"critic_memory": critic_memory, "share_features_extractor": critic_memory == "shared"}
+    model = agent(observation, action, policy_kwargs=separate)
+    model.policy.double()
+    state: Any = None
+    for _ in range(3):
+        chosen, state = model.predict(model.observation_space.sample(), state=state)
+        assert model.action_space.contains(chosen)
+        assert {part.dtype for part in state} == {np.dtype(np.float64)}
+    model.learn(24)
+
+
+def test_policy_in_double_precision_remembers_the_same() -> None:
+    single, double = played(agent(steps=24)), agent(steps=24)
+    double.policy.double()
+    for one, other in zip(single, played(double), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_steps", [4, 9])

@@ -60,6 +60,11 @@ def test_missing_build_is_told_once_with_the_way_out(monkeypatch: pytest.MonkeyP
         cpp_extension.extension.cache_clear()
 
 
+def test_no_compiler_is_advised_where_none_would_do() -> None:
+    assert "Windows Subsystem for Linux" in cpp_extension._how_to_build("nt")
+    assert "g++ or clang" in cpp_extension._how_to_build("posix")
+
+
 @needs_extension
 @pytest.mark.filterwarnings("ignore:the compiled kernels were built from other sources")
 def test_build_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

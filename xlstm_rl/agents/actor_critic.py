@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -189,7 +190,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
 
     def value(self, obs: Any, state: PolicyState, reset: Tensor) -> Tensor:
         """Value [n_envs] of observations [n_envs, ...], without acting."""
-        features = BasePolicy.extract_features(self, obs, self.vf_features_extractor)
+        features = self.extract_features(obs, self.vf_features_extractor)
         if self.memory_critic is not None:
             latent, _ = self.memory_critic.step(features, state.critic, reset)
         elif self.critic is not None:
@@ -226,6 +227,27 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
     def advance(self, obs: Any, state: PolicyState, reset: Tensor) -> PolicyState:
         """Memory state after a sequence: obs [B, T, ...], reset bool [B, T]."""
         return self.latents(obs, state, reset, heads=False)[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and so of features, memory states and what the networks give."""
+        return next(self.parameters()).dtype
+
+    def extract_features(self, obs: Any, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
+        """Features [N, F] in the dtype of the parameters; Stable-Baselines3 makes observations float32.
+
+        Args:
+            obs: [N, ...] or a dict of those.
+            features_extractor: None for the policy's own: of actor and critic, a pair where each has its own.
+        """
+        if features_extractor is None and not self.share_features_extractor:
+            pair = (self.pi_features_extractor, self.vf_features_extractor)
+            return tuple(self.extract_features(obs, extractor) for extractor in pair)
+        seen: Any = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
+        seen = (
+            {key: part.to(self.dtype) for key, part in seen.items()} if isinstance(seen, dict) else seen.to(self.dtype)
+        )
+        return (features_extractor or self.features_extractor)(seen)
 
     def action_distribution(self, latent_pi: Tensor, action_masks: Tensor | None) -> Distribution:
         """Of what `latents` gave, [N, ...]; over the allowed actions, where there are masks bool [N, ...]."""
@@ -265,9 +287,8 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         """Actions [n_envs, ...] as the environment wants them: in bounds, from the start of its space, in its dtype."""
         space = self.action_space
         if isinstance(space, spaces.Box):
-            if self.squash_output:
-                return np.asarray(self.unscale_action(actions))
-            return np.asarray(np.clip(actions, space.low, space.high))
+            actions = self.unscale_action(actions) if self.squash_output else np.clip(actions, space.low, space.high)
+            return np.asarray(actions, dtype=space.dtype if np.issubdtype(space.dtype, np.floating) else None)
         if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
             actions = actions + space.start
         return np.asarray(actions, dtype=space.dtype)

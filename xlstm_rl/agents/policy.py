@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from torch import Tensor
 
@@ -135,7 +134,7 @@ class XLSTMPolicy(MemoryActorCritic):
         self, obs: Any, lstm_states: StatePair, episode_starts: Tensor, action_masks: Tensor | None = None
     ) -> tuple[Distribution, StatePair]:
         """Action distribution of one step (over allowed actions) and the actor's next state, as pairs."""
-        features = BasePolicy.extract_features(self, obs, self.pi_features_extractor)
+        features = self.extract_features(obs, self.pi_features_extractor)
         state = self._unpack(lstm_states, self.memory_actor)
         latent, state = self.memory_actor.step(features, state, episode_starts > 0.5)
         return self.action_distribution(self.mlp_extractor.forward_actor(latent), action_masks), self._pack(state)
@@ -150,6 +149,8 @@ class XLSTMPolicy(MemoryActorCritic):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Choose actions as the environment takes them, and remember.
 
+        Parameters may be float64 too, after `policy.double()`; gSDE then needs new noise, `policy.reset_noise()`.
+
         Args:
             observation: of one environment, or [n_envs, ...]; an array or a dict of those.
             state: as the last call returned it; None where every environment starts.
@@ -159,7 +160,8 @@ class XLSTMPolicy(MemoryActorCritic):
             action_masks: bool [n_envs, ...], true where an action is allowed, as `MaskablePPO` takes them; None: all.
 
         Returns:
-            Actions, in bounds, and the state for the next call: two arrays [1, n_envs, hidden_size].
+            Actions, in bounds, and the state for the next call: two arrays [1, n_envs, hidden_size] in the dtype of the
+            parameters.
 
         Raises:
             ValueError: the observation or a mask does not fit its space, a mask forbids everything, or state or
@@ -185,7 +187,7 @@ class XLSTMPolicy(MemoryActorCritic):
                 f"state has the shapes {shapes}, and the memory of {n_envs} environment(s) is two arrays {fitting}: "
                 "hand over what this policy returned for the same environments, or None where all of them start"
             )
-        pair = tuple(torch.tensor(np.asarray(part), dtype=torch.float32, device=self.device) for part in state)
+        pair = tuple(torch.tensor(np.asarray(part), dtype=self.dtype, device=self.device) for part in state)
         masks = None
         if action_masks is not None:
             masks = torch.as_tensor(check_masks(action_masks, self.action_space, n_envs), device=self.device)

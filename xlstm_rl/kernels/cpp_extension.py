@@ -18,10 +18,6 @@ SWITCH = "XLSTM_RL_NATIVE"
 # What the module calls the order of its arguments; a build of other sources has another number.
 INTERFACE = 3
 _DTYPES = (torch.float32, torch.float64)
-_HOW_TO_BUILD = (
-    "install a C++ compiler (g++ or clang) and then xlstm_rl again, or in a checkout run "
-    "`python setup.py build_ext --inplace`"
-)
 
 
 class Extension(NamedTuple):
@@ -82,14 +78,24 @@ def _builds() -> list[str]:
     return ["avx2", "base"] if capability == "AVX2" else ["base"]
 
 
+def _how_to_build(system: str = os.name) -> str:
+    """Advice for a kind of operating system, as `os.name` tells it."""
+    if system == "nt":
+        return "work in the Windows Subsystem for Linux: MSVC cannot compile them"
+    return (
+        "install a C++ compiler (g++ or clang) and then xlstm_rl again, or in a checkout run "
+        "`python setup.py build_ext --inplace`"
+    )
+
+
 def _missing(reason: str) -> Extension:
     warnings.warn(
-        f"{reason}: the torch forms serve, which are 2 to 5 times slower on CPUs. For the fast ones, {_HOW_TO_BUILD}; "
-        f"{SWITCH}=0 silences this.",
+        f"{reason}: the torch forms serve, which are 2 to 5 times slower on CPUs. For the fast ones, "
+        f"{_how_to_build()}; {SWITCH}=0 silences this.",
         RuntimeWarning,
         stacklevel=2,
     )
-    return Extension(None, f"{reason}; {_HOW_TO_BUILD}")
+    return Extension(None, f"{reason}; {_how_to_build()}")
 
 
 def _use_threads_of_torch(module: ModuleType) -> None:
