@@ -260,6 +260,16 @@ def test_state_of_another_dtype_is_refused_as_in_torch(compiled_steps: list[str]
 
 @torch.no_grad()
 @every_block
+def test_input_of_another_dtype_is_refused_as_in_torch(blocks: str, compiled_steps: list[str]) -> None:
+    core: Any = perturbed(blocks)
+    block = core.blocks[0]
+    with pytest.raises(RuntimeError, match="dtype|Float|Double"):
+        block(random(2, 1, 24, dtype=torch.float32), perturbed(blocks, torch.float32).initial_state(2)[0], None)
+    assert compiled_steps == []
+
+
+@torch.no_grad()
+@every_block
 @pytest.mark.parametrize("compiled", (True, False))
 def test_steps_over_the_old_state_equal_steps_beside_it(
     blocks: str, compiled: bool, in_torch: Callable[..., Any]

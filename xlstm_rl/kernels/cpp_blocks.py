@@ -137,10 +137,11 @@ class StepPlan:
     Args:
         packed: sizes, addresses of the weights and options, as the structures in cpp/blocks.h.
         row_shapes: of the leaves of the state of one row, the window last.
+        dtype: of the weights.
     """
 
-    def __init__(self, packed: bytes, row_shapes: Sequence[tuple[int, ...]]) -> None:
-        self.packed = packed
+    def __init__(self, packed: bytes, row_shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
+        self.packed, self.dtype = packed, dtype
         self._row_shapes = row_shapes
         self._shapes: tuple[int, list[tuple[int, ...]]] = (-1, [])
 
@@ -156,14 +157,20 @@ Place = tuple[Mapping[str, Tensor | None], str]
 """Where a module holds a weight: a dictionary and the name there."""
 
 
+class _Kept(NamedTuple):
+    """A plan and what it holds for."""
+
+    plan: StepPlan | None = None
+    layers: tuple[Any, ...] = ()
+    places: Sequence[Place] = ()
+    addresses: list[int] | None = None
+
+
 class KeptPlan:
     """The plan of a block, made again when a layer or a weight is no longer where it was."""
 
     def __init__(self) -> None:
-        self._plan: StepPlan | None = None
-        self._layers: tuple[Any, ...] = ()
-        self._places: Sequence[Place] = ()
-        self._addresses: list[int] | None = None
+        self._kept = _Kept()
 
     def get(
         self,
@@ -178,12 +185,14 @@ class KeptPlan:
             places: finds the weights in the layers, or None if they are not there.
             make: makes the plan of weights.
         """
-        if self._plan is None or layers != self._layers or self._addresses != _addresses(self._places):
-            self._layers, self._places = layers, places() or ()
-            self._addresses = _addresses(self._places)
-            whole = self._places and self._addresses is not None
-            self._plan = make([held[name] for held, name in self._places]) if whole else None
-        return self._plan
+        plan, kept_layers, kept_places, addresses = self._kept
+        if plan is None or layers != kept_layers or addresses != _addresses(kept_places):
+            found = places() or ()
+            addresses = _addresses(found)
+            plan = make([held[name] for held, name in found]) if found and addresses is not None else None
+            # at once, so that another thread never sees a plan with the addresses of another
+            self._kept = _Kept(plan, layers, found, addresses)
+        return plan
 
 
 def _addresses(places: Sequence[Place]) -> list[int] | None:
@@ -201,7 +210,8 @@ def mlstm_plan(weights: MLSTMWeights, sizes: MLSTMSizes, options: MLSTMOptions) 
         return None
     epsilon, gate_soft_cap, forget_activation, sigmoid_input = options
     numbers = (epsilon, gate_soft_cap or 0.0, forget_activation == "exp", sigmoid_input)
-    return StepPlan(struct.pack("=5q15Q2d2q", *sizes, *addresses, *numbers), sizes.state_shapes())
+    packed = struct.pack("=5q15Q2d2q", *sizes, *addresses, *numbers)
+    return StepPlan(packed, sizes.state_shapes(), weights.up.dtype)
 
 
 def slstm_plan(weights: SLSTMWeights, sizes: SLSTMSizes, options: SLSTMOptions) -> StepPlan | None:
@@ -210,7 +220,8 @@ def slstm_plan(weights: SLSTMWeights, sizes: SLSTMSizes, options: SLSTMOptions) 
     if addresses is None:
         return None
     numbers = (options.epsilon, options.forget_activation == "exp")
-    return StepPlan(struct.pack("=4q13Qdq", *sizes, *addresses, *numbers), sizes.state_shapes())
+    packed = struct.pack("=4q13Qdq", *sizes, *addresses, *numbers)
+    return StepPlan(packed, sizes.state_shapes(), weights.recurrent.dtype)
 
 
 def can_step(x: Tensor) -> bool:
@@ -227,7 +238,7 @@ def block_step(
 
     Args:
         kind: of the block.
-        x: [B, 1, D], of the dtype of the weights; ask `can_step` first.
+        x: [B, 1, D]; ask `can_step` first.
         plan: of the block.
         state: leaves of the state of the cell and, last, the window that the convolution saw.
         reset: [B, 1] bool or None.
@@ -237,7 +248,7 @@ def block_step(
         Output [B, 1, D] and the leaves of the new state; or None where tensors do not fit together as expected here.
     """
     B = x.shape[0]
-    if not state_fits(x, state, plan.shapes(B), reset, (B, 1)):
+    if x.dtype is not plan.dtype or not state_fits(x, state, plan.shapes(B), reset, (B, 1)):
         return None
     x, *old = [leaf.contiguous() for leaf in (x, *state)]
     y = torch.empty_like(x)
