@@ -38,6 +38,18 @@ class MLSTMLayer(nn.Module):
         return hidden * torch.sigmoid(output_gate[0]) if output_gate else hidden
 
 
+class ProjectionLayer(nn.Module):
+    """The projection of the mLSTM layers alone: what every one of them takes, whatever its cell."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = MLSTMLayer(width, "none")
+
+    def forward(self, x: Tensor, reset: Tensor) -> Tensor:
+        q, k, v, *_ = self.layer.projection(x).split(self.layer.sizes, -1)
+        return q + k + v  # type: ignore[no-any-return]
+
+
 class SLSTMLayer(nn.Module):
     """Projection to the four gates, then the cell."""
 
@@ -141,6 +153,7 @@ class Training(NamedTuple):
 def layer_contenders(B: int, T: int, width: int, *, longest_parallel: int = 1024) -> dict[str, Training]:
     """Training of projection and cell, by label; the parallel form up to a length, as its memory grows with T^2."""
     layers: dict[str, nn.Module] = {f"mLSTM {BACKENDS[0]}, output gate": MLSTMLayer(width, BACKENDS[0], gated=True)}
+    layers["projection of mLSTM layers alone"] = ProjectionLayer(width)
     for backend in BACKENDS:
         layers[f"mLSTM {backend}"] = MLSTMLayer(width, backend)
         layers[f"sLSTM {backend}"] = SLSTMLayer(width, backend)
