@@ -51,12 +51,15 @@ class RunFolder:
         self.lock = path / "lock"
 
     @classmethod
-    def create(cls, path: Path, config: TrainConfig, *, numbered: bool = False) -> RunFolder:
+    def create(
+        cls, path: Path, config: TrainConfig, *, versions: Mapping[str, str] | None = None, numbered: bool = False
+    ) -> RunFolder:
         """Make a new folder with the configuration and the versions; of several runs at once, each gets its own.
 
         Args:
             path: of the folder; must not exist or be empty.
             config: of the run.
+            versions: of packages, beside those that every run notes.
             numbered: if `path` is taken, take the first free one of `path`-2, `path`-3 and so on.
 
         Raises:
@@ -68,7 +71,8 @@ class RunFolder:
             if folder is None:
                 raise ConfigError(f"run folder {path} exists already and is kept; choose another --run-dir")
             folder.write_config(config)
-            folder.versions.write_text(json.dumps(_versions(config), indent=2) + "\n", encoding="utf-8")
+            noted = {**_versions(config), **(versions or {})}
+            folder.versions.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"run folder {path} cannot be written: {error.strerror}; choose another --run-dir"

@@ -37,7 +37,7 @@ from xlstm_rl.callbacks import (
     StopOnRequest,
 )
 from xlstm_rl.configs import ConfigError, TrainConfig
-from xlstm_rl.envs import TaskFacts
+from xlstm_rl.envs import TaskFacts, suite_versions
 from xlstm_rl.finished import open_run
 from xlstm_rl.interruption import Interruption
 from xlstm_rl.report import LiveView, Returns, Row, Score, read_returns, score_table
@@ -105,7 +105,7 @@ def train(
     _prepare(config)
     with closing(make_env(config, config.env.n_envs, config.seed)) as env:
         model = make_model(config, normalized(env, config))
-        folder = RunFolder.create(run_dir, config, numbered=numbered)
+        folder = RunFolder.create(run_dir, config, versions=suite_versions(config.env.id), numbered=numbered)
         _say(console, f"run folder {folder.path}")
         with folder.training():
             return _run(model, config, folder, Returns(folder.returns), {}, stop_when, console)

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import closing
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from xlstm_rl.bench import plan
 from xlstm_rl.bench.plan import plan_runs
 from xlstm_rl.bench.spec import load_spec, read_spec, spec_names
 from xlstm_rl.building import make_env, make_model
 from xlstm_rl.configs import ConfigError, load
+from xlstm_rl.envs import TaskFacts, TaskPurpose
 
 OUT = Path("out")
 SMALL = "tasks: {parity: }\nagents: {mine: {tuning_runs: 3}}\n"
 
 
+# What their tasks come from, where that is another package.
+PACKAGES = {"popgym": "popgym"}
+
+
 def test_benchmarks_of_the_package_can_be_planned() -> None:
-    assert spec_names() == ["quick", "suite"]
+    assert spec_names() == ["popgym", "quick", "suite"]
     for name in spec_names():
         spec = load_spec(name)
+        if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+            continue
         runs = plan_runs(spec, OUT)
         assert len({run.record for run in runs}) == len(spec.tasks) * len(spec.agents) * len(spec.seeds)
+
+
+def test_records_are_found_again_though_fields_are_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "dump", lambda config: "the configuration")
+    spec = read_spec(SMALL, "x")
+    said = (
+        "Task(name='parity', purpose=TaskPurpose(ability='state tracking', length='length', odd=False), "
+        "facts=TaskFacts(horizon=9, optimal_return=1.0, memoryless_return=0.5), given_ends=False)"
+    )
+    task = plan.Task("parity", TaskPurpose("state tracking", "length"), TaskFacts(9, 1.0, 0.5), False)
+    run = plan.PlannedRun(task, "mine", load("parity"), OUT)
+    expected = hashlib.sha256(f"the configuration{said}(64, None, 5)".encode()).hexdigest()[:16]
+    assert plan.fingerprint(run, spec) == expected
 
 
 def test_lstm_of_equal_size_and_no_memory_are_added() -> None:

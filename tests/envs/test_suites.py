@@ -2,6 +2,7 @@
 
 import sys
 import types
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from gymnasium import spaces
 
 from xlstm_rl.configs import load
-from xlstm_rl.envs import suite_ids
+from xlstm_rl.envs import suite_ids, suite_versions
 from xlstm_rl.envs.suites import DmEnvironment, PreviousActionVector
 
 PACKAGES = {
@@ -78,6 +79,22 @@ def test_missing_package_is_named_with_its_install_line(env_id: str, monkeypatch
     monkeypatch.setitem(sys.modules, package, None)  # as if it was not installed
     with pytest.raises(gym.error.DependencyNotInstalled, match=f"needs the package '{package}'.*{install}"):
         gym.make(env_id)
+
+
+def test_version_of_the_package_behind_a_task_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: f"{name} 1")
+    assert suite_versions("xlstm_rl/popgym-RepeatPreviousMedium-v0") == {"popgym": "popgym 1"}
+    assert suite_versions("some.module:xlstm_rl/Endless-MysteryPath-v0") == {"memory-gym": "memory-gym 1"}
+    assert suite_versions("xlstm_rl/Atari-v0") == {"ale-py": "ale-py 1"}
+    assert suite_versions("xlstm_rl/Parity-v0") == suite_versions("CartPole-v1") == {}
+
+
+def test_version_of_a_package_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert suite_versions("xlstm_rl/popgym-RepeatPreviousMedium-v0") == {}
 
 
 def test_popgym_observations_hold_the_previous_action_and_the_start() -> None:

@@ -87,7 +87,18 @@ class PlannedRun:
 def fingerprint(run: PlannedRun, spec: BenchSpec) -> str:
     """Equal for runs that were trained and measured with equal settings."""
     measured = (spec.long_episodes, spec.stop_score, spec.stop_evaluations)
-    return hashlib.sha256(f"{dump(run.config)}{run.task}{measured}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{dump(run.config)}{_in_words(run.task)}{measured}".encode()).hexdigest()[:16]
+
+
+def _in_words(task: Task) -> str:
+    """The task in words that stay: fields may be renamed, and the records of before still be found."""
+    purpose, facts = task.purpose, task.facts
+    return (
+        f"Task(name={task.name!r}, "
+        f"purpose=TaskPurpose(ability={purpose.ability!r}, length={purpose.length!r}, odd={purpose.odd!r}), "
+        f"facts=TaskFacts(horizon={facts.horizon!r}, optimal_return={facts.optimal_return!r}, "
+        f"memoryless_return={facts.memoryless_return!r}), given_ends={task.given_bounds!r})"
+    )
 
 
 def plan_runs(spec: BenchSpec, out: Path, only: Sequence[str] = ()) -> list[PlannedRun]:

@@ -18,7 +18,7 @@ from xlstm_rl.envs.repeat_first import RepeatFirst, cue_recall
 from xlstm_rl.envs.repeat_previous import RepeatPrevious
 from xlstm_rl.envs.resumable import Resumable
 from xlstm_rl.envs.shell_game import ShellGame
-from xlstm_rl.envs.suites import register_suites, suite_ids
+from xlstm_rl.envs.suites import register_suites, suite_ids, suite_versions
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 from xlstm_rl.envs.symbol_stream_vector import SymbolStreamVectorEnv
 from xlstm_rl.envs.t_maze import TMaze
@@ -55,6 +55,7 @@ __all__ = [
     "register_envs",
     "register_suites",
     "suite_ids",
+    "suite_versions",
     "task_facts",
     "task_purpose",
 ]

@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import io
 import os
+from importlib import metadata
 from typing import Any
 
 import gymnasium as gym
@@ -32,11 +33,28 @@ MEMORY_GYM = (
     *("MysteryPath", "MysteryPath-Grid", "Endless-MysteryPath", "SearingSpotlights", "Endless-SearingSpotlights"),
 )
 BSUITE = ("memory_len", "memory_size")
+# By the function that makes a task.
+DISTRIBUTIONS = {
+    **{"popgym": "popgym", "minigrid": "minigrid", "memory_gym": "memory-gym"},
+    **{"bsuite": "bsuite", "atari": "ale-py"},
+}
 
 
 def suite_ids() -> list[str]:
     """gymnasium ids of the tasks of other packages, sorted."""
     return sorted(f"xlstm_rl/{name}-v0" for name in _tasks())
+
+
+def suite_versions(env_id: str) -> dict[str, str]:
+    """The package that a task comes from, with its version; nothing for other tasks or if it is not installed."""
+    task = _tasks().get(env_id.rpartition(":")[2].removeprefix("xlstm_rl/").removesuffix("-v0"))
+    if task is None:
+        return {}
+    distribution = DISTRIBUTIONS[task[0]]
+    try:
+        return {distribution: metadata.version(distribution)}
+    except metadata.PackageNotFoundError:
+        return {}
 
 
 def register_suites() -> None:
