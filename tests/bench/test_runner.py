@@ -75,6 +75,13 @@ def test_killed_run_becomes_what_it_would_have_been(broken: tuple[Path, Outcome,
     assert not pair[0].failure.exists()
 
 
+def test_task_may_be_trained_to_the_end_though_it_is_solved(tmp_path: Path) -> None:
+    text = SMALL.replace("cue-recall: {}", "cue-recall: {train_to_the_end: true}") + "stop_score: -10\n"
+    assert "train_to_the_end" in text
+    _, runs, _ = run_some(tmp_path, text, ["cue-recall/none/0"])
+    assert read(runs[0]).steps == 320
+
+
 def test_training_ends_once_the_task_is_solved(tmp_path: Path) -> None:
     text = SMALL + "stop_score: -10\nstop_evaluations: 2\n"
     outcome, runs, _ = run_some(tmp_path, text, ["cue-recall/none/0"])

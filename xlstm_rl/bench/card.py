@@ -117,9 +117,9 @@ def _overall(results: Results) -> Table:
 
 
 def _legend(results: Results) -> str:
-    stop = (
-        "" if results.stop_score is None else f" Training ended early once evaluations stayed at {results.stop_score}."
-    )
+    stop = ""
+    if results.stop_score is not None:
+        stop = f" Training ended once evaluations stayed at {results.stop_score}, but in tasks trained to the end."
     return (
         f"Solved: runs with a score of {results.solved_score} or more. Steps: median over the runs that got there of "
         f"the first evaluation that reached {results.solved_score}. Worst: lowest of the last five evaluations of "

@@ -86,7 +86,7 @@ class PlannedRun:
 
 def fingerprint(run: PlannedRun, spec: BenchSpec) -> str:
     """Equal for runs that were trained and measured with equal settings."""
-    measured = (spec.long_episodes, spec.stop_score, spec.stop_evaluations)
+    measured = (spec.long_episodes, spec.stop_score_of(run.task.name), spec.stop_evaluations)
     return hashlib.sha256(f"{dump(run.config)}{_in_words(run.task)}{measured}".encode()).hexdigest()[:16]
 
 

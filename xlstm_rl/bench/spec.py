@@ -28,6 +28,8 @@ class TaskSpec:
         set: overrides of its configuration, such as `env.kwargs.length: 12`.
         ability, length_parameter: None where `xlstm_rl.envs.PURPOSES` knows them.
         optimal_return, memoryless_return: known bounds of a task that does not state them itself.
+        train_to_the_end: do not stop training early, whatever the benchmark's `stop_score`: what is learned after a
+            task is solved shows in longer episodes.
     """
 
     base: str | None = None
@@ -36,6 +38,7 @@ class TaskSpec:
     length_parameter: str | None = None
     optimal_return: float | None = None
     memoryless_return: float | None = None
+    train_to_the_end: bool = False
 
     def __post_init__(self) -> None:
         if self.ability is not None and self.ability not in ABILITIES:
@@ -129,6 +132,10 @@ class BenchSpec:
                 raise ConfigError(
                     f"agents.{name}.parameters_of={other!r} must be an agent of its own size; {nearest(other, known)}"
                 )
+
+    def stop_score_of(self, task: str) -> float | None:
+        """The score at which training on a task ends early; None if it never does."""
+        return None if self.tasks[task].train_to_the_end else self.stop_score
 
 
 def spec_names() -> list[str]:

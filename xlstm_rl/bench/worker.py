@@ -88,11 +88,13 @@ class _Spent:
 
 
 def _solved(run: PlannedRun, spec: BenchSpec) -> Callable[[Sequence[Row]], bool]:
+    stop_score = spec.stop_score_of(run.task.name)
+
     def solved(rows: Sequence[Row]) -> bool:
         last = rows[-spec.stop_evaluations :]
-        if spec.stop_score is None or len(last) < spec.stop_evaluations:
+        if stop_score is None or len(last) < spec.stop_evaluations:
             return False
-        return min(run.task.score(row.mean_return) for row in last) >= spec.stop_score
+        return min(run.task.score(row.mean_return) for row in last) >= stop_score
 
     return solved
 
