@@ -107,13 +107,15 @@ def _draw_abilities(results: Results, path: Path) -> None:
     abilities = results.abilities()
     figure = _figure(max(1.6 * len(abilities) + 2, 5), 3.4)
     panel = figure.subplots()
-    width = 0.8 / len(results.agents)
-    for index, agent in enumerate(results.agents):
+    # an agent without runs keeps its colour free, but no room and no name
+    drawn = [(index, agent) for index, agent in enumerate(results.agents) if results.scores(agent)]
+    width = 0.8 / max(len(drawn), 1)
+    for column, (index, agent) in enumerate(drawn):
         places, bars = [], []
         for place, tasks in enumerate(abilities.values()):
             scores = results.scores(agent, tasks)
             if scores:
-                places.append(place + (index - (len(results.agents) - 1) / 2) * width)
+                places.append(place + (column - (len(drawn) - 1) / 2) * width)
                 bars.append(estimate(scores))
         values = np.array(bars).reshape(-1, 3)
         # rounding can put the value a hair outside its interval
@@ -123,7 +125,7 @@ def _draw_abilities(results: Results, path: Path) -> None:
     panel.set_xticks(range(len(abilities)), list(abilities), fontsize="small")
     panel.set_ylabel("score")
     # beside the bars, which reach the top
-    figure.legend(fontsize="small", loc="outside upper center", ncols=len(results.agents))
+    figure.legend(fontsize="small", loc="outside upper center", ncols=max(len(drawn), 1))
     panel.grid(alpha=0.3, axis="y")
     _save(figure, path)
 
