@@ -239,6 +239,21 @@ def test_replaced_layer_of_the_same_kind_is_seen(blocks: str, in_torch: Callable
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("blocks", ["m", "s"])
+def test_weight_transposed_where_it_lies_is_seen(
+    blocks: str, in_torch: Callable[..., Any], compiled_steps: list[str]
+) -> None:
+    core: Any = perturbed(blocks)
+    arguments = (random(2, 1, 5), core(random(2, 3, 5), core.initial_state(2))[1])
+    core(*arguments)
+    weight = core.blocks[0].value.weight if blocks == "m" else core.blocks[0].recurrent
+    compiled_steps.clear()
+    weight.data = weight.data.transpose(-1, -2)
+    assert_close(core(*arguments), in_torch(core, *arguments))
+    assert compiled_steps == []
+
+
+@torch.no_grad()
 @every_block
 def test_copies_step_with_their_own_weights(blocks: str, in_torch: Callable[..., Any]) -> None:
     core = perturbed(blocks)

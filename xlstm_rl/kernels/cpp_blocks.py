@@ -196,9 +196,12 @@ class KeptPlan:
 
 
 def _addresses(places: Sequence[Place]) -> list[int] | None:
-    """Addresses of weights, zero for None; None if one is gone from its place."""
+    """Addresses of weights, zero for None, -1 where memory is not in order; None if one is gone from its place."""
     try:
-        return [0 if (weight := held[name]) is None else weight.data_ptr() for held, name in places]
+        return [
+            0 if (weight := held[name]) is None else weight.data_ptr() if weight.is_contiguous() else -1
+            for held, name in places
+        ]
     except KeyError:
         return None
 
