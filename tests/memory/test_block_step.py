@@ -15,7 +15,7 @@ from tests.conftest import assert_close
 from xlstm_rl.kernels import cpp_extension
 from xlstm_rl.kernels.cpp_blocks import block_step
 from xlstm_rl.kernels.recording import recorded_calls
-from xlstm_rl.memory import MemoryCore, leaves, make_memory, mlstm_block, slstm_block
+from xlstm_rl.memory import MemoryCore, leaves, make_memory, map_leaves, mlstm_block, slstm_block
 
 pytestmark = pytest.mark.skipif(cpp_extension.extension().module is None, reason="the compiled kernels are not built")
 
@@ -91,6 +91,41 @@ def test_compiled_step_equals_torch(
     for reset in (None, torch.arange(B)[:, None] % 3 == 0):
         compiled_steps.clear()
         assert_close(core(x, state, reset), in_torch(core, x, state, reset))
+        assert compiled_steps == list(blocks)
+
+
+@torch.no_grad()
+@every_block
+@pytest.mark.parametrize("biases", (False, True))
+def test_compiled_step_reads_tensors_by_their_methods_where_torch_has_no_table(
+    blocks: str, biases: bool, in_torch: Callable[..., Any], compiled_steps: list[str]
+) -> None:
+    core = perturbed(blocks, bias=biases)
+    _, state = core(random(3, 3, 5), core.initial_state(3))
+    module = cpp_extension.compiled()
+    assert not cpp_extension.use_tensors(module, exchange=False)
+    try:
+        for reset in (None, torch.tensor([[True], [False], [False]])):
+            compiled_steps.clear()
+            arguments = (random(3, 1, 5, seed=2), state, reset)
+            assert_close(core(*arguments), in_torch(core, *arguments))
+            assert compiled_steps == list(blocks)
+    finally:
+        cpp_extension.use_tensors(module)
+
+
+@torch.no_grad()
+@every_block
+def test_compiled_step_copies_tensors_that_do_not_lie_in_order(
+    blocks: str, in_torch: Callable[..., Any], compiled_steps: list[str]
+) -> None:
+    core: Any = perturbed(blocks)
+    state = core(random(4, 3, 5), core.initial_state(4))[1]
+    spread = map_leaves(lambda leaf: torch.stack((leaf, leaf), dim=-1)[..., 0], state)
+    x, reset = random(5, 4).T.unsqueeze(1), torch.tensor([[True, False]] * 4)[:, :1]
+    for reuse_state in (False, True):
+        compiled_steps.clear()
+        assert_close(core(x, spread, reset, reuse_state=reuse_state), in_torch(core, x, state, reset))
         assert compiled_steps == list(blocks)
 
 
@@ -193,6 +228,10 @@ def _parametrize(block: Any) -> None:
     parametrize.register_parametrization(layer, "weight", nn.Tanh())
 
 
+def _no_norm_weight(block: Any) -> None:
+    block.norm.weight = None
+
+
 def _another_shape(block: Any) -> None:
     block.head_norm.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
 
@@ -203,7 +242,7 @@ def _another_shape(block: Any) -> None:
     [
         ("m", _wrap_down),
         ("s", _replace_nested_layer),
-        *itertools.product("ms", (_prune, _parametrize, _another_shape)),
+        *itertools.product("ms", (_prune, _parametrize, _no_norm_weight, _another_shape)),
     ],
 )
 @pytest.mark.parametrize("T", (1, 5))

@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from xlstm_rl.kernels.cpp_extension import compiled, why_not
-from xlstm_rl.kernels.cpp_sequence import pointer
+from xlstm_rl.kernels.cpp_sequence import dense
 from xlstm_rl.kernels.states import ForgetActivation
+
+Shape = tuple[int, ...]
+
+OPTIONAL = ("up_bias", "query_key_bias", "value_bias", "down_bias", "ffn_up_bias", "ffn_down_bias")
+"""Weights that a layer may do without; the others are missing only where their layer is."""
 
 
 class MLSTMWeights(NamedTuple):
@@ -51,17 +56,17 @@ class MLSTMSizes(NamedTuple):
     W: int
     """Steps that the convolution sees; zero for none."""
 
-    def weight_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of `MLSTMWeights`."""
+    def weight_shapes(self) -> tuple[Shape | None, ...]:
+        """Of `MLSTMWeights`; None for those of layers that the block does not have."""
         D, N, H, G, W = self
         groups = N // G
         return (
-            *((D,), (2 * N, D), (2 * N,), (N, W), (N,)),
+            *((D,), (2 * N, D), (2 * N,), *(((N, W), (N,)) if W else (None, None))),
             *((groups, 2 * G, G), (groups, 2 * G), (groups, G, G), (groups, G), (2 * H, 3 * N), (2 * H,)),
             *((N,), (N,), (D, N), (D,)),
         )
 
-    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+    def state_shapes(self) -> tuple[Shape, ...]:
         """Of the leaves of the state of a row: cell, normalizer, stabilizer and window."""
         _, N, H, _, W = self
         K = N // H
@@ -98,16 +103,17 @@ class SLSTMSizes(NamedTuple):
     W: int
     """Steps that the convolution sees; zero for none."""
 
-    def weight_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of `SLSTMWeights`."""
+    def weight_shapes(self) -> tuple[Shape | None, ...]:
+        """Of `SLSTMWeights`; None for those of layers that the block does not have."""
         D, H, F, W = self
         K = D // H
         return (
-            *((D,), (D, W), (D,), (H, 2 * K, K), (H, 2 * K, K), (4, H, K), (4, H, K, K), (D,)),
-            *((D,), (2 * F, D), (2 * F,), (D, F), (D,)),
+            *((D,), *(((D, W), (D,)) if W else (None, None))),
+            *((H, 2 * K, K), (H, 2 * K, K), (4, H, K), (4, H, K, K), (D,)),
+            *(((D,), (2 * F, D), (2 * F,), (D, F), (D,)) if F else (None,) * 5),
         )
 
-    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+    def state_shapes(self) -> tuple[Shape, ...]:
         """Of the leaves of the state of a row: cell, normalizer, hidden, stabilizer and window."""
         return (*((self.H, self.D // self.H),) * 4, (max(self.W - 1, 0), self.D))
 
@@ -131,100 +137,60 @@ class SLSTMOptions(NamedTuple):
     forget_activation: ForgetActivation
 
 
-class StepPlan:
-    """What stays the same from one compiled step of a block to the next.
+def mlstm_plan(sizes: MLSTMSizes, options: MLSTMOptions) -> bytes:
+    """What stays the same from one compiled step of an mLSTM block to the next, as cpp/blocks.h reads it."""
+    epsilon, gate_soft_cap, forget_activation, sigmoid_input = options
+    numbers = (epsilon, gate_soft_cap or 0.0, forget_activation == "exp", sigmoid_input)
+    constants = struct.pack("=5q2d2q", *sizes, *numbers)
+    return constants + _packed_shapes(MLSTMWeights._fields, sizes)
 
-    Args:
-        packed: sizes, addresses of the weights and options, as the structures in cpp/blocks.h.
-        row_shapes: of the leaves of the state of one row, the window last.
-        dtype: of the weights.
-    """
 
-    def __init__(self, packed: bytes, row_shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.packed, self.dtype = packed, dtype
-        self._row_shapes = row_shapes
-        self._shapes: tuple[int, list[tuple[int, ...]]] = (-1, [])
+def slstm_plan(sizes: SLSTMSizes, options: SLSTMOptions) -> bytes:
+    """The same for an sLSTM block with its feed-forward network, if it has one."""
+    constants = struct.pack("=4qdq", *sizes, options.epsilon, options.forget_activation == "exp")
+    return constants + _packed_shapes(SLSTMWeights._fields, sizes)
 
-    def shapes(self, B: int) -> list[tuple[int, ...]]:
-        """Shapes of the leaves of the state of B rows."""
-        if self._shapes[0] != B:
-            self._shapes = (B, [(B, *shape) for shape in self._row_shapes])
-        return self._shapes[1]
+
+def _packed_shapes(names: Iterable[str], sizes: MLSTMSizes | SLSTMSizes) -> bytes:
+    """Of the weights and of the leaves of the state, as the structure Shape in cpp/tensors.h."""
+    weights = [(shape, name in OPTIONAL) for name, shape in zip(names, sizes.weight_shapes(), strict=True)]
+    state = [((-1, *shape), False) for shape in sizes.state_shapes()]
+    return b"".join(
+        struct.pack("=6q", -1 if shape is None else len(shape), optional, *(*(shape or ()), 0, 0, 0, 0)[:4])
+        for shape, optional in (*weights, *state)
+    )
 
 
 Kind = Literal["mlstm_block_step", "slstm_block_step"]
 Place = tuple[Mapping[str, Tensor | None], str]
 """Where a module holds a weight: a dictionary and the name there."""
+Places = tuple[tuple[Mapping[str, Tensor | None], ...], tuple[str, ...]]
 
 
-class _Kept(NamedTuple):
-    """A plan and what it holds for."""
-
-    plan: StepPlan | None = None
-    layers: tuple[Any, ...] = ()
-    places: Sequence[Place] = ()
-    addresses: list[int] | None = None
-
-
-class KeptPlan:
-    """The plan of a block, made again when a layer or a weight is no longer where it was."""
+class KeptPlaces:
+    """Where the weights of a block are, looked for again when one of its layers was replaced."""
 
     def __init__(self) -> None:
-        self._kept = _Kept()
+        self._kept: tuple[tuple[Any, ...], Places | None] = ((), None)
 
-    def get(
-        self,
-        layers: tuple[Any, ...],
-        places: Callable[[], Sequence[Place] | None],
-        make: Callable[[Sequence[Tensor | None]], StepPlan | None],
-    ) -> StepPlan | None:
-        """The plan, or None where the block cannot have one.
+    def get(self, layers: tuple[Any, ...], find: Callable[[], Sequence[Place] | None]) -> Places | None:
+        """Dictionaries and names, or None where the weights are not in the layers.
 
         Args:
             layers: of the block, the same ones as long as none is replaced.
-            places: finds the weights in the layers, or None if they are not there.
-            make: makes the plan of weights.
+            find: looks for the weights.
         """
-        plan, kept_layers, kept_places, addresses = self._kept
-        if plan is None or layers != kept_layers or addresses != _addresses(kept_places):
-            found = places() or ()
-            addresses = _addresses(found)
-            plan = make([held[name] for held, name in found]) if found and addresses is not None else None
-            # at once, so that another thread never sees a plan with the addresses of another
-            self._kept = _Kept(plan, layers, found, addresses)
-        return plan
+        kept_layers, places = self._kept
+        if layers != kept_layers:
+            found = find()
+            places = None if found is None else tuple(zip(*found, strict=True))  # type: ignore[assignment]
+            # at once, so that another thread never sees the layers of one and the places of another
+            self._kept = layers, places
+        return places
 
-
-def _addresses(places: Sequence[Place]) -> list[int] | None:
-    """Addresses of weights, zero for None, -1 where memory is not in order; None if one is gone from its place."""
-    try:
-        return [
-            0 if (weight := held[name]) is None else weight.data_ptr() if weight.is_contiguous() else -1
-            for held, name in places
-        ]
-    except KeyError:
-        return None
-
-
-def mlstm_plan(weights: MLSTMWeights, sizes: MLSTMSizes, options: MLSTMOptions) -> StepPlan | None:
-    """The plan of an mLSTM block; None if a weight has another shape or its memory may not be read in order."""
-    addresses = weight_addresses(weights, sizes.weight_shapes(), weights.up.dtype)
-    if addresses is None:
-        return None
-    epsilon, gate_soft_cap, forget_activation, sigmoid_input = options
-    numbers = (epsilon, gate_soft_cap or 0.0, forget_activation == "exp", sigmoid_input)
-    packed = struct.pack("=5q15Q2d2q", *sizes, *addresses, *numbers)
-    return StepPlan(packed, sizes.state_shapes(), weights.up.dtype)
-
-
-def slstm_plan(weights: SLSTMWeights, sizes: SLSTMSizes, options: SLSTMOptions) -> StepPlan | None:
-    """The plan of an sLSTM block with its feed-forward network, if it has one; see `mlstm_plan`."""
-    addresses = weight_addresses(weights, sizes.weight_shapes(), weights.recurrent.dtype)
-    if addresses is None:
-        return None
-    numbers = (options.epsilon, options.forget_activation == "exp")
-    packed = struct.pack("=4q13Qdq", *sizes, *addresses, *numbers)
-    return StepPlan(packed, sizes.state_shapes(), weights.recurrent.dtype)
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A copy of the block has layers of its own."""
+        return KeptPlaces, ()
 
 
 def can_step(x: Tensor) -> bool:
@@ -235,52 +201,52 @@ def can_step(x: Tensor) -> bool:
 
 
 def block_step(
-    kind: Kind, x: Tensor, plan: StepPlan, state: tuple[Tensor, ...], reset: Tensor | None, reuse_state: bool
-) -> list[Tensor] | None:
+    kind: Kind,
+    plan: bytes,
+    places: Places,
+    x: Tensor,
+    state: tuple[Tensor, ...],
+    reset: Tensor | None,
+    reuse_state: bool,
+) -> tuple[Tensor, tuple[Tensor, ...] | None] | None:
     """Step of a block.
 
     Args:
         kind: of the block.
-        x: [B, 1, D]; ask `can_step` first.
         plan: of the block.
+        places: of its weights.
+        x: [B, 1, D]; ask `can_step` first.
         state: leaves of the state of the cell and, last, the window that the convolution saw.
         reset: [B, 1] bool or None.
         reuse_state: write the new state over the old one, where a cache holds one but not two of them.
 
     Returns:
-        Output [B, 1, D] and the leaves of the new state; or None where tensors do not fit together as expected here.
+        Output [B, 1, D] and the leaves of the new state, or None for them if `state` now holds it; or None for both
+        where tensors do not fit together as expected here.
     """
-    B = x.shape[0]
-    if x.dtype is not plan.dtype or not state_fits(x, state, plan.shapes(B), reset, (B, 1)):
-        return None
-    x, *old = [leaf.contiguous() for leaf in (x, *state)]
-    y = torch.empty_like(x)
-    *cell, window = [leaf.data_ptr() for leaf in old]
-    if reuse_state:
-        new, new_cell, new_window = old, cell, window
-    else:
-        new = [torch.empty_like(leaf) for leaf in old]
-        *new_cell, new_window = [leaf.data_ptr() for leaf in new]
-    getattr(compiled(), kind)(
-        *(x.element_size(), plan.packed, B, x.data_ptr(), window, new_window, *cell, pointer(reset)),
-        *(y.data_ptr(), *new_cell, torch.get_num_threads()),
-    )
-    return [y, *new]
+    step, threads = getattr(compiled(), kind), torch.get_num_threads()
+    y, new = torch.empty_like(x), None if reuse_state else _beside(state)
+    if step(threads, x, plan, *places, state, reset, y, new):
+        return y, new
+    # perhaps because memory is not in order
+    x, reset, state = x.contiguous(), dense(reset), tuple(leaf.contiguous() for leaf in state)
+    y, new = torch.empty_like(x), _beside(state)
+    return (y, new) if step(threads, x, plan, *places, state, reset, y, new) else None
 
 
-def weight_addresses(
-    weights: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
-) -> list[int] | None:
-    """Addresses, zero for None; or None if the memory of one may not be read in order as that shape and dtype."""
-    addresses = []
-    for weight, shape in zip(weights, shapes, strict=True):
+def _beside(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(leaf) for leaf in state)
+
+
+def weights_fit(weights: MLSTMWeights, sizes: MLSTMSizes, dtype: torch.dtype) -> bool:
+    """Whether the memory of all weights may be read in order, as the shapes of the block and that dtype."""
+    for name, weight, shape in zip(weights._fields, weights, sizes.weight_shapes(), strict=True):
         if weight is None:
-            addresses.append(0)
-        elif weight.shape == shape and weight.dtype is dtype and weight.is_cpu and weight.is_contiguous():
-            addresses.append(weight.data_ptr())
-        else:
-            return None
-    return addresses
+            if shape is not None and name not in OPTIONAL:
+                return False
+        elif not (weight.shape == shape and weight.dtype is dtype and weight.is_cpu and weight.is_contiguous()):
+            return False
+    return True
 
 
 def state_fits(

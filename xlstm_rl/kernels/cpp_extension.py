@@ -16,7 +16,7 @@ from xlstm_rl.kernels.recording import recording
 
 SWITCH = "XLSTM_RL_NATIVE"
 # What the module calls the order of its arguments; a build of other sources has another number.
-INTERFACE = 3
+INTERFACE = 4
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -40,6 +40,7 @@ def extension() -> Extension:
         if module.INTERFACE != INTERFACE:
             return _missing("the compiled kernels were built from other sources")
         _use_threads_of_torch(module)
+        use_tensors(module)
         return Extension(module, None)
     return _missing("the compiled kernels were not built")
 
@@ -96,6 +97,17 @@ def _missing(reason: str) -> Extension:
         stacklevel=2,
     )
     return Extension(None, f"{reason}; {_how_to_build()}")
+
+
+def use_tensors(module: ModuleType, *, exchange: bool = True) -> bool:
+    """Let the module read tensors: where torch has it, through its table for DLPack, unless `exchange` is false.
+
+    Returns:
+        Whether that table is used and not the methods of tensors, which take some microseconds more per step.
+    """
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None
+    used: bool = module.use_tensors(Tensor, nn.Parameter, torch.float32, torch.float64, torch.bool, table)
+    return used
 
 
 def _use_threads_of_torch(module: ModuleType) -> None:

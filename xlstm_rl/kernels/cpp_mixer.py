@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels.cpp_blocks import MLSTMOptions, MLSTMSizes, MLSTMWeights, state_fits, weight_addresses
+from xlstm_rl.kernels.cpp_blocks import MLSTMOptions, MLSTMSizes, MLSTMWeights, state_fits, weights_fit
 from xlstm_rl.kernels.cpp_extension import compiled, why_not
 from xlstm_rl.kernels.cpp_sequence import dense, pointer, refuse_second_derivative
 from xlstm_rl.kernels.states import MLSTMState
@@ -43,7 +43,7 @@ def mlstm_mixer(
     B, T, columns = x.shape
     shapes = [(B, *shape) for shape in sizes.state_shapes()]
     reset = dense(reset)
-    if T == 0 or columns != 2 * sizes.N or weight_addresses(weights, sizes.weight_shapes(), x.dtype) is None:
+    if T == 0 or columns != 2 * sizes.N or not weights_fit(weights, sizes, x.dtype):
         return None
     if not state_fits(x, (*state, window), shapes, reset, (B, T)):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 
 from xlstm_rl.kernels import MLSTMState, mlstm_sequence
 from xlstm_rl.kernels.cpp_blocks import (
-    KeptPlan,
+    KeptPlaces,
     MLSTMOptions,
     MLSTMSizes,
     MLSTMWeights,
     Place,
-    StepPlan,
     block_step,
     can_step,
     mlstm_plan,
@@ -78,7 +76,8 @@ class MLSTMBlock(nn.Module):
         )
         self._sizes = MLSTMSizes(width, inner, heads, config.qkv_block_size, config.conv_kernel)
         self._layer_types = tuple(map(type, self._modules.values()))
-        self._plan = KeptPlan()
+        self._plan = mlstm_plan(self._sizes, self._options)
+        self._kept_places = KeptPlaces()
 
     def initial_state(self, batch_size: int) -> MLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -150,17 +149,17 @@ class MLSTMBlock(nn.Module):
     def _compiled_step(
         self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None, reuse_state: bool
     ) -> tuple[Tensor, MLSTMBlockState] | None:
-        plan = self._plan.get(tuple(self._modules.values()), self._places, self._make_plan)
-        if plan is None:
+        places = self._kept_places.get(tuple(self._modules.values()), self._places)
+        if places is None:
             return None
-        stepped = block_step("mlstm_block_step", x, plan, (*state.cell, state.window), reset, reuse_state)
+        stepped = block_step("mlstm_block_step", self._plan, places, x, (*state.cell, state.window), reset, reuse_state)
         if stepped is None:
             return None
-        y, *cell, window = stepped
+        y, new = stepped
+        if new is None:
+            return y, state
+        *cell, window = new
         return y, MLSTMBlockState(MLSTMState(*cell), window)
-
-    def _make_plan(self, weights: Sequence[Tensor | None]) -> StepPlan | None:
-        return mlstm_plan(MLSTMWeights(*weights), self._sizes, self._options)  # type: ignore[arg-type]
 
     def _weights(self) -> MLSTMWeights | None:
         """The weights, or None if layers were replaced or parametrized, so that weights alone do not tell."""

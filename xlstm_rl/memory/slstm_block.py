@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,12 +10,10 @@ from torch import Tensor, nn
 
 from xlstm_rl.kernels import SLSTMState, slstm_sequence
 from xlstm_rl.kernels.cpp_blocks import (
-    KeptPlan,
+    KeptPlaces,
     Place,
     SLSTMOptions,
     SLSTMSizes,
-    SLSTMWeights,
-    StepPlan,
     block_step,
     can_step,
     slstm_plan,
@@ -68,7 +65,8 @@ class SLSTMBlock(nn.Module):
         self._options = SLSTMOptions(config.norm_eps, config.forget_activation)
         self._sizes = SLSTMSizes(width, heads, config.ffn_size, config.slstm_conv)
         self._layer_types = tuple(map(type, self._layers()))
-        self._plan = KeptPlan()
+        self._plan = slstm_plan(self._sizes, self._options)
+        self._kept_places = KeptPlaces()
 
     def initial_state(self, batch_size: int) -> SLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -103,22 +101,22 @@ class SLSTMBlock(nn.Module):
     def _compiled_step(
         self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None, reuse_state: bool
     ) -> tuple[Tensor, SLSTMBlockState] | None:
-        plan = self._plan.get(self._layers(), self._places, self._make_plan)
-        if plan is None:
+        places = self._kept_places.get(self._layers(), self._places)
+        if places is None:
             return None
-        stepped = block_step("slstm_block_step", x, plan, (*state.cell, state.window), reset, reuse_state)
+        stepped = block_step("slstm_block_step", self._plan, places, x, (*state.cell, state.window), reset, reuse_state)
         if stepped is None:
             return None
-        y, *cell, window = stepped
+        y, new = stepped
+        if new is None:
+            return y, state
+        *cell, window = new
         return y, SLSTMBlockState(SLSTMState(*cell), window)
 
     def _layers(self) -> tuple[nn.Module | None, ...]:
         """All layers, those of the feed-forward network last."""
         ffn = self._modules.get("ffn")
         return (*self._modules.values(), *(() if ffn is None else ffn._modules.values()))
-
-    def _make_plan(self, weights: Sequence[Tensor | None]) -> StepPlan | None:
-        return slstm_plan(SLSTMWeights(*weights), self._sizes, self._options)  # type: ignore[arg-type]
 
     def _places(self) -> list[Place] | None:
         """Where the weights are, in the order of `SLSTMWeights`; None if layers were replaced or parametrized."""

@@ -6,31 +6,38 @@
 #include "block_layers.h"
 #include "mlstm_forward.h"
 #include "slstm.h"
+#include "tensors.h"
 
 namespace xlstm {
 
-static_assert(sizeof(void*) == 8, "plans are packed with addresses of eight bytes");
+// A step of a block; Plan holds what stays the same from step to step, and the weights.
+template <class T, class Plan> struct BlockStep {
+  Plan plan;
+  int64_t B;
+  const T* x;  // [B, D]
+  typename Plan::template State<const T> state;
+  const uint8_t* reset;  // [B] or null
+  T* y;                  // [B, D]
+  typename Plan::template State<T> new_state;
+};
 
-// What stays the same from step to step, all fields eight bytes wide, as kernels/cpp_blocks.py packs them. Weights as
-// the modules hold them; a bias may be null.
-template <class T> struct MlstmPlan {
+// All fields eight bytes wide, as kernels/cpp_blocks.py packs them.
+struct MlstmConstants {
   int64_t D, inner, H, group, taps;  // group: block size of the projections to q, k, v; taps: zero for no convolution
-  const T *norm, *up, *up_bias, *conv, *conv_bias, *query_key, *query_key_bias, *value, *value_bias, *gates, *gates_bias;
-  const T *head_norm, *skip, *down, *down_bias;
-  double epsilon, soft_cap;  // soft_cap: zero for none
+  double epsilon, soft_cap;          // soft_cap: zero for none
   int64_t exp_forget, sigmoid_input;
 };
-
-// x and y [B, D]; the state like the kernels'.
-template <class T> struct MlstmBlock {
-  MlstmPlan<T> plan;
-  int64_t B;
-  const T *x, *window;
-  T* new_window;
-  const T *cell, *normalizer, *stabilizer;
-  const uint8_t* reset;  // [B] or null
-  T *y, *new_cell, *new_normalizer, *new_stabilizer;
+// As the modules hold them; a bias may be null.
+template <class T> struct MlstmWeights {
+  const T *norm, *up, *up_bias, *conv, *conv_bias, *query_key, *query_key_bias, *value, *value_bias, *gates, *gates_bias;
+  const T *head_norm, *skip, *down, *down_bias;
 };
+template <class T> struct MlstmPlan : MlstmConstants, MlstmWeights<T> {
+  using Constants = MlstmConstants;
+  using Weights = MlstmWeights<T>;
+  template <class Leaf> struct State { Leaf *cell, *normalizer, *stabilizer, *window; };
+};
+template <class T> using MlstmBlock = BlockStep<T, MlstmPlan<T>>;
 
 // Turn input and forget gates [2 H] into the weights of `StepWeights` forget, input and bound [3 H].
 template <class T>
@@ -38,7 +45,7 @@ void weigh_steps(const MlstmBlock<T>& block, int64_t begin, int64_t rows, Featur
                  Features<T> weights) {
   const MlstmPlan<T>& plan = block.plan;
   const int64_t H = plan.H;
-  gather(block.stabilizer + begin * H, H, rows, H, stabilizer);
+  gather(block.state.stabilizer + begin * H, H, rows, H, stabilizer);
   const Vec<T> zero{};
   for (int64_t h = 0; h < H; h++)
     for (int64_t b = 0; b < gates.width; b += WIDTH<T>) {
@@ -52,12 +59,12 @@ void weigh_steps(const MlstmBlock<T>& block, int64_t begin, int64_t rows, Featur
       store(weights.at(H + h).data + b, exponential<T>(i - m));
       store(weights.at(2 * H + h).data + b, exponential<T>(-smaller(m, fill(T(LARGEST_EXPONENT)))));
     }
-  scatter(stabilizer, rows, H, block.new_stabilizer + begin * H, H);
+  scatter(stabilizer, rows, H, block.new_state.stabilizer + begin * H, H);
 }
 
 template <class T> void mlstm_block_rows(const MlstmBlock<T>& block, int64_t begin, int64_t rows, int64_t width) {
   const MlstmPlan<T>& plan = block.plan;
-  const Convolution<T> convolution{plan.taps, plan.conv, plan.conv_bias, block.window, block.new_window};
+  const Convolution<T> convolution{plan.taps, plan.conv, plan.conv_bias, block.state.window, block.new_state.window};
   const int64_t D = plan.D, N = plan.inner, H = plan.H, K = N / H;
   Scratch<T> scratch((2 * D + 7 * N + 6 * H) * width + rows * 4 * N + K + convolution.room(rows, N));
   Features<T> x{scratch.take(D * width), width}, normed{scratch.take(D * width), width};
@@ -84,8 +91,9 @@ template <class T> void mlstm_block_rows(const MlstmBlock<T>& block, int64_t beg
       const int64_t u = (begin + b) * H + h;
       const T* q = by_row + b * 3 * N + h * K;
       const StepWeights<T> step{weights.at(h).data[b], weights.at(H + h).data[b], weights.at(2 * H + h).data[b]};
-      mlstm_step<T>(K, K, q, q + N, q + 2 * N, step, block.cell + u * K * K, block.normalizer + u * K, write,
-                    hidden_by_row + b * N + h * K, block.new_cell + u * K * K, block.new_normalizer + u * K);
+      mlstm_step<T>(K, K, q, q + N, q + 2 * N, step, block.state.cell + u * K * K, block.state.normalizer + u * K,
+                    write, hidden_by_row + b * N + h * K, block.new_state.cell + u * K * K,
+                    block.new_state.normalizer + u * K);
     }
   gather(hidden_by_row, N, rows, N, hidden);
   for (int64_t h = 0; h < H; h++)
@@ -98,34 +106,32 @@ template <class T> void mlstm_block_rows(const MlstmBlock<T>& block, int64_t beg
   scatter(x, rows, D, block.y + begin * D, D);
 }
 
-template <class T> void mlstm_block_step(const MlstmBlock<T>& block, int64_t threads) {
+template <class T> void step_block(const MlstmBlock<T>& block, int64_t threads) {
   for_rows<T>(block.B, threads, [&](int64_t begin, int64_t rows, int64_t width) {
     mlstm_block_rows(block, begin, rows, width);
   });
 }
 
 // As above; `ffn` zero means that there is no feed-forward network.
-template <class T> struct SlstmPlan {
+struct SlstmConstants {
   int64_t D, H, ffn, taps;
-  const T *norm, *conv, *conv_bias, *input_forget, *cell_output, *gate_bias, *recurrent, *head_norm;
-  const T *ffn_norm, *ffn_up, *ffn_up_bias, *ffn_down, *ffn_down_bias;
   double epsilon;
   int64_t exp_forget;
 };
-
-template <class T> struct SlstmBlock {
-  SlstmPlan<T> plan;
-  int64_t B;
-  const T *x, *window;
-  T* new_window;
-  const T *cell, *normalizer, *hidden, *stabilizer;
-  const uint8_t* reset;  // [B] or null
-  T *y, *new_cell, *new_normalizer, *new_hidden, *new_stabilizer;
+template <class T> struct SlstmWeights {
+  const T *norm, *conv, *conv_bias, *input_forget, *cell_output, *gate_bias, *recurrent, *head_norm;
+  const T *ffn_norm, *ffn_up, *ffn_up_bias, *ffn_down, *ffn_down_bias;
 };
+template <class T> struct SlstmPlan : SlstmConstants, SlstmWeights<T> {
+  using Constants = SlstmConstants;
+  using Weights = SlstmWeights<T>;
+  template <class Leaf> struct State { Leaf *cell, *normalizer, *hidden, *stabilizer, *window; };
+};
+template <class T> using SlstmBlock = BlockStep<T, SlstmPlan<T>>;
 
 template <class T> void slstm_block_rows(const SlstmBlock<T>& block, int64_t begin, int64_t rows, int64_t width) {
   const SlstmPlan<T>& plan = block.plan;
-  const Convolution<T> convolution{plan.taps, plan.conv, plan.conv_bias, block.window, block.new_window};
+  const Convolution<T> convolution{plan.taps, plan.conv, plan.conv_bias, block.state.window, block.new_state.window};
   const int64_t D = plan.D, H = plan.H, K = D / H, F = plan.ffn;
   Scratch<T> scratch((8 * D + 4 * K + 2 * F) * width + convolution.room(rows, D));
   Features<T> x{scratch.take(D * width), width}, normed{scratch.take(D * width), width};
@@ -137,10 +143,10 @@ template <class T> void slstm_block_rows(const SlstmBlock<T>& block, int64_t beg
   gather(block.x + begin * D, D, rows, D, x);
   layer_norm(x, plan.norm, T(plan.epsilon), D, normed);
   convolution.step(begin, rows, D, block.reset, normed, scratch, mixed);
-  gather(block.cell + begin * D, D, rows, D, cell);
-  gather(block.normalizer + begin * D, D, rows, D, normalizer);
-  gather(block.hidden + begin * D, D, rows, D, hidden);
-  gather(block.stabilizer + begin * D, D, rows, D, stabilizer);
+  gather(block.state.cell + begin * D, D, rows, D, cell);
+  gather(block.state.normalizer + begin * D, D, rows, D, normalizer);
+  gather(block.state.hidden + begin * D, D, rows, D, hidden);
+  gather(block.state.stabilizer + begin * D, D, rows, D, stabilizer);
   for (int64_t b = 0; b < rows && block.reset; b++)
     for (int64_t f = 0; f < D && block.reset[begin + b]; f++)
       cell.at(f).data[b] = normalizer.at(f).data[b] = hidden.at(f).data[b] = T(0);
@@ -172,10 +178,10 @@ template <class T> void slstm_block_rows(const SlstmBlock<T>& block, int64_t beg
       }
     layer_norm(hidden.at(first), plan.head_norm + first, T(plan.epsilon), K, normed.at(first));
   }
-  scatter(cell, rows, D, block.new_cell + begin * D, D);
-  scatter(normalizer, rows, D, block.new_normalizer + begin * D, D);
-  scatter(hidden, rows, D, block.new_hidden + begin * D, D);
-  scatter(stabilizer, rows, D, block.new_stabilizer + begin * D, D);
+  scatter(cell, rows, D, block.new_state.cell + begin * D, D);
+  scatter(normalizer, rows, D, block.new_state.normalizer + begin * D, D);
+  scatter(hidden, rows, D, block.new_state.hidden + begin * D, D);
+  scatter(stabilizer, rows, D, block.new_state.stabilizer + begin * D, D);
   transform(x, D, [&](Vec<T> y, int64_t f, int64_t b) { return y + load(normed.at(f).data + b); });
   if (F > 0) {
     layer_norm(x, plan.ffn_norm, T(plan.epsilon), D, normed);
@@ -186,7 +192,7 @@ template <class T> void slstm_block_rows(const SlstmBlock<T>& block, int64_t beg
   scatter(x, rows, D, block.y + begin * D, D);
 }
 
-template <class T> void slstm_block_step(const SlstmBlock<T>& block, int64_t threads) {
+template <class T> void step_block(const SlstmBlock<T>& block, int64_t threads) {
   for_rows<T>(block.B, threads, [&](int64_t begin, int64_t rows, int64_t width) {
     slstm_block_rows(block, begin, rows, width);
   });

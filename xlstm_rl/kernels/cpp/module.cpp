@@ -1,8 +1,9 @@
-// The Python module: functions that take the item size first and then pointers, sizes and numbers as Python numbers;
-// what stays the same from one step of a block to the next comes packed.
+// The Python module: functions over sequences that take the item size first and then pointers, sizes and numbers as
+// Python numbers, and steps of blocks that take the tensors.
 //
-// Nothing of torch is needed to build it. The caller, kernels/cpp_sequence.py and kernels/cpp_blocks.py, answers for
-// shapes, strides and lifetimes, and gives the arguments in exactly the order in which they are taken here.
+// Nothing of torch is needed to build it. The callers, kernels/cpp_sequence.py and kernels/cpp_mixer.py, answer for
+// shapes, strides and lifetimes, and give the arguments in exactly the order in which they are taken here; steps look
+// at what they are given.
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
@@ -35,15 +36,14 @@ class Arguments {
     if (value == -1 && PyErr_Occurred()) throw BadArguments{};
     return value;
   }
-  // A structure that the caller has packed into bytes.
-  template <class Structure> Structure packed() {
+  PyObject* object() { return take(); }
+  // Structures that the caller has packed into bytes, one after the other.
+  template <class... Structures> void unpack(Structures&... structures) {
     char* bytes;
     Py_ssize_t size;
     if (PyBytes_AsStringAndSize(take(), &bytes, &size)) throw BadArguments{};
-    if (size != sizeof(Structure)) throw BadArguments{};
-    Structure structure;
-    std::memcpy(&structure, bytes, sizeof(Structure));
-    return structure;
+    if (size != Py_ssize_t((sizeof(Structures) + ...))) throw BadArguments{};
+    ((std::memcpy(&structures, bytes, sizeof(Structures)), bytes += sizeof(Structures)), ...);
   }
   // A null pointer is given as zero.
   template <class T> T* pointer() { return reinterpret_cast<T*>(static_cast<uintptr_t>(integer())); }
@@ -138,26 +138,15 @@ struct MlstmMixerBackward {
     return [=, threads = in.integer()] { mlstm_mixer_backward(x, trace, outer, gradient, by_weight, threads); };
   }
 };
-struct MlstmBlockStep {
-  template <class T> static auto prepare(Arguments& in) {
-    Call<T> c{in};
-    MlstmBlock<T> block{in.packed<MlstmPlan<T>>(), in.integer(), c.from(), c.from(), c.to(), c.from(), c.from(), c.from(),
-                        in.pointer<const uint8_t>(), c.to(), c.to(), c.to(), c.to()};
-    return [=, threads = in.integer()] { mlstm_block_step(block, threads); };
-  }
-};
-struct SlstmBlockStep {
-  template <class T> static auto prepare(Arguments& in) {
-    Call<T> c{in};
-    SlstmBlock<T> block{in.packed<SlstmPlan<T>>(), in.integer(), c.from(), c.from(), c.to(), c.from(), c.from(), c.from(),
-                        c.from(), in.pointer<const uint8_t>(), c.to(), c.to(), c.to(), c.to(), c.to()};
-    return [=, threads = in.integer()] { slstm_block_step(block, threads); };
-  }
-};
 
-template <class Operation, class T> void perform(Arguments& in) {
-  auto run = Operation::template prepare<T>(in);
+// What to run, once all arguments are taken.
+template <class Run> Run finished(Run run, Arguments& in) {
   in.finish();
+  return run;
+}
+
+// Run without holding the interpreter.
+template <class Run> void perform(const Run& run) {
   PyThreadState* interpreter = PyEval_SaveThread();
   try {
     run();
@@ -186,10 +175,59 @@ template <class Operation> PyObject* function(PyObject*, PyObject* const* values
   return guarded([=]() -> PyObject* {
     Arguments in(values, count);
     if (in.integer() == sizeof(float))
-      perform<Operation, float>(in);
+      perform(finished(Operation::template prepare<float>(in), in));
     else
-      perform<Operation, double>(in);
+      perform(finished(Operation::template prepare<double>(in), in));
     Py_RETURN_NONE;
+  });
+}
+
+// The argument of a step of a block, if its tensors are as the plan says; `plan` packs the constants of the block and
+// the shapes of its weights and of its state.
+template <class T, class Plan> bool take_step(Arguments& in, const Tensor& x, BlockStep<T, Plan>& step) {
+  using Weights = typename Plan::Weights;
+  using State = typename Plan::template State<T>;
+  constexpr int WEIGHTS = sizeof(Weights) / sizeof(T*), LEAVES = sizeof(State) / sizeof(T*);
+  Shape of_weights[WEIGHTS], of_state[LEAVES];
+  in.unpack(static_cast<typename Plan::Constants&>(step.plan), of_weights, of_state);
+  PyObject *holders = in.object(), *names = in.object(), *state = in.object(), *reset = in.object(), *y = in.object();
+  PyObject* new_state = in.object();
+  step.B = x.dimensions ? x.sizes[0] : 0;
+  step.x = reinterpret_cast<const T*>(x.data);
+  const Shape of_x{3, 0, {-1, 1, step.plan.D, 0}}, of_reset{2, 1, {-1, 1, 0, 0}};
+  const T* weights[WEIGHTS];
+  T *old_leaves[LEAVES], *new_leaves[LEAVES];
+  const bool fits = x.fits(KIND<T>, of_x, step.B) && find(y, of_x, step.B, step.y) &&
+                    find(reset, of_reset, step.B, step.reset, Kind::boolean) &&
+                    find_all(state, of_state, step.B, old_leaves) &&
+                    find_all(new_state == Py_None ? state : new_state, of_state, step.B, new_leaves) &&
+                    find_held(holders, names, of_weights, weights);
+  if (fits) {
+    std::memcpy(&static_cast<Weights&>(step.plan), weights, sizeof(weights));
+    std::memcpy(&step.state, old_leaves, sizeof(old_leaves));
+    std::memcpy(&step.new_state, new_leaves, sizeof(new_leaves));
+  }
+  return fits;
+}
+
+// block_step(threads, x, plan, holders, names, state, reset, y, new state): whether the step was taken, which it is
+// only if all tensors are as the plan says. Weights are held by dictionaries under names; without a new state, the step
+// writes over the old one.
+template <template <class> class Plan> PyObject* block_step(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  return guarded([=]() -> PyObject* {
+    Arguments in(values, count);
+    const int64_t threads = in.integer();
+    Tensor x;
+    const bool readable = read(in.object(), x);
+    const auto step_of = [&](auto step) {
+      const bool fits = take_step(in, x, step);
+      in.finish();
+      if (fits) perform([&] { step_block(step, threads); });
+      return fits;
+    };
+    const bool taken = readable && (x.kind == Kind::float32 ? step_of(BlockStep<float, Plan<float>>{})
+                                                            : step_of(BlockStep<double, Plan<double>>{}));
+    return PyBool_FromLong(taken);
   });
 }
 
@@ -229,6 +267,34 @@ template <class Trace> PyObject* trace_size(PyObject*, PyObject* const* values, 
     return PyLong_FromLongLong(size);
   });
 }
+// use_tensors(Tensor, Parameter, float32, float64, bool, exchange): what `read` knows of torch, held for good;
+// `exchange` is its table for DLPack, or anything else where it has none. Gives back whether that is used.
+PyObject* use_tensors(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  return guarded([=]() -> PyObject* {
+    Arguments in(values, count);
+    PyObject* held[5];
+    for (PyObject*& object : held) object = in.object();
+    PyObject* table = in.object();
+    in.finish();
+    const auto* exchange = static_cast<const DLExchange*>(PyCapsule_GetPointer(table, "dlpack_exchange_api"));
+    PyErr_Clear();
+    if (exchange && (exchange->major != 1 || !exchange->from_object)) exchange = nullptr;
+    for (PyObject* object : held) Py_INCREF(object);
+    const auto name = PyUnicode_InternFromString;
+    torch = {reinterpret_cast<PyTypeObject*>(held[0]),
+             reinterpret_cast<PyTypeObject*>(held[1]),
+             held[2],
+             held[3],
+             held[4],
+             exchange,
+             name("is_cpu"),
+             name("dtype"),
+             name("is_contiguous"),
+             name("shape"),
+             name("data_ptr")};
+    return PyBool_FromLong(exchange != nullptr);
+  });
+}
 // use_pool(address): run on the threads behind torch_parallel_for.
 PyObject* use_pool(PyObject*, PyObject* address) {
   const size_t value = PyLong_AsSize_t(address);
@@ -253,8 +319,9 @@ PyMethodDef methods[] = {
     method("mlstm_mixer_backward", function<MlstmMixerBackward>),
     method("mlstm_mixer_trace_size", trace_size<MixerTraceSize>),
     method("mlstm_mixer_weights_size", trace_size<MixerWeightsSize>),
-    method("mlstm_block_step", function<MlstmBlockStep>),
-    method("slstm_block_step", function<SlstmBlockStep>),
+    method("mlstm_block_step", block_step<MlstmPlan>),
+    method("slstm_block_step", block_step<SlstmPlan>),
+    method("use_tensors", use_tensors),
     {"use_pool", use_pool, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -267,6 +334,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cpp", nullptr, -1, methods, nu
 PyMODINIT_FUNC INITIALISER(MODULE_NAME)(void) {
   PyObject* module = PyModule_Create(&xlstm::definition);
   // Raised with every change of the order of arguments, so that a stale build is found out.
-  if (module) PyModule_AddIntConstant(module, "INTERFACE", 3);
+  if (module) PyModule_AddIntConstant(module, "INTERFACE", 4);
   return module;
 }
