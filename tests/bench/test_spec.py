@@ -32,7 +32,9 @@ def test_benchmarks_of_the_package_can_be_planned() -> None:
         if name in PACKAGES and find_spec(PACKAGES[name]) is None:
             continue
         runs = plan_runs(spec, OUT)
-        assert len({run.record for run in runs}) == len(spec.tasks) * len(spec.agents) * len(spec.seeds)
+        assert len({run.record for run in runs}) == len(spec.tasks) * sum(
+            len(spec.seeds_of(agent)) for agent in spec.agents
+        )
 
 
 def test_records_are_found_again_though_fields_are_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +107,12 @@ def test_runs_come_seed_by_seed() -> None:
     assert names[4] == "parity/lstm/3"
 
 
+def test_agent_may_have_some_of_the_seeds() -> None:
+    text = "tasks: {parity: }\nagents: {a: , lstm: {memory: {name: lstm}, seeds: [2]}, none: {memory: {name: none}}}"
+    names = [run.name for run in plan_runs(read_spec(text + "\nseeds: [1, 2]", "x"), OUT)]
+    assert names == ["parity/a/1", "parity/none/1", "parity/a/2", "parity/lstm/2", "parity/none/2"]
+
+
 @pytest.mark.parametrize(
     ("only", "count"), [(["parity"], 15), (["*/none"], 5), (["parity/lstm/2"], 1), (["*/*/0", "*/*/1"], 6)]
 )
@@ -131,6 +139,8 @@ def test_only_that_fits_nothing_is_refused() -> None:
         ("tasks: {parity: {ability: holding}}\nagents: {a: }", "ability='holding'"),
         ("tasks: {parity: {optimal_return: 1}}\nagents: {a: }", "give both or none"),
         ("tasks: {parity: }\nagents: {a: }\nseeds: [1, 1]", r"seeds=\[1, 1\]"),
+        ("tasks: {parity: }\nagents: {a: {seeds: [5]}}", r"agents.a.seeds=\[5\] must be some of"),
+        ("tasks: {parity: }\nagents: {a: {seeds: []}}", r"agents.a.seeds=\[\] must be some of"),
         ("tasks: {parity: }\nagents: {a: }\nepisodes: 0", "episodes=0"),
     ],
 )

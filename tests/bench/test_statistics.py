@@ -145,3 +145,11 @@ def test_wilson_interval_holds_the_share_and_mirrors(counts: tuple[int, int]) ->
 def test_impossible_counts_are_refused(successes: int, count: int) -> None:
     with pytest.raises(ValueError, match=f"successes={successes}"):
         wilson_interval(successes, count)
+
+
+def test_single_runs_have_no_interval() -> None:
+    scores = [np.array([0.2]), np.array([0.6])]
+    for figure in (estimate(scores), difference(scores, scores), probability_of_improvement(scores, scores)):
+        assert np.isfinite(figure.value)
+        assert np.isnan([figure.low, figure.high]).all()
+    assert np.isfinite(estimate([*scores, np.array([0.1, 0.3])])).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -56,9 +57,11 @@ def card_sections(results: Results, figures: Path) -> list[Section]:
 
 
 def spell(value: Estimate | None, digits: int = 2) -> str:
-    """A figure with its interval, such as "0.93 [0.90, 0.97]"."""
+    """A figure with its interval if it has one, such as "0.93 [0.90, 0.97]"."""
     if value is None:
         return "-"
+    if math.isnan(value.low):
+        return f"{value.value:.{digits}f}"
     return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 

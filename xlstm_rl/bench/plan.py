@@ -117,6 +117,7 @@ def plan_runs(spec: BenchSpec, out: Path, only: Sequence[str] = ()) -> list[Plan
         PlannedRun(task, agent, dataclasses.replace(config, seed=seed), out)
         for seed in spec.seeds
         for task, agent, config in pairs
+        if seed in spec.seeds_of(agent)
     ]
     return select_runs(runs, only)
 

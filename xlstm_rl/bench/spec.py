@@ -60,6 +60,7 @@ class AgentSpec:
         set: overrides of the configuration, on top of those of the task.
         parameters_of: the agent whose number of memory parameters this one's `hidden_size` is chosen to match.
         tuning_runs: runs spent on choosing this agent's settings; stated on the card.
+        seeds: of its runs, some of the benchmark's; None takes all.
     """
 
     tuned: bool = True
@@ -67,6 +68,7 @@ class AgentSpec:
     set: Mapping[str, Any] = field(default_factory=dict)
     parameters_of: str | None = None
     tuning_runs: int = 0
+    seeds: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.memory is not None and any(str(key).startswith("memory") for key in self.set):
@@ -126,12 +128,21 @@ class BenchSpec:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         for name, agent in self.agents.items():
+            if agent.seeds is not None and not ({*agent.seeds} and {*agent.seeds} <= {*self.seeds}):
+                raise ConfigError(
+                    f"agents.{name}.seeds={list(agent.seeds)} must be some of the benchmark's, {list(self.seeds)}"
+                )
             other = agent.parameters_of
             if other is not None and (other not in self.agents or self.agents[other].parameters_of is not None):
                 known = [key for key, value in self.agents.items() if value.parameters_of is None]
                 raise ConfigError(
                     f"agents.{name}.parameters_of={other!r} must be an agent of its own size; {nearest(other, known)}"
                 )
+
+    def seeds_of(self, agent: str) -> tuple[int, ...]:
+        """Seeds of the runs of an agent."""
+        seeds = self.agents[agent].seeds
+        return self.seeds if seeds is None else seeds
 
     def stop_score_of(self, task: str) -> float | None:
         """The score at which training on a task ends early; None if it never does."""

@@ -21,7 +21,7 @@ QUANTILE_95 = 1.959963984540054
 
 
 class Estimate(NamedTuple):
-    """A figure with its 95 % interval."""
+    """A figure with its 95 % interval, whose ends are NaN where no task has more than one run to draw from."""
 
     value: float
     low: float
@@ -48,7 +48,7 @@ def estimate(scores: Scores, statistic: Callable[[Array], Array] = interquartile
         ValueError: there are no scores.
     """
     resampled = np.concatenate([task[rows] for task, rows in zip(scores, _resample(scores, seed), strict=True)], axis=1)
-    return _interval(float(statistic(np.concatenate(scores))), statistic(resampled))
+    return _interval(float(statistic(np.concatenate(scores))), statistic(resampled), scores)
 
 
 def difference(before: Scores, after: Scores, *, seed: int = 0) -> Estimate:
@@ -64,7 +64,7 @@ def difference(before: Scores, after: Scores, *, seed: int = 0) -> Estimate:
         for side in (before, after)
     ]
     value = interquartile_mean(np.concatenate(after)) - interquartile_mean(np.concatenate(before))
-    return _interval(float(value), drawn[1] - drawn[0])
+    return _interval(float(value), drawn[1] - drawn[0], before)
 
 
 def probability_of_improvement(before: Scores, after: Scores, *, seed: int = 0) -> Estimate:
@@ -79,7 +79,7 @@ def probability_of_improvement(before: Scores, after: Scores, *, seed: int = 0) 
     wins = [(new > old) + 0.5 * (new == old) for old, new in zip(before, after, strict=True)]
     rows = _resample(wins, seed)
     drawn = np.mean([task[chosen].mean(axis=1) for task, chosen in zip(wins, rows, strict=True)], axis=0)
-    return _interval(float(np.mean([task.mean() for task in wins])), drawn)
+    return _interval(float(np.mean([task.mean() for task in wins])), drawn, wins)
 
 
 def performance_profile(scores: Scores, thresholds: Array, *, seed: int = 0) -> tuple[Array, Array, Array]:
@@ -124,7 +124,9 @@ def _resample(scores: Scores, seed: int) -> list[NDArray[np.int64]]:
     return [generator.integers(len(task), size=(RESAMPLES, len(task))) for task in scores]
 
 
-def _interval(value: float, resampled: Array) -> Estimate:
+def _interval(value: float, resampled: Array, scores: Scores) -> Estimate:
+    if all(len(task) == 1 for task in scores):
+        return Estimate(value, math.nan, math.nan)
     low, high = np.percentile(resampled, TAILS)
     return Estimate(value, float(low), float(high))
 
