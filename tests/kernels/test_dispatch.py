@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.kernels import cases
 from xlstm_rl.kernels import (
@@ -93,6 +94,40 @@ def test_mlstm_names_the_argument_of_wrong_dtype(name: str) -> None:
     arguments[name] = arguments[name].float()
     with pytest.raises(TypeError, match=rf"^{name} has dtype torch.float32; allowed is .* torch.float64"):
         mlstm_sequence(**arguments)
+
+
+@pytest.mark.parametrize("name", ("k", "v", "input_gate", "forget_gate"))
+def test_mlstm_names_the_argument_on_another_device(name: str) -> None:
+    arguments = mlstm_arguments()
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(ValueError, match=rf"^{name} is on meta; allowed is the device of the other arguments, cpu"):
+        mlstm_sequence(**arguments)
+
+
+@every_operation
+@pytest.mark.parametrize("name", ("state.cell", "state.stabilizer", "reset"))
+def test_state_or_reset_on_another_device_is_named(operation: str, name: str) -> None:
+    case = cases.make_case(operation)
+    if name == "reset":
+        assert case.reset is not None
+        case = case._replace(reset=case.reset.to("meta"))
+    else:
+        leaf = name.removeprefix("state.")
+        assert case.state is not None
+        case = case._replace(state=case.state._replace(**{leaf: getattr(case.state, leaf).to("meta")}))
+    with pytest.raises(ValueError, match=rf"^{name} is on meta; allowed is the device"):
+        cases.run(case, "auto")
+
+
+@pytest.mark.skipif(why_not("cpp", torch.zeros(1)) is not None, reason="the compiled kernels are not built")
+@pytest.mark.parametrize("kind", ("subclass", "zeros without memory"))
+def test_compiled_kernels_refuse_what_they_cannot_read(kind: str) -> None:
+    arguments = mlstm_arguments()
+    k = arguments["k"]
+    zeros = torch._efficientzerotensor(k.shape, dtype=k.dtype)
+    arguments["k"] = TwoTensor(k, k.clone()) if kind == "subclass" else zeros  # type: ignore[no-untyped-call]
+    with pytest.raises(TypeError, match="take plain tensors that have memory.*; pass backend='torch'"):
+        mlstm_sequence(**arguments, backend="cpp")
 
 
 @pytest.mark.parametrize("name", MLSTMState._fields)

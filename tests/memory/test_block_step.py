@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize, prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.conftest import assert_close
 from xlstm_rl.kernels import cpp_extension
@@ -232,6 +235,24 @@ def _no_norm_weight(block: Any) -> None:
     block.norm.weight = None
 
 
+def _norm_with_bias(block: Any) -> None:
+    block.norm = nn.LayerNorm(24).double()
+    block.norm.bias.fill_(1.0)
+
+
+def _norm_with_another_epsilon(block: Any) -> None:
+    block.norm = nn.LayerNorm(24, bias=False, eps=1.0).double()
+
+
+def _dropout(block: Any) -> None:
+    block.dropout = nn.Dropout(0.5)
+
+
+def _subclass(block: Any) -> None:
+    weight = block.head_norm.weight.detach()
+    block.head_norm.weight = nn.Parameter(TwoTensor(weight, weight.clone()))  # type: ignore[no-untyped-call]
+
+
 def _another_shape(block: Any) -> None:
     block.head_norm.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
 
@@ -242,7 +263,13 @@ def _another_shape(block: Any) -> None:
     [
         ("m", _wrap_down),
         ("s", _replace_nested_layer),
-        *itertools.product("ms", (_prune, _parametrize, _no_norm_weight, _another_shape)),
+        *itertools.product(
+            "ms",
+            (
+                *(_prune, _parametrize, _no_norm_weight, _norm_with_bias, _norm_with_another_epsilon, _subclass),
+                *(_dropout, _another_shape),
+            ),
+        ),
     ],
 )
 @pytest.mark.parametrize("T", (1, 5))
@@ -255,11 +282,70 @@ def test_changed_layers_are_called_in_torch(
     compiled_steps.clear()
     change(core.blocks[0])
     x, state = arguments
+    torch.manual_seed(0)
     y, _ = core(x, state)
     assert compiled_steps == []
     with recorded_calls():  # sets the compiled blocks aside
+        torch.manual_seed(0)
         expected, _ = core(x, state)
-    assert_close(y, expected)
+    assert_close(*(value.a if isinstance(value, TwoTensor) else value for value in (y, expected)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", (1, 5))
+@every_block
+def test_freed_weight_is_refused_as_in_torch(blocks: str, T: int) -> None:
+    core: Any = perturbed(blocks)
+    arguments = (random(2, T, 5), core.initial_state(2))
+    core(*arguments)
+    for block in core.blocks:
+        layer = block.up if hasattr(block, "up") else block.ffn.up
+        layer.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="storage"):
+        core(*arguments)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("T", (1, 5))
+@every_block
+def test_forward_mode_derivatives_are_those_of_a_difference(blocks: str, T: int) -> None:
+    core = perturbed(blocks)
+    state = core(random(2, 3, 5), core.initial_state(2))[1]
+    x, direction = random(2, T, 5), random(2, T, 5, seed=2)
+    with forward_ad.dual_level():
+        y, _ = core(forward_ad.make_dual(x, direction), state)  # type: ignore[no-untyped-call]
+        tangent = forward_ad.unpack_dual(y).tangent  # type: ignore[no-untyped-call]
+    step = 1e-6
+    difference = (core(x + step * direction, state)[0] - core(x - step * direction, state)[0]) / (2 * step)
+    torch.testing.assert_close(tangent, difference, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", (1, 5))
+@every_block
+def test_traced_graph_holds_for_other_inputs(blocks: str, T: int) -> None:
+    core = perturbed(blocks)
+    state = core.initial_state(2)
+    reset = torch.zeros(2, T, dtype=torch.bool)
+    graph = make_fx(lambda x, reset: core(x, state, reset)[0])(random(2, T, 5), reset)
+    x, reset = random(2, T, 5, seed=2), torch.arange(2 * T).view(2, T) % 3 == 1
+    assert_close(graph(x, reset), core(x, state, reset)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", (1, 5))
+@every_block
+def test_vmap_over_rows_equals_the_batch(blocks: str, T: int) -> None:
+    core = perturbed(blocks)
+    x, state = random(3, T, 5), core(random(3, 3, 5), core.initial_state(3))[1]
+    reset = torch.arange(3 * T).view(3, T) % 4 == 1
+
+    def row(x: Tensor, state: Any, reset: Tensor) -> Tensor:
+        y: Tensor = core(x[None], map_leaves(lambda leaf: leaf[None], state), reset[None])[0]
+        return y[0]
+
+    assert_close(torch.func.vmap(row)(x, state, reset), core(x, state, reset)[0])
 
 
 @torch.no_grad()

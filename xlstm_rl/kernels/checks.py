@@ -68,6 +68,7 @@ def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) ->
         raise ValueError(f"{name} has shape {tuple(x.shape)}; allowed is {shape}")
     if x.dtype != like.dtype:
         raise TypeError(f"{name} has dtype {x.dtype}; allowed is the dtype of the other arguments, {like.dtype}")
+    _check_device(name, x, like)
 
 
 def _check_leaf(name: str, leaf: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -77,6 +78,12 @@ def _check_leaf(name: str, leaf: Tensor, shape: tuple[int, ...], like: Tensor) -
     dtype = torch.float32 if like.dtype == torch.bfloat16 else like.dtype
     if leaf.dtype != dtype:
         raise TypeError(f"state.{name} has dtype {leaf.dtype}; allowed with inputs in {like.dtype} is {dtype}")
+    _check_device(f"state.{name}", leaf, like)
+
+
+def _check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}; allowed is the device of the other arguments, {like.device}")
 
 
 def _check_common(name: str, x: Tensor, reset: Tensor | None, B: int, T: int, forget_activation: str) -> None:
@@ -86,5 +93,6 @@ def _check_common(name: str, x: Tensor, reset: Tensor | None, B: int, T: int, fo
         )
     if reset is not None:
         check_reset(reset, B, T)
+        _check_device("reset", reset, x)
     if forget_activation not in _FORGET_ACTIVATIONS:
         raise ValueError(f"forget_activation is {forget_activation!r}; allowed is one of {_FORGET_ACTIVATIONS}")

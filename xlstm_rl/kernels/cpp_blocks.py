@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels.cpp_extension import compiled, why_not
+from xlstm_rl.kernels.cpp_extension import compiled, readable, why_not
 from xlstm_rl.kernels.cpp_sequence import dense
 from xlstm_rl.kernels.states import ForgetActivation
 
@@ -137,60 +137,76 @@ class SLSTMOptions(NamedTuple):
     forget_activation: ForgetActivation
 
 
-def mlstm_plan(sizes: MLSTMSizes, options: MLSTMOptions) -> bytes:
-    """What stays the same from one compiled step of an mLSTM block to the next, as cpp/blocks.h reads it."""
-    epsilon, gate_soft_cap, forget_activation, sigmoid_input = options
-    numbers = (epsilon, gate_soft_cap or 0.0, forget_activation == "exp", sigmoid_input)
-    constants = struct.pack("=5q2d2q", *sizes, *numbers)
-    return constants + _packed_shapes(MLSTMWeights._fields, sizes)
-
-
-def slstm_plan(sizes: SLSTMSizes, options: SLSTMOptions) -> bytes:
-    """The same for an sLSTM block with its feed-forward network, if it has one."""
-    constants = struct.pack("=4qdq", *sizes, options.epsilon, options.forget_activation == "exp")
-    return constants + _packed_shapes(SLSTMWeights._fields, sizes)
-
-
-def _packed_shapes(names: Iterable[str], sizes: MLSTMSizes | SLSTMSizes) -> bytes:
-    """Of the weights and of the leaves of the state, as the structure Shape in cpp/tensors.h."""
-    weights = [(shape, name in OPTIONAL) for name, shape in zip(names, sizes.weight_shapes(), strict=True)]
-    state = [((-1, *shape), False) for shape in sizes.state_shapes()]
-    return b"".join(
-        struct.pack("=6q", -1 if shape is None else len(shape), optional, *(*(shape or ()), 0, 0, 0, 0)[:4])
-        for shape, optional in (*weights, *state)
-    )
-
-
 Kind = Literal["mlstm_block_step", "slstm_block_step"]
 Place = tuple[Mapping[str, Tensor | None], str]
 """Where a module holds a weight: a dictionary and the name there."""
-Places = tuple[tuple[Mapping[str, Tensor | None], ...], tuple[str, ...]]
 
 
-class KeptPlaces:
-    """Where the weights of a block are, looked for again when one of its layers was replaced."""
+class StepPlan(NamedTuple):
+    """What a compiled step of a block knows beforehand."""
+
+    packed: bytes
+    """Constants and shapes, as cpp/blocks.h reads them."""
+    holders: tuple[Mapping[str, Tensor | None], ...]
+    """Dictionaries that hold the weights, in their order,"""
+    names: tuple[str, ...]
+    """and the name of each there."""
+
+
+class KeptPlan:
+    """The plan of a block, made again when one of its layers was replaced."""
 
     def __init__(self) -> None:
-        self._kept: tuple[tuple[Any, ...], Places | None] = ((), None)
+        self._kept: tuple[tuple[Any, ...], StepPlan | None] = ((), None)
 
-    def get(self, layers: tuple[Any, ...], find: Callable[[], Sequence[Place] | None]) -> Places | None:
-        """Dictionaries and names, or None where the weights are not in the layers.
+    def get(self, layers: tuple[Any, ...], make: Callable[[], StepPlan | None]) -> StepPlan | None:
+        """The plan, or None where the layers are such that there is none.
 
         Args:
             layers: of the block, the same ones as long as none is replaced.
-            find: looks for the weights.
+            make: makes the plan.
         """
-        kept_layers, places = self._kept
+        kept_layers, plan = self._kept
         if layers != kept_layers:
-            found = find()
-            places = None if found is None else tuple(zip(*found, strict=True))  # type: ignore[assignment]
-            # at once, so that another thread never sees the layers of one and the places of another
-            self._kept = layers, places
-        return places
+            plan = make()
+            # at once, so that another thread never sees the layers of one and the plan of another
+            self._kept = layers, plan
+        return plan
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        """A copy of the block has layers of its own."""
-        return KeptPlaces, ()
+        """A copy of the block has layers of its own, and a file outlives the layout of plans."""
+        return KeptPlan, ()
+
+
+def mlstm_plan(sizes: MLSTMSizes, options: MLSTMOptions, places: Sequence[Place]) -> StepPlan:
+    """The plan of an mLSTM block.
+
+    Args:
+        sizes: of the block.
+        options: of the block.
+        places: of `MLSTMWeights`.
+    """
+    epsilon, gate_soft_cap, forget_activation, sigmoid_input = options
+    numbers = (epsilon, gate_soft_cap or 0.0, forget_activation == "exp", sigmoid_input)
+    return _plan(struct.pack("=5q2d2q", *sizes, *numbers), MLSTMWeights._fields, sizes, places)
+
+
+def slstm_plan(sizes: SLSTMSizes, options: SLSTMOptions, places: Sequence[Place]) -> StepPlan:
+    """The same for an sLSTM block with its feed-forward network, if it has one."""
+    constants = struct.pack("=4qdq", *sizes, options.epsilon, options.forget_activation == "exp")
+    return _plan(constants, SLSTMWeights._fields, sizes, places)
+
+
+def _plan(constants: bytes, fields: Iterable[str], sizes: MLSTMSizes | SLSTMSizes, places: Sequence[Place]) -> StepPlan:
+    weights = [(shape, name in OPTIONAL) for name, shape in zip(fields, sizes.weight_shapes(), strict=True)]
+    state = [((-1, *shape), False) for shape in sizes.state_shapes()]
+    # the structure Shape in cpp/tensors.h
+    shapes = [
+        struct.pack("=6q", -1 if shape is None else len(shape), optional, *(*(shape or ()), 0, 0, 0, 0)[:4])
+        for shape, optional in (*weights, *state)
+    ]
+    holders, names = zip(*places, strict=True)
+    return StepPlan(constants + b"".join(shapes), holders, names)
 
 
 def can_step(x: Tensor) -> bool:
@@ -202,36 +218,35 @@ def can_step(x: Tensor) -> bool:
 
 def block_step(
     kind: Kind,
-    plan: bytes,
-    places: Places,
+    plan: StepPlan,
     x: Tensor,
     state: tuple[Tensor, ...],
     reset: Tensor | None,
     reuse_state: bool,
-) -> tuple[Tensor, tuple[Tensor, ...] | None] | None:
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """Step of a block.
 
     Args:
         kind: of the block.
         plan: of the block.
-        places: of its weights.
         x: [B, 1, D]; ask `can_step` first.
         state: leaves of the state of the cell and, last, the window that the convolution saw.
         reset: [B, 1] bool or None.
         reuse_state: write the new state over the old one, where a cache holds one but not two of them.
 
     Returns:
-        Output [B, 1, D] and the leaves of the new state, or None for them if `state` now holds it; or None for both
-        where tensors do not fit together as expected here.
+        Output [B, 1, D] and the leaves of the new state, which are `state` itself if it was written over; or None where
+        tensors do not fit together as expected here.
     """
     step, threads = getattr(compiled(), kind), torch.get_num_threads()
     y, new = torch.empty_like(x), None if reuse_state else _beside(state)
-    if step(threads, x, plan, *places, state, reset, y, new):
-        return y, new
-    # perhaps because memory is not in order
+    if step(threads, x, *plan, state, reset, y, new):
+        return y, state if new is None else new
+    if all(tensor is None or tensor.is_contiguous() for tensor in (x, reset, *state)):
+        return None
     x, reset, state = x.contiguous(), dense(reset), tuple(leaf.contiguous() for leaf in state)
     y, new = torch.empty_like(x), _beside(state)
-    return (y, new) if step(threads, x, plan, *places, state, reset, y, new) else None
+    return (y, new) if step(threads, x, *plan, state, reset, y, new) else None
 
 
 def _beside(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -244,7 +259,7 @@ def weights_fit(weights: MLSTMWeights, sizes: MLSTMSizes, dtype: torch.dtype) ->
         if weight is None:
             if shape is not None and name not in OPTIONAL:
                 return False
-        elif not (weight.shape == shape and weight.dtype is dtype and weight.is_cpu and weight.is_contiguous()):
+        elif not (weight.shape == shape and weight.dtype is dtype and readable(weight) and weight.is_contiguous()):
             return False
     return True
 
@@ -258,11 +273,11 @@ def state_fits(
 ) -> bool:
     """Whether state and resets have the shapes, dtype and device that belong to x."""
     if reset is not None and not (
-        reset.shape == reset_shape and reset.dtype is torch.bool and reset.is_cpu and reset.is_contiguous()
+        reset.shape == reset_shape and reset.dtype is torch.bool and readable(reset) and reset.is_contiguous()
     ):
         return False
     dtype = x.dtype
     for leaf, shape in zip(state, shapes, strict=True):
-        if leaf.shape != shape or leaf.dtype is not dtype or not leaf.is_cpu:
+        if leaf.shape != shape or leaf.dtype is not dtype or not readable(leaf):
             return False
     return True

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from xlstm_rl.kernels.recording import recording
 
@@ -32,17 +33,19 @@ def extension() -> Extension:
     """Load the build for this machine; without any, warn once that the torch forms serve."""
     if os.environ.get(SWITCH) == "0":
         return Extension(None, f"{SWITCH}=0 switches the compiled kernels off")
+    reason = "the compiled kernels were not built"
     for name in _builds():
         try:
             module = importlib.import_module(f"xlstm_rl.kernels._cpp_{name}")
         except ImportError:
             continue
         if module.INTERFACE != INTERFACE:
-            return _missing("the compiled kernels were built from other sources")
+            reason = "the compiled kernels were built from other sources"
+            continue
         _use_threads_of_torch(module)
         use_tensors(module)
         return Extension(module, None)
-    return _missing("the compiled kernels were not built")
+    return _missing(reason)
 
 
 def why_not(tensor: Tensor) -> str | None:
@@ -51,8 +54,11 @@ def why_not(tensor: Tensor) -> str | None:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
     ):
         return "the compiled kernels cannot be traced, compiled or transformed by torch.func"
+    if forward_ad._current_level >= 0:
+        return "the compiled kernels have no forward-mode derivatives"
     if recording():
         return "calls of the kernels are recorded, and the compiled blocks do without them"
     if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
@@ -62,6 +68,15 @@ def why_not(tensor: Tensor) -> str | None:
     if tensor.dtype not in _DTYPES:
         return f"the compiled kernels take float32 and float64, not {tensor.dtype}"
     return extension().why_not
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a tensor is plain and its memory is that of the CPU, and there."""
+    return (
+        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
+        and tensor.is_cpu
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+    )
 
 
 def compiled() -> ModuleType:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels.cpp_extension import compiled
+from xlstm_rl.kernels.cpp_extension import compiled, readable
 from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState, empty_mlstm_state, empty_slstm_state
 
 
@@ -24,6 +24,7 @@ def mlstm_cpp(
     if q.shape[1] == 0:
         return torch.zeros_like(v), state
     inputs = (q, k, v, input_gate, forget_gate, *state)
+    _check_readable(inputs, reset)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:-1]):
         hidden, *leaves = _MLSTM.apply(*inputs[:-1], state.stabilizer.detach(), reset, forget_activation)  # type: ignore[no-untyped-call]
         return hidden, MLSTMState(*leaves)
@@ -42,10 +43,20 @@ def slstm_cpp(
     if gates.shape[1] == 0:
         return torch.zeros_like(gates[:, :, 0]), state
     inputs = (gates, recurrent, *state)
+    _check_readable(inputs, reset)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:-1]):
         hidden, *leaves = _SLSTM.apply(*inputs[:-1], state.stabilizer.detach(), reset, forget_activation)  # type: ignore[no-untyped-call]
         return hidden, SLSTMState(*leaves)
     return _slstm_forward(inputs, reset, forget_activation, None)
+
+
+def _check_readable(inputs: tuple[Tensor, ...], reset: Tensor | None) -> None:
+    for x in inputs if reset is None else (*inputs, reset):
+        if not readable(x):
+            raise TypeError(
+                f"the compiled kernels take plain tensors that have memory, not a {type(x).__name__} of shape "
+                f"{tuple(x.shape)} without or of another kind; pass backend='torch'"
+            )
 
 
 def pointer(x: Tensor | None) -> int:
@@ -161,7 +172,10 @@ class _SLSTM(torch.autograd.Function):
         *inputs, reset, forget_activation = arguments
         trace = inputs[0].new_empty(compiled().slstm_trace_size(*_slstm_sizes(inputs[0])))
         output, final = _slstm_forward(tuple(inputs), reset, forget_activation, trace)
-        ctx.save_for_backward(*inputs, reset, output, trace)
+        gates, *others = inputs
+        ctx.save_for_backward(*others, reset, output, trace)
+        # of the gates themselves, the largest tensor here, the backward pass needs nothing but the layout
+        ctx.gates_layout = torch.empty_like(gates, device="meta")
         ctx.forget_activation = forget_activation
         ctx.mark_non_differentiable(final.stabilizer)
         return output, *final
@@ -172,15 +186,16 @@ class _SLSTM(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the forward arguments."""
         refuse_second_derivative("sLSTM")
-        gates, *inputs, reset, output, trace = ctx.saved_tensors
+        *inputs, reset, output, trace = ctx.saved_tensors
         recurrent, *state = (x.contiguous() for x in inputs)
         reset = dense(reset)
         outer = (d_output.contiguous(), d_cell.contiguous(), d_normalizer.contiguous(), d_hidden.contiguous())
         # Dense gates keep their order of dimensions, so that what made them takes the gradient without a copy.
-        d_gates = _readable(torch.empty_like(gates))
+        layout = ctx.gates_layout
+        d_gates = _readable(output.new_empty_strided(layout.shape, layout.stride()))
         gradients = [d_gates, *(torch.empty_like(x) for x in (recurrent, *state[:3]))]
         compiled().slstm_backward(
-            *(*_slstm_sizes(gates), d_gates.data_ptr(), *d_gates.stride()[:4], recurrent.data_ptr()),
+            *(*_slstm_sizes(d_gates), d_gates.data_ptr(), *d_gates.stride()[:4], recurrent.data_ptr()),
             *(pointer(reset), ctx.forget_activation == "exp", *(x.data_ptr() for x in state)),
             *(output.data_ptr(), trace.data_ptr()),
             *(x.data_ptr() for x in (*outer, *gradients)),

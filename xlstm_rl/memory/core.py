@@ -60,8 +60,8 @@ class MemoryCore(nn.Module, ABC):
             x: [B, input_size].
             state: before the step.
             reset: bool [B] or None, true where `x` is the first of an episode.
-            reuse_state: permission to write the new state over `state`, for callers that only use the new one; it
-                makes memories with a large state faster.
+            reuse_state: permission to write the new state over `state`, for callers that only use the new one, and
+                through which no gradient is to flow any more; it makes memories with a large state faster.
 
         Returns:
             Output [B, output_size] and the state after the step.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,16 @@ class GatedFeedForward(nn.Module):
 def soft_cap(gate: Tensor, cap: float | None) -> Tensor:
     """Squash gate pre-activations into (-cap, cap) with cap * tanh(gate / cap); None leaves them."""
     return gate if cap is None else cap * torch.tanh(gate / cap)
+
+
+def drops(dropout: nn.Module | None) -> bool:
+    """Whether a dropout layer does anything."""
+    return dropout is not None and dropout.training and getattr(dropout, "p", 0) > 0
+
+
+def has_no_more_than_weights(layers: Iterable[nn.Module], eps: float) -> bool:
+    """Whether layers without bias, norms with that epsilon among them, still are what their weights tell."""
+    return all(layer._parameters.get("bias") is None and getattr(layer, "eps", eps) == eps for layer in layers)
 
 
 _NOTHING: dict[str, Tensor | None] = {"weight": None, "bias": None}

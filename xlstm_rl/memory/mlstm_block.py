@@ -10,17 +10,28 @@ from torch import Tensor, nn
 
 from xlstm_rl.kernels import MLSTMState, mlstm_sequence
 from xlstm_rl.kernels.cpp_blocks import (
-    KeptPlaces,
+    KeptPlan,
     MLSTMOptions,
     MLSTMSizes,
     MLSTMWeights,
     Place,
+    StepPlan,
     block_step,
     can_step,
     mlstm_plan,
 )
 from xlstm_rl.kernels.cpp_mixer import can_mix, mlstm_mixer
-from xlstm_rl.memory.layers import BlockLinear, CausalConv, HeadNorm, init_small, init_wang, parameters_of, soft_cap
+from xlstm_rl.memory.layers import (
+    BlockLinear,
+    CausalConv,
+    HeadNorm,
+    drops,
+    has_no_more_than_weights,
+    init_small,
+    init_wang,
+    parameters_of,
+    soft_cap,
+)
 
 if TYPE_CHECKING:
     from xlstm_rl.memory.xlstm import XLSTMConfig
@@ -76,8 +87,7 @@ class MLSTMBlock(nn.Module):
         )
         self._sizes = MLSTMSizes(width, inner, heads, config.qkv_block_size, config.conv_kernel)
         self._layer_types = tuple(map(type, self._modules.values()))
-        self._plan = mlstm_plan(self._sizes, self._options)
-        self._kept_places = KeptPlaces()
+        self._kept_plan = KeptPlan()
 
     def initial_state(self, batch_size: int) -> MLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -95,8 +105,7 @@ class MLSTMBlock(nn.Module):
         self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None, *, reuse_state: bool = False
     ) -> tuple[Tensor, MLSTMBlockState]:
         """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state; `reuse_state`: see `MemoryCore.step`."""
-        config = self.config
-        if can_step(x) and not (self.training and config.dropout):
+        if can_step(x) and not drops(self._modules["dropout"]):
             stepped = self._compiled_step(x, state, reset, reuse_state)
             if stepped is not None:
                 return stepped
@@ -149,14 +158,15 @@ class MLSTMBlock(nn.Module):
     def _compiled_step(
         self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None, reuse_state: bool
     ) -> tuple[Tensor, MLSTMBlockState] | None:
-        places = self._kept_places.get(tuple(self._modules.values()), self._places)
-        if places is None:
+        plan = self._kept_plan.get(tuple(self._modules.values()), self._make_plan)
+        if plan is None:
             return None
-        stepped = block_step("mlstm_block_step", self._plan, places, x, (*state.cell, state.window), reset, reuse_state)
+        leaves = (*state.cell, state.window)
+        stepped = block_step("mlstm_block_step", plan, x, leaves, reset, reuse_state)
         if stepped is None:
             return None
         y, new = stepped
-        if new is None:
+        if new is leaves:
             return y, state
         *cell, window = new
         return y, MLSTMBlockState(MLSTMState(*cell), window)
@@ -169,10 +179,16 @@ class MLSTMBlock(nn.Module):
         except (KeyError, TypeError):
             return None
 
+    def _make_plan(self) -> StepPlan | None:
+        places = self._places()
+        return None if places is None else mlstm_plan(self._sizes, self._options, places)
+
     def _places(self) -> list[Place] | None:
         """Where the weights are, in the order of `MLSTMWeights`."""
         layers: dict[str, Any] = self._modules
         if tuple(map(type, layers.values())) != self._layer_types:
+            return None
+        if not has_no_more_than_weights((layers["norm"], layers["head_norm"]), self._options.epsilon):
             return None
         return [
             (layers["norm"]._parameters, "weight"),

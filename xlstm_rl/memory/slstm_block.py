@@ -10,15 +10,25 @@ from torch import Tensor, nn
 
 from xlstm_rl.kernels import SLSTMState, slstm_sequence
 from xlstm_rl.kernels.cpp_blocks import (
-    KeptPlaces,
+    KeptPlan,
     Place,
     SLSTMOptions,
     SLSTMSizes,
+    StepPlan,
     block_step,
     can_step,
     slstm_plan,
 )
-from xlstm_rl.memory.layers import BlockLinear, CausalConv, GatedFeedForward, HeadNorm, init_small, parameters_of
+from xlstm_rl.memory.layers import (
+    BlockLinear,
+    CausalConv,
+    GatedFeedForward,
+    HeadNorm,
+    drops,
+    has_no_more_than_weights,
+    init_small,
+    parameters_of,
+)
 
 if TYPE_CHECKING:
     from xlstm_rl.memory.xlstm import XLSTMConfig
@@ -65,8 +75,7 @@ class SLSTMBlock(nn.Module):
         self._options = SLSTMOptions(config.norm_eps, config.forget_activation)
         self._sizes = SLSTMSizes(width, heads, config.ffn_size, config.slstm_conv)
         self._layer_types = tuple(map(type, self._layers()))
-        self._plan = slstm_plan(self._sizes, self._options)
-        self._kept_places = KeptPlaces()
+        self._kept_plan = KeptPlan()
 
     def initial_state(self, batch_size: int) -> SLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -79,7 +88,7 @@ class SLSTMBlock(nn.Module):
         self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None, *, reuse_state: bool = False
     ) -> tuple[Tensor, SLSTMBlockState]:
         """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state; `reuse_state`: see `MemoryCore.step`."""
-        if can_step(x) and not (self.training and self.config.dropout):
+        if can_step(x) and not drops(self._modules["dropout"]):
             stepped = self._compiled_step(x, state, reset, reuse_state)
             if stepped is not None:
                 return stepped
@@ -101,14 +110,15 @@ class SLSTMBlock(nn.Module):
     def _compiled_step(
         self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None, reuse_state: bool
     ) -> tuple[Tensor, SLSTMBlockState] | None:
-        places = self._kept_places.get(self._layers(), self._places)
-        if places is None:
+        plan = self._kept_plan.get(self._layers(), self._make_plan)
+        if plan is None:
             return None
-        stepped = block_step("slstm_block_step", self._plan, places, x, (*state.cell, state.window), reset, reuse_state)
+        leaves = (*state.cell, state.window)
+        stepped = block_step("slstm_block_step", plan, x, leaves, reset, reuse_state)
         if stepped is None:
             return None
         y, new = stepped
-        if new is None:
+        if new is leaves:
             return y, state
         *cell, window = new
         return y, SLSTMBlockState(SLSTMState(*cell), window)
@@ -118,10 +128,17 @@ class SLSTMBlock(nn.Module):
         ffn = self._modules.get("ffn")
         return (*self._modules.values(), *(() if ffn is None else ffn._modules.values()))
 
+    def _make_plan(self) -> StepPlan | None:
+        places = self._places()
+        return None if places is None else slstm_plan(self._sizes, self._options, places)
+
     def _places(self) -> list[Place] | None:
         """Where the weights are, in the order of `SLSTMWeights`; None if layers were replaced or parametrized."""
         layers: dict[str, Any] = self._modules
         if tuple(map(type, self._layers())) != self._layer_types:
+            return None
+        bare = [layers.get(name) for name in ("norm", "input_forget", "cell_output", "head_norm", "ffn_norm")]
+        if not has_no_more_than_weights(filter(None, bare), self._options.epsilon):
             return None
         ffn = layers.get("ffn")
         up, down = (None, None) if ffn is None else (ffn._modules["up"], ffn._modules["down"])

@@ -200,9 +200,16 @@ class XLSTM(MemoryCore):
 def _starts_nowhere(reset: Tensor) -> bool:
     """Whether it is known, at little cost, that no episode starts: then no mask needs to be applied.
 
-    A device would have to be waited for, and a trace would keep the answer of one call for all.
+    A device would have to be waited for, a trace would keep the answer of one call for all, and transforms of
+    torch.func do not let it be asked for.
     """
-    if reset.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._get_tracing_state():
+    if (
+        reset.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
         return False
     return not bool(reset.any())
 

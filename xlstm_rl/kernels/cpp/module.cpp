@@ -7,6 +7,8 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include <cstring>
+
 #include "blocks.h"
 #include "mlstm_mixer_backward.h"
 
@@ -42,7 +44,10 @@ class Arguments {
     char* bytes;
     Py_ssize_t size;
     if (PyBytes_AsStringAndSize(take(), &bytes, &size)) throw BadArguments{};
-    if (size != Py_ssize_t((sizeof(Structures) + ...))) throw BadArguments{};
+    if (size != Py_ssize_t((sizeof(Structures) + ...))) {
+      PyErr_SetString(PyExc_ValueError, "the plan is not of this layout");
+      throw BadArguments{};
+    }
     ((std::memcpy(&structures, bytes, sizeof(Structures)), bytes += sizeof(Structures)), ...);
   }
   // A null pointer is given as zero.
@@ -222,6 +227,7 @@ template <template <class> class Plan> PyObject* block_step(PyObject*, PyObject*
     const auto step_of = [&](auto step) {
       const bool fits = take_step(in, x, step);
       in.finish();
+      if (PyErr_Occurred()) throw BadArguments{};
       if (fits) perform([&] { step_block(step, threads); });
       return fits;
     };
@@ -278,7 +284,8 @@ PyObject* use_tensors(PyObject*, PyObject* const* values, Py_ssize_t count) {
     in.finish();
     const auto* exchange = static_cast<const DLExchange*>(PyCapsule_GetPointer(table, "dlpack_exchange_api"));
     PyErr_Clear();
-    if (exchange && (exchange->major != 1 || !exchange->from_object)) exchange = nullptr;
+    while (exchange && exchange->major > 1) exchange = exchange->previous;
+    if (exchange && !exchange->from_object) exchange = nullptr;
     for (PyObject* object : held) Py_INCREF(object);
     const auto name = PyUnicode_InternFromString;
     torch = {reinterpret_cast<PyTypeObject*>(held[0]),

@@ -7,7 +7,9 @@
 #endif
 #include <Python.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 namespace xlstm {
 
@@ -56,6 +58,7 @@ struct Tensor {
   Kind kind;
   int64_t dimensions, sizes[MOST_DIMENSIONS];
 
+  bool empty() const { return std::find(sizes, sizes + dimensions, 0) != sizes + dimensions; }
   bool fits(Kind wanted, const Shape& shape, int64_t batch) const {
     if (kind != wanted || dimensions != shape.dimensions) return false;
     for (int64_t d = 0; d < dimensions; d++)
@@ -79,14 +82,13 @@ inline bool read_by_exchange(PyObject* object, Tensor& tensor) {
   tensor.data = static_cast<char*>(raw.data) + raw.byte_offset;
   tensor.dimensions = raw.dimensions;
   int64_t stride = 1;
-  bool dense = true, empty = false;
+  bool dense = true;
   for (int d = raw.dimensions - 1; d >= 0; d--) {
     const int64_t size = tensor.sizes[d] = raw.shape[d];
     dense = dense && (size == 1 || raw.strides[d] == stride);
-    empty = empty || size == 0;
     stride *= size;
   }
-  return dense || empty;
+  return dense || tensor.empty();
 }
 
 // Owns a reference.
@@ -117,16 +119,18 @@ inline bool read_by_methods(PyObject* object, Tensor& tensor) {
                                           : Kind::other;
   tensor.data = static_cast<char*>(PyLong_AsVoidPtr(address.get()));
   tensor.dimensions = PyTuple_Size(sizes.get());
-  if (tensor.dimensions > MOST_DIMENSIONS) return false;
+  if (tensor.dimensions < 0 || tensor.dimensions > MOST_DIMENSIONS) return false;
   for (int64_t d = 0; d < tensor.dimensions; d++) tensor.sizes[d] = PyLong_AsLongLong(PyTuple_GetItem(sizes.get(), d));
   return on_cpu.is(Py_True) && dense.is(Py_True);
 }
 
-// Whether the object is a plain tensor or parameter that can be read where it lies; no exception is left behind.
+// Whether the object is a plain tensor or parameter that can be read where it lies.
 inline bool read(PyObject* object, Tensor& tensor) {
   const PyTypeObject* type = Py_TYPE(object);
   if (torch.tensor == nullptr || (type != torch.tensor && type != torch.parameter)) return false;
-  return torch.exchange ? read_by_exchange(object, tensor) : read_by_methods(object, tensor);
+  if (!(torch.exchange ? read_by_exchange(object, tensor) : read_by_methods(object, tensor))) return false;
+  // A storage may have been freed under its tensor.
+  return tensor.data != nullptr || tensor.empty();
 }
 
 template <class T> constexpr Kind KIND = sizeof(T) == 4 ? Kind::float32 : Kind::float64;
