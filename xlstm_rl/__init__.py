@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
     from xlstm_rl.configs import general_settings
+    from xlstm_rl.finished import open_run
     from xlstm_rl.memory.laws import check_memory_laws
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "general_settings",
     "load_nxai_weights",
     "make_memory",
+    "open_run",
     "register_memory",
 ]
 
@@ -52,6 +54,7 @@ _PLACES = {
     "GuardedSubprocVecEnv": "xlstm_rl.agents.subprocesses",
     "check_memory_laws": "xlstm_rl.memory.laws",
     "general_settings": "xlstm_rl.configs",
+    "open_run": "xlstm_rl.finished",
 }
 
 

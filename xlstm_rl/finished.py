@@ -38,17 +38,20 @@ class FinishedRun(NamedTuple):
 
 @contextmanager
 def open_run(
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     best: bool = False,
     device: str | None = None,
     render: bool = False,
     console: Console | None = None,
 ) -> Iterator[FinishedRun]:
-    """Load the last model of a run folder.
+    """Load the last model of a run folder, and its environment with the normalisation that the model was trained with.
+
+    A context manager: `with open_run(folder) as run: evaluate(run.model, run.env, 100)`. The environment is closed at
+    the end.
 
     Args:
-        run_dir: as `train` made it.
+        run_dir: as `xlstm-rl train` made it.
         best: take the model of the best evaluation during training instead of the last one.
         device: as torch knows it, or "auto"; None takes the configured one, or the CPU if this machine lacks it.
         render: make the environment draw pictures.
@@ -58,7 +61,7 @@ def open_run(
         ConfigError: this is no run folder, it holds no model, the model or its normalisation statistics are missing or
             damaged, or this machine has no such device.
     """
-    folder = RunFolder(run_dir)
+    folder = RunFolder(Path(run_dir))
     config = folder.load_config()
     path = folder.best if best else folder.latest_model()
     if not path.is_file():

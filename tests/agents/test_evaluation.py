@@ -8,6 +8,8 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from tests.agents.small_agents import agent
 from tests.agents.spaces_for_tests import RandomEpisodes
@@ -130,3 +132,23 @@ def test_what_is_no_environment_is_refused() -> None:
 def test_no_episode_is_refused() -> None:
     with pytest.raises(ValueError, match="n_episodes=0"):
         evaluate_random(make_vec_env(ShortSuccesses), 0)
+
+
+@pytest.mark.parametrize("monitored", (True, False))
+def test_normalised_environment_gives_raw_returns_and_learns_nothing(monitored: bool) -> None:
+    def make() -> gym.Env[Any, Any]:
+        env = gym.make("Pendulum-v1", max_episode_steps=20)
+        return Monitor(env) if monitored else env
+
+    env = VecNormalize(DummyVecEnv([make, make]))
+    model = agent(env=env)
+    model.learn(64)
+    statistics: Any = env.obs_rms
+    before = (statistics.count, env.ret_rms.var.copy())
+    result = evaluate(model, env, 4, seed=0)
+    assert (statistics.count, env.ret_rms.var) == before
+    assert env.training
+    # a step costs several units before normalisation, about one after it
+    assert (result.returns < -30).all()
+    env.norm_reward = False
+    assert evaluate(model, env, 4, seed=0).returns == pytest.approx(result.returns, abs=1e-3)

@@ -12,7 +12,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
 from xlstm_rl.agents.action_masks import masks_actions, read_masks, sample_allowed
 from xlstm_rl.agents.faults import SKIPPED
@@ -24,7 +24,7 @@ class EvaluationResult(NamedTuple):
     """Outcome of finished episodes, in the order in which they ended."""
 
     returns: np.ndarray
-    """[n_episodes], undiscounted sums of reward, before any reward normalisation by a Monitor."""
+    """[n_episodes], undiscounted sums of reward, before any reward normalisation."""
     lengths: np.ndarray
     """[n_episodes], steps."""
     successes: np.ndarray | None
@@ -49,8 +49,8 @@ def evaluate(
 
     Args:
         model: the agent.
-        env: environment, or vector environment of Stable-Baselines3 or gymnasium; a `VecNormalize` should not be
-            training.
+        env: environment, or vector environment of Stable-Baselines3 or gymnasium. The statistics of a `VecNormalize`
+            stay as they are, and returns are those of the rewards before it.
         n_episodes: episodes to finish; every environment contributes a fixed share, so that short episodes are not
             over-represented.
         deterministic: the mode of the policy instead of a sample.
@@ -134,23 +134,34 @@ def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> Evalu
     counts = np.zeros(env.num_envs, int)
     totals, lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, int)
     finished: list[tuple[float, int, bool | None]] = []
-    obs, state = env.reset(), None
-    episode_start = np.ones(env.num_envs, bool)
-    while (counts < quota).any():
-        actions, state = actor(obs, state, episode_start)
-        obs, rewards, episode_start, infos = env.step(actions)
-        totals += rewards
-        lengths += 1
-        for row in np.flatnonzero(episode_start):
-            if counts[row] < quota[row] and SKIPPED not in infos[row]:
-                finished.append(_outcome(infos[row], totals[row], lengths[row]))
-                counts[row] += 1
-            totals[row], lengths[row] = 0.0, 0
+    normalizer = unwrap_vec_normalize(env)
+    with nullcontext() if normalizer is None else _not_training(normalizer):
+        obs, state = env.reset(), None
+        episode_start = np.ones(env.num_envs, bool)
+        while (counts < quota).any():
+            actions, state = actor(obs, state, episode_start)
+            obs, rewards, episode_start, infos = env.step(actions)
+            totals += rewards if normalizer is None else normalizer.get_original_reward()
+            lengths += 1
+            for row in np.flatnonzero(episode_start):
+                if counts[row] < quota[row] and SKIPPED not in infos[row]:
+                    finished.append(_outcome(infos[row], totals[row], lengths[row]))
+                    counts[row] += 1
+                totals[row], lengths[row] = 0.0, 0
     return _result(finished)
 
 
+@contextmanager
+def _not_training(normalizer: VecNormalize) -> Iterator[None]:
+    training, normalizer.training = normalizer.training, False
+    try:
+        yield
+    finally:
+        normalizer.training = training
+
+
 def _outcome(info: dict[str, Any], total: float, length: int) -> tuple[float, int, bool | None]:
-    # a Monitor saw the rewards before VecNormalize scaled them
+    # a Monitor saw the rewards before any wrapper around it scaled them
     episode = info.get("episode", {"r": total, "l": length})
     success = info.get("is_success")
     return float(episode["r"]), int(episode["l"]), None if success is None else bool(success)
