@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from xlstm_rl.bench import figures
 from xlstm_rl.bench.card import common_scores
 from xlstm_rl.bench.checks import check
 from xlstm_rl.bench.documents import Code, Section, Table, to_html, to_markdown
@@ -133,6 +134,16 @@ def test_row_of_a_task_has_every_column(tmp_path: Path) -> None:
     # worst of the last five evaluations is that at step 50, and 0.9 is reached at step 90
     expected = ["xlstm", "1.00 [1.00, 1.00]", "2 of 2", "90 (2)", "0.50", "0.50", "0.25", "0.00", "200", "8", "0.5"]
     assert cells == expected
+
+
+def test_agent_with_fewer_seeds_is_marked_and_has_no_interval(tmp_path: Path) -> None:
+    results = card(*(run for run in sound() if (run.agent, run.seed) != ("none", 1)))
+    render(results, tmp_path)
+    text = (tmp_path / "card.md").read_text(encoding="utf-8")
+    assert "5 of 5 runs: 1 tasks, 3 agents, up to 2 seeds each" in text
+    assert "| none | 0.00 | 0 of 1" in text
+    assert "| lstm | 0.50 [0.50, 0.50] | 0 of 2" in text
+    assert figures._labels(results) == {"xlstm": "xlstm", "lstm": "lstm", "none": "none (1 seed)"}
 
 
 def test_results_are_read_back_as_written(tmp_path: Path) -> None:

@@ -83,12 +83,14 @@ def common_scores(
 def _state_of(results: Results, checks: Sequence[Check]) -> str:
     planned = len(results.records) + len(results.failures) + len(results.missing)
     broken, unknown = (sum(item.answer == word for item in checks) for word in ("no", "not known"))
+    all_have_all = planned == len(results.tasks) * len(results.agents) * len(results.seeds)
+    fewer = "" if all_have_all else "up to "
     verdict = f"{len(checks) - broken - unknown} of the {len(checks)} checks below hold"
     verdict += (f", {broken} do not" if broken else "") + (f", {unknown} cannot be told" if unknown else "")
     return (
         f"{len(results.records)} of {planned} runs: {len(results.tasks)} tasks, {len(results.agents)} agents, "
-        f"{len(results.seeds)} seeds; {verdict}. A score of 0 is the best policy without memory, 1 the optimum; "
-        "figures are interquartile means of the final weights, played greedily, with bootstrap 95 % intervals."
+        f"{fewer}{len(results.seeds)} seeds each; {verdict}. A score of 0 is the best policy without memory, 1 the "
+        "optimum; figures are interquartile means of the final weights, played greedily, with bootstrap 95 % intervals."
     )
 
 

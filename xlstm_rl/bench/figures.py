@@ -28,6 +28,16 @@ def draw_all(results: Results, folder: Path) -> None:
     _draw_profiles(results, folder / "profiles.png")
 
 
+def _labels(results: Results) -> dict[str, str]:
+    """Names of the agents, with their number of seeds where others have more."""
+    seeds = {agent: max(map(len, results.scores(agent)), default=0) for agent in results.agents}
+    most = max(seeds.values())
+    return {
+        agent: agent if count in (0, most) else f"{agent} ({count} seed{'s' * (count > 1)})"
+        for agent, count in seeds.items()
+    }
+
+
 def _figure(width: float, height: float) -> Any:
     # Loaded here because only cards need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -54,11 +64,12 @@ def _panels(
     rows = max(-(-len(tasks) // columns), 1)
     figure = _figure(3.4 * columns, 2.7 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    names = _labels(results)
     for panel, task in zip(panels, tasks, strict=False):
         for index, agent in enumerate(results.agents):
             group = results.of(task, agent)
             if group:
-                draw(panel, group, agent, f"C{index}")
+                draw(panel, group, names[agent], f"C{index}")
         for height, style in ((0.0, ":"), (1.0, "--")):
             panel.axhline(height, color="0.4", linestyle=style, linewidth=1)
         panel.set_title(task, fontsize="medium")
@@ -76,7 +87,7 @@ def _panels(
     _save(figure, path)
 
 
-def _draw_curves(panel: Any, group: Sequence[Record], agent: str, colour: str) -> None:
+def _draw_curves(panel: Any, group: Sequence[Record], label: str, colour: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     curves = [np.array(record.curve_scores) for record in group if record.curve]
@@ -86,18 +97,18 @@ def _draw_curves(panel: Any, group: Sequence[Record], agent: str, colour: str) -
     # a run that ended early keeps the score that it ended with
     held = np.stack([np.interp(steps, curve[:, 0], curve[:, 1]) for curve in curves], axis=1)  # [steps, seeds]
     band = np.array([estimate([scores]) for scores in held])
-    panel.plot(steps, band[:, 0], color=colour, label=agent, linewidth=1.5)
+    panel.plot(steps, band[:, 0], color=colour, label=label, linewidth=1.5)
     panel.fill_between(steps, band[:, 1], band[:, 2], color=colour, alpha=0.2, linewidth=0)
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _draw_lengths(panel: Any, group: Sequence[Record], agent: str, colour: str) -> None:
+def _draw_lengths(panel: Any, group: Sequence[Record], label: str, colour: str) -> None:
     lengths = sorted({int(key) for record in group for key in record.longer})
     scores = [np.array([record.greedy.score for record in group])]
     scores += [np.array([r.longer[str(key)].score for r in group if str(key) in r.longer]) for key in lengths]
     band = np.array([estimate([values]) for values in scores])
     ticks = [1, *lengths]
-    panel.plot(ticks, band[:, 0], color=colour, label=agent, marker="o", markersize=3, linewidth=1.5)
+    panel.plot(ticks, band[:, 0], color=colour, label=label, marker="o", markersize=3, linewidth=1.5)
     panel.fill_between(ticks, band[:, 1], band[:, 2], color=colour, alpha=0.2, linewidth=0)
     panel.set_xscale("log", base=2)
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -109,7 +120,7 @@ def _draw_abilities(results: Results, path: Path) -> None:
     panel = figure.subplots()
     # an agent without runs keeps its colour free, but no room and no name
     drawn = [(index, agent) for index, agent in enumerate(results.agents) if results.scores(agent)]
-    width = 0.8 / max(len(drawn), 1)
+    width, names = 0.8 / max(len(drawn), 1), _labels(results)
     for column, (index, agent) in enumerate(drawn):
         places, bars = [], []
         for place, tasks in enumerate(abilities.values()):
@@ -120,12 +131,14 @@ def _draw_abilities(results: Results, path: Path) -> None:
         values = np.array(bars).reshape(-1, 3)
         # rounding can put the value a hair outside its interval
         errors = np.maximum([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]], 0)
-        panel.bar(places, values[:, 0], width, yerr=errors, label=agent, color=f"C{index}", error_kw={"linewidth": 1})
+        panel.bar(
+            places, values[:, 0], width, yerr=errors, label=names[agent], color=f"C{index}", error_kw={"linewidth": 1}
+        )
     panel.axhline(1.0, color="0.4", linestyle="--", linewidth=1)
     panel.set_xticks(range(len(abilities)), list(abilities), fontsize="small")
     panel.set_ylabel("score")
     # beside the bars, which reach the top
-    figure.legend(fontsize="small", loc="outside upper center", ncols=max(len(drawn), 1))
+    figure.legend(fontsize="small", loc="outside upper center", ncols=min(max(len(drawn), 1), 5))
     panel.grid(alpha=0.3, axis="y")
     _save(figure, path)
 
@@ -134,11 +147,12 @@ def _draw_profiles(results: Results, path: Path) -> None:
     figure = _figure(5.2, 3.4)
     panel = figure.subplots()
     thresholds: Array = np.linspace(-0.1, 1.05, 93)
+    names = _labels(results)
     for index, agent in enumerate(results.agents):
         scores = results.scores(agent)
         if scores:
             share, low, high = performance_profile(scores, thresholds)
-            panel.plot(thresholds, share, color=f"C{index}", label=agent, linewidth=1.5)
+            panel.plot(thresholds, share, color=f"C{index}", label=names[agent], linewidth=1.5)
             panel.fill_between(thresholds, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
     panel.set_xlabel("score")
     panel.set_ylabel("share of runs above it")
