@@ -2,6 +2,9 @@
 
 xlstm-rl export runs/... policy.onnx
 python examples/play_onnx.py policy.onnx CartPole-v1 500
+
+A task that a package registers is written module:id, as in xlstm_rl:xlstm_rl/TMaze-v0: gymnasium imports the module
+first. This package imports torch.
 """
 
 import json
@@ -59,4 +62,7 @@ def process_size() -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
-    play(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    try:
+        play(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    except gym.error.NamespaceNotFound as error:
+        sys.exit(f"{error} Name the module that registers it too, as in xlstm_rl:xlstm_rl/TMaze-v0.")

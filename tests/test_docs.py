@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sb3_contrib
 from stable_baselines3.common.env_util import make_vec_env
 
 from xlstm_rl import evaluate
@@ -24,11 +25,11 @@ def python_blocks(page: str) -> list[str]:
     return blocks
 
 
-def run_blocks(page: str) -> dict[str, Any]:
-    """Run the Python blocks of a page one after the other and return what they define."""
+def run_blocks(page: str, long: str = r"learn\(\d+_000", short: str = "learn(256") -> dict[str, Any]:
+    """Run the Python blocks of a page one after the other, shortened, and return what they define."""
     namespace: dict[str, Any] = {"__name__": page}
     for block in python_blocks(page):
-        exec(re.sub(r"learn\(\d+_000", "learn(256", block), namespace)
+        exec(re.sub(long, short, block), namespace)
     return namespace
 
 
@@ -62,6 +63,28 @@ def test_pages_build_without_a_warning(tmp_path: Path) -> None:
 )
 def test_pages_of_the_docs_run(page: str) -> None:
     assert run_blocks(f"docs/{page}.md")["model"].num_timesteps >= 256
+
+
+RECIPES = python_blocks("docs/sb3_recipes.md")
+
+
+# What the recipe on schedules says happens to a function.
+@pytest.mark.filterwarnings("ignore:learning_rate is a function")
+@pytest.mark.parametrize("recipe", RECIPES, ids=range(len(RECIPES)))
+def test_recipe_runs_by_itself(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "docs/sb3_recipes.md"}
+    exec(re.sub(r"learn\(\d+_000", "learn(256", recipe), namespace)
+    assert namespace["model"].num_timesteps >= 256
+
+
+def test_page_on_checkpoints_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    theirs = make_vec_env("xlstm_rl/TMaze-v0", n_envs=1)
+    sb3_contrib.RecurrentPPO("MlpLstmPolicy", theirs, n_steps=8, batch_size=8).save("ppo_recurrent.zip")
+    with pytest.warns(UserWarning, match="pickle"):
+        run_blocks("docs/checkpoints.md", r"(\d+)0_000", r"\g<1>0")
+    assert Path("last.zip").is_file() and Path("safe.zip").is_file()
 
 
 def test_memories_of_the_docs_have_equal_size() -> None:
