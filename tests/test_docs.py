@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import sb3_contrib
+import yaml
 from stable_baselines3.common.env_util import make_vec_env
 
 from xlstm_rl import evaluate
+from xlstm_rl.configs import EnvConfig, TrainConfig, load
+from xlstm_rl.configs.conversion import flatten
 from xlstm_rl.memory.core import _REGISTRY
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +88,30 @@ def test_page_on_checkpoints_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.warns(UserWarning, match="pickle"):
         run_blocks("docs/checkpoints.md", r"(\d+)0_000", r"\g<1>0")
     assert Path("last.zip").is_file() and Path("safe.zip").is_file()
+
+
+def test_page_on_configuration_names_every_key_with_its_default(tmp_path: Path) -> None:
+    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    told: dict[str, Any] = {}
+    for keys, default in re.findall(r"^\| (`.*?`) \| (.*?) \|", page.partition("## Keys")[2], flags=re.MULTILINE):
+        names, values = re.findall(r"`(.*?)`", keys), [yaml.safe_load(f"[{default}]".replace("`", ""))]
+        values = values[0] if len(names) > 1 else [(values[0] or [None])[0]]
+        told |= dict(zip(names, values if len(values) > 1 else values * len(names), strict=True))
+    config = flatten(TrainConfig(env=EnvConfig("")))
+    real = {
+        f"{section}.{key}": value
+        for section, values in config.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    } | {key: value for key, value in config.items() if not isinstance(value, dict)}
+    assert told.keys() == real.keys()
+    for key, value in real.items():
+        if key != "env.id":
+            assert str(told[key]) == str(value) or float(told[key]) == value, key
+    example = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)[0]
+    (tmp_path / "mine.yaml").write_text(example, encoding="utf-8")
+    mine = load(str(tmp_path / "mine.yaml"), ["ppo.learning_rate=5e-4", "memory.blocks=ms"])
+    assert (mine.env.n_envs, mine.ppo.gae_lambda, mine.memory.settings["hidden_size"]) == (8, 0.8, 32)
 
 
 def test_memories_of_the_docs_have_equal_size() -> None:

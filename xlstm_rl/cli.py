@@ -171,7 +171,7 @@ def _list(options: argparse.Namespace) -> int:
     benchmarks = _table("benchmarks", "name", "tasks", "agents", "runs", "description")
     for name in spec_names():
         spec = load_spec(name)
-        runs = len(spec.tasks) * len(spec.agents) * len(spec.seeds)
+        runs = len(spec.tasks) * sum(len(spec.seeds_of(agent)) for agent in spec.agents)
         benchmarks.add_row(name, str(len(spec.tasks)), ", ".join(spec.agents), str(runs), spec.description or "")
     console.print(benchmarks)
     console.print(f"memories: {', '.join(memory_names())}", highlight=False)

@@ -298,7 +298,11 @@ def test_class_of_ones_own_has_to_be_handed_over(tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     with pytest.raises(CheckpointError, match="features_extractor_class was .*OwnExtractor.*custom_objects=.*policy_k"):
         RecurrentPPO.load(tmp_path / "model")
-    assert_same(model, RecurrentPPO.load(tmp_path / "model", custom_objects={"policy_kwargs": kwargs}))
+    # the whole of policy_kwargs, or what the file does not hold
+    for given in (kwargs, {"features_extractor_class": OwnExtractor}):
+        loaded = RecurrentPPO.load(tmp_path / "model", custom_objects={"policy_kwargs": given})
+        assert loaded.policy_kwargs == model.policy_kwargs
+        assert_same(model, loaded)
 
 
 def test_policy_of_ones_own_has_to_be_handed_over(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium
 import pytest
 
-from xlstm_rl.configs import ConfigError, load, load_file, preset_names
+from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig, load, load_file, preset_names
 from xlstm_rl.configs.loading import dump
 
 
@@ -45,6 +45,34 @@ def test_scientific_notation_is_a_number_in_a_file(tmp_path: Path) -> None:
     path.write_text("env: {id: CartPole-v1}\nppo: {learning_rate: 1e-3}\ntotal_steps: 1e6\n", encoding="utf-8")
     config = load(str(path))
     assert (config.ppo.learning_rate, config.total_steps) == (1e-3, 1_000_000)
+
+
+@pytest.mark.parametrize("base", ["general", "tmaze", "parity"])
+def test_file_may_start_from_a_base(base: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"base: {base}\nenv: {{id: CartPole-v1, n_envs: 4}}\nmemory: {{hidden_size: 32}}\n", encoding="utf-8"
+    )
+    expected = load(
+        "CartPole-v1" if base == "general" else base, ["env.id=CartPole-v1", "env.n_envs=4", "memory.hidden_size=32"]
+    )
+    assert load(str(path)) == expected
+    # another memory has other settings
+    path.write_text(f"base: {base}\nenv: {{id: CartPole-v1}}\nmemory: {{name: lstm}}\n", encoding="utf-8")
+    assert set(load(str(path)).memory.settings) <= {"hidden_size"}
+
+
+def test_file_without_a_base_starts_from_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("env: {id: CartPole-v1}\n", encoding="utf-8")
+    assert load(str(path)) == TrainConfig(env=EnvConfig("CartPole-v1"))
+
+
+def test_unknown_base_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: tmase\nenv: {id: CartPole-v1}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"base='tmase' of .*mine.yaml is no preset; did you mean 'tmaze'\?"):
+        load(str(path))
 
 
 def test_list_becomes_a_tuple() -> None:
@@ -166,6 +194,11 @@ def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("xlstm_rl/TMase-v0", "seed=1", ["'xlstm_rl/TMase-v0'", "did you mean 'xlstm_rl/TMaze-v0'?"]),
         ("tmaze", "sed=1", ["'sed'", "override 'sed=1'", "did you mean 'seed'?"]),
         ("tmaze", "ppo.gama=1", ["'ppo.gama'", "did you mean 'gamma'?"]),
+        ("tmaze", "learning_rate=1e-3", ["unknown key 'learning_rate'", "did you mean ppo.learning_rate=1e-3?"]),
+        ("tmaze", "n_envs=4", ["unknown key 'n_envs'", "did you mean env.n_envs=4 or eval.n_envs=4?"]),
+        ("tmaze", "memory=lstm", ["'memory'", "is a section", "such as memory.name=lstm"]),
+        ("tmaze", "env=CartPole-v1", ["'env'", "is a section", "such as env.id=..."]),
+        ("Qwertyuiop-v0", "seed=1", ["`xlstm-rl list` shows them", "is written your_module:Qwertyuiop-v0"]),
         ("tmaze", "memory.hidden=3", ["memory.hidden", "did you mean 'hidden_size'?"]),
         ("tmaze", "memory.name=lstn", ["memory.name='lstn'", "did you mean 'lstm'?"]),
         ("tmaze", "memory.hidden_size=66", ["hidden_size=66", "multiple of num_heads=4"]),
@@ -201,7 +234,7 @@ def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("tmaze", "env.id=Nowhere-v0", ["'Nowhere-v0'"]),
         ("tmaze", "device=tpu3", ["device='tpu3'"]),
         ("tmaze", "seed=-1", ["seed=-1"]),
-        ("tmaze", "env=3", ["env=3", "mapping"]),
+        ("tmaze", "env=3", ["env=3", "is a section"]),
         ("tmaze", "seed", ["override 'seed'", "key=value"]),
         ("tmaze", "seed=[", ["override 'seed=['"]),
         ("nowhere.yaml", "seed=1", ["nowhere.yaml"]),

@@ -299,16 +299,21 @@ def _is_code(attribute: Any) -> bool:
 
 
 def _rebuild_settings(archive: Archive, custom_objects: Mapping[str, Any], remedy: str) -> dict[str, Any]:
-    """The values of data.json, those handed over in place of the stored ones."""
+    """The values of data.json, those handed over in place of the stored ones; of `policy_kwargs`, entry by entry."""
     data = archive.parts.get("data", Part(None, {}))
     if not isinstance(data.tree, dict):
         raise CheckpointError(f"{archive.name}: data.json holds no settings")
     settings = dict(custom_objects)
     for name, part in data.tree.items():
-        if name in custom_objects:
+        given = custom_objects.get(name)
+        if name == "policy_kwargs" and isinstance(given, Mapping) and isinstance(part, dict):
+            part = {key: value for key, value in part.items() if key not in given}
+        elif name in custom_objects:
             continue
         try:
             settings[name] = rebuild(part, name, data.tensors)
+            if given is not None:
+                settings[name] |= given
         except NotStoredError as error:
             hint = remedy.format(top=name, what=_REMEDY.get(name, "{...}"))
             raise CheckpointError(

@@ -10,8 +10,13 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, the value, its source and the remedy."""
 
 
-def nearest(word: str, known: Iterable[str], unlisted: Iterable[str] = ()) -> str:
-    """A hint at the word closest to `word`, or at all those known when none is close; too many go `unlisted`."""
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """A hint at the word closest to `word`; None when none is close."""
+    matches = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
+    return f"did you mean {matches[0]!r}?" if matches else None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the word closest to `word`, or at all those known when none is close."""
     words = sorted(known)
-    matches = difflib.get_close_matches(word, [*words, *unlisted], n=1, cutoff=0.6)
-    return f"did you mean {matches[0]!r}?" if matches else f"known: {', '.join(words)}"
+    return closest(word, words) or f"known: {', '.join(words)}"

@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import gymnasium
 import yaml
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.configs.conversion import build, check_mapping, flatten, parse_yaml
-from xlstm_rl.configs.errors import ConfigError, nearest
+from xlstm_rl.configs.errors import ConfigError, closest, nearest
 from xlstm_rl.configs.schema import MemoryConfig, PolicyConfig, PPOConfig, TrainConfig, agent_arguments
 
 
@@ -28,7 +28,8 @@ def load(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     """The configuration of `name`, changed by overrides.
 
     Args:
-        name: a preset, a path ending in ".yaml", or any gymnasium id (then with the settings of general.yaml, which are
+        name: a preset, a path ending in ".yaml" (the file may start from a preset or from general.yaml by `base: NAME`
+            or `base: general`), or any gymnasium id (then with the settings of general.yaml, which are
             good on most tasks), "xlstm_rl/" before it may be left out. The module of an id such as "module:Env-v0" is
             imported, as `gymnasium.make` does.
         overrides: "a.b=value" each, the value spelled as in YAML; later ones win. Another `memory.name` than the one
@@ -71,7 +72,7 @@ def dump(config: TrainConfig) -> str:
 
 
 def general_settings(**changes: Any) -> dict[str, Any]:
-    """Recommended keyword arguments of `xlstm_rl.RecurrentPPO`, which learn most tasks untuned.
+    """Recommended keyword arguments of `xlstm_rl.RecurrentPPO`, chosen on the tasks of the suite together.
 
     They are what `xlstm-rl train` takes for a plain environment id, read from general.yaml: an "sm" memory for the
     actor and another for the critic, the learning rate falling linearly to 0 over the run, and so on. The defaults of
@@ -132,7 +133,21 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is no YAML that can be read: it is no UTF-8 text ({error.reason})") from error
-    return _check(parse_yaml(text, str(path)), str(path))
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict) or "base" not in values:
+        return _check(values, str(path))
+    base = _base(values.pop("base"), str(path))
+    changes = _check(values, str(path))
+    return _merge(_for_memory(base, changes), changes)
+
+
+def _base(name: object, source: str) -> dict[str, Any]:
+    if name == "general":
+        return _general()
+    if name not in preset_names():
+        known = ["general", *preset_names()]
+        raise ConfigError(f"base={name!r} of {source} is no preset; {nearest(str(name), known)}")
+    return _read_own(_presets() / f"{name}.yaml", f"preset {name}.yaml")
 
 
 def _check(values: object, source: str) -> dict[str, Any]:
@@ -146,10 +161,10 @@ def _check_registered(env_id: str, complaint: str, also_known: Iterable[str] = (
     try:
         gymnasium.spec(registered_id)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        ours = {key: str(spec.entry_point) for key, spec in gymnasium.registry.items() if key.startswith("xlstm_rl/")}
-        foreign = {key for key, maker in ours.items() if maker.startswith("xlstm_rl.envs.suites:")}
-        listed = ours.keys() - foreign
-        hint = nearest(env_id, [*also_known, *listed], gymnasium.registry.keys() - listed)
+        hint = closest(env_id, [*also_known, *gymnasium.registry])
+        if hint is None:
+            hint = "`xlstm-rl list` shows them"
+            hint += "" if colon else f"; one that a module of yours registers is written your_module:{env_id}"
         raise ConfigError(f"{env_id!r} is {complaint}; {hint}") from error
 
 
@@ -172,9 +187,25 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(f"override {override!r} must look like key=value or section.key=value, such as seed=3")
     source = f"override {override!r}"
     value = parse_yaml(text, source)
+    _check_section(keys, value, override)
     for key in reversed(keys):
         value = {key: value}
     return _check(value, source)
+
+
+def _check_section(keys: list[str], value: object, override: str) -> None:
+    """Refuse a key that lacks its section, and a section that lacks its key, with the whole one."""
+    sections = {name: kind for name, kind in get_type_hints(TrainConfig).items() if is_dataclass(kind)}
+    first, text = keys[0], override.partition("=")[2]
+    if len(keys) > 1:
+        return
+    if first in sections and not isinstance(value, Mapping):
+        example = f"memory.name={text}" if first == "memory" else f"{first}.{fields(sections[first])[0].name}=..."
+        raise ConfigError(f"{first!r} in override {override!r} is a section; name a key in it, such as {example}")
+    places = [name for name, kind in sections.items() if first in {field.name for field in fields(kind)}]
+    if first not in {field.name for field in fields(TrainConfig)} and places:
+        written = " or ".join(f"{name}.{first}={text}" for name in places)
+        raise ConfigError(f"unknown key {first!r} in override {override!r}; did you mean {written}?")
 
 
 def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
