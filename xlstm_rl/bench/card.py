@@ -42,7 +42,7 @@ def card_sections(results: Results, figures: Path) -> list[Section]:
                 Picture(figures / "abilities.png", "Score by ability"),
             ],
         ),
-        Section("Is this card worth anything?", [_checks(checks), *_notes(checks)]),
+        Section("Validity checks", [_checks(checks), *_notes(checks)]),
         Section(
             "Figures",
             [

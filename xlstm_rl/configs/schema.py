@@ -139,7 +139,7 @@ class PPOConfig:
         n_epochs: passes over a rollout.
         learning_rate: at the start of training.
         lr_schedule: "linear" lets the learning rate fall to 0 over the run, "constant" keeps it.
-        gamma, gae_lambda: discount and advantage trace.
+        gamma, gae_lambda: discount, and lambda of generalised advantage estimation.
         clip_range: of the probability ratio; clip_range_vf: of the value, in units of return, None for none.
         normalize_advantage: divide advantages by their deviation.
         advantage_floor: least divisor, against noise when all returns are nearly equal.
