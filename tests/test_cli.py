@@ -45,6 +45,9 @@ def test_list_shows_presets_environments_and_memories(
     [
         (["train", "tmze"], "did you mean 'tmaze'?"),
         (["train", "CartPole"], "did you mean 'CartPole-v1'?"),
+        (["train", "MyEnv-v0"], "your_module:MyEnv-v0"),
+        (["train", "tmaze", "learning_rate=1e-3"], "did you mean 'ppo.learning_rate'?"),
+        (["train", "tmaze", "memory=lstm"], "such as memory.name=lstm"),
         (["train", "tmaze", "--run-dir", "unused", "ppo.gama=1"], "did you mean 'gamma'?"),
         (["train", "tmaze", "ppo.gama=1"], "did you mean 'gamma'?"),
         (["train", "tmaze", "env.kwargs.corridor_length=0"], "corridor_length"),

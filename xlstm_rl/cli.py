@@ -58,7 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train an agent and evaluate it", description="Train an agent.")
-    train.add_argument("name", nargs="?", metavar="PRESET_OR_ENV_ID", help="a preset, a .yaml file or any gymnasium id")
+    train.add_argument(
+        "name",
+        nargs="?",
+        metavar="PRESET_OR_ENV_ID",
+        help="a preset, any gymnasium id (your_module:Env-v0 for one of yours), or a .yaml file, which starts from the "
+        "preset or id it names as base",
+    )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as memory.hidden_size=128 seed=3")
     train.add_argument("--run-dir", type=Path, help="a folder that does not exist yet; default runs/NAME-SEED-TIME")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, [total_steps=N]")

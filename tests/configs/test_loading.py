@@ -68,11 +68,52 @@ def test_file_without_a_base_starts_from_the_defaults(tmp_path: Path) -> None:
     assert load(str(path)) == TrainConfig(env=EnvConfig("CartPole-v1"))
 
 
-def test_unknown_base_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["CartPole-v1", "TMaze-v0"])
+def test_file_may_start_from_an_environment_id(base: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("base: tmase\nenv: {id: CartPole-v1}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"base='tmase' of .*mine.yaml is no preset; did you mean 'tmaze'\?"):
+    path.write_text(f"base: {base}\nppo: {{n_steps: 64}}\n", encoding="utf-8")
+    assert load(str(path)) == load(base, ["ppo.n_steps=64"])
+
+
+@pytest.mark.parametrize("name", ["general", "tmaze", "CartPole-v1"])
+def test_file_with_a_base_resolves_to_one_that_loads_to_itself(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: {name}\nenv: {{id: CartPole-v1}}\nmemory: {{name: gru}}\n", encoding="utf-8")
+    config = load(str(path))
+    path.write_text(dump(config), encoding="utf-8")
+    assert load_file(path) == config
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("tmase", r"'tmase' is neither .* \(base of .*mine.yaml\); did you mean 'tmaze'\?"),
+        ("generl", r"'generl' is neither .* \(base of .*mine.yaml\); did you mean 'general'\?"),
+        ("other.yaml", r"base='other.yaml' of .*mine.yaml must be a preset, an environment id or 'general'"),
+        ("[1]", r"base=\[1\] of .*mine.yaml must be a preset"),
+        ("null", r"base=None of .*mine.yaml must be a preset"),
+    ],
+)
+def test_unknown_base_is_refused(base: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: {base}\nenv: {{id: CartPole-v1}}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=expected):
         load(str(path))
+
+
+@pytest.mark.parametrize("name", ["Qwertyuiop-v0", "MyEnv-v0", "MyCartPole-v1"])
+def test_unknown_id_is_answered_briefly_with_the_way_to_one_of_ones_own(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(name)
+    assert f"is written your_module:{name}" in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["tmze", "xlstm_rl/TMase-v0", "gymnasium:MyEnv-v0"])
+def test_module_is_not_asked_for_where_it_cannot_help(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(name)
+    assert "your_module" not in str(caught.value)
 
 
 def test_list_becomes_a_tuple() -> None:
@@ -194,11 +235,13 @@ def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("xlstm_rl/TMase-v0", "seed=1", ["'xlstm_rl/TMase-v0'", "did you mean 'xlstm_rl/TMaze-v0'?"]),
         ("tmaze", "sed=1", ["'sed'", "override 'sed=1'", "did you mean 'seed'?"]),
         ("tmaze", "ppo.gama=1", ["'ppo.gama'", "did you mean 'gamma'?"]),
-        ("tmaze", "learning_rate=1e-3", ["unknown key 'learning_rate'", "did you mean ppo.learning_rate=1e-3?"]),
-        ("tmaze", "n_envs=4", ["unknown key 'n_envs'", "did you mean env.n_envs=4 or eval.n_envs=4?"]),
+        ("tmaze", "learning_rate=1e-3", ["unknown key 'learning_rate'", "did you mean 'ppo.learning_rate'?"]),
+        ("tmaze", "n_envs=4", ["unknown key 'n_envs'", "did you mean 'env.n_envs' or 'eval.n_envs'?"]),
+        ("tmaze", "kwargs.corridor_length=4", ["'kwargs'", "did you mean 'env.kwargs' or 'policy.kwargs'?"]),
+        ("tmaze", "hidden_size=64", ["unknown key 'hidden_size'", "did you mean 'memory.hidden_size'?"]),
+        ("tmaze", "settings={blocks: m}", ["unknown key 'settings'", "known: checkpoint"]),
         ("tmaze", "memory=lstm", ["'memory'", "is a section", "such as memory.name=lstm"]),
         ("tmaze", "env=CartPole-v1", ["'env'", "is a section", "such as env.id=..."]),
-        ("Qwertyuiop-v0", "seed=1", ["`xlstm-rl list` shows them", "is written your_module:Qwertyuiop-v0"]),
         ("tmaze", "memory.hidden=3", ["memory.hidden", "did you mean 'hidden_size'?"]),
         ("tmaze", "memory.name=lstn", ["memory.name='lstn'", "did you mean 'lstm'?"]),
         ("tmaze", "memory.hidden_size=66", ["hidden_size=66", "multiple of num_heads=4"]),
@@ -255,6 +298,7 @@ def test_minibatch_without_room_for_a_chunk_is_refused() -> None:
     ("text", "expected"),
     [
         ("env: {id: CartPole-v1}\nppo: {n_stps: 1}\n", "unknown key 'ppo.n_stps' in "),
+        ("env: {id: CartPole-v1}\nlearning_rate: 1e-3\n", "did you mean 'ppo.learning_rate'?"),
         ("seed: 1\nseed: 2\n", "'seed' is given twice"),
         ("seed: 1\n", "names no environment"),
         ("- 1\n", "must be a mapping"),

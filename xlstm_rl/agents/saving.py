@@ -75,7 +75,8 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             env: to go on training in, with any number of copies.
             device: where to put the policy.
             custom_objects: attributes to take instead of the stored ones: functions as schedules, a policy class of
-                your own as "policy_class", "policy_kwargs" with a features extractor of your own.
+                your own as "policy_class", a features extractor of your own in "policy_kwargs". Entries of
+                "policy_kwargs" that are not given stay as stored, except in zips of Stable-Baselines3.
             print_system_info: print the versions here and of the file.
             force_reset: start `env` anew; else the episodes at the time of saving go on, memory included.
             allow_pickle: read zips of Stable-Baselines3 too, which can hold any code and run it: those of

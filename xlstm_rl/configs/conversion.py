@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from xlstm_rl.configs.errors import ConfigError, nearest
-from xlstm_rl.configs.schema import MemoryConfig
+from xlstm_rl.configs.schema import MemoryConfig, memory_settings
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,7 +69,7 @@ def check_mapping(cls: type, values: object, source: str, path: str = "") -> dic
         if cls is MemoryConfig and key != "name":
             checked[key] = value
         elif key not in known:
-            raise ConfigError(f"unknown key {name!r} in {source}; {nearest(str(key), known)}")
+            raise ConfigError(f"unknown key {name!r} in {source}; {_place(cls, str(key)) or nearest(str(key), known)}")
         elif dataclasses.is_dataclass(hints[key]):
             checked[key] = check_mapping(hints[key], value, source, name)
         else:
@@ -113,6 +113,22 @@ def flatten(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         plain[f.name] = flatten(value) if dataclasses.is_dataclass(value) else _plain(value)
     return plain
+
+
+def _place(cls: type, key: str) -> str | None:
+    """A hint at the sections of `cls` that have the key; None when none has."""
+    places = [
+        f"{section}.{key}"
+        for section, kind in get_type_hints(cls).items()
+        if dataclasses.is_dataclass(kind) and key in _keys(kind)
+    ]
+    return f"did you mean {' or '.join(map(repr, places))}?" if places else None
+
+
+def _keys(section: Any) -> list[str]:
+    if section is MemoryConfig:
+        return ["name", *memory_settings(MemoryConfig.name)]
+    return [f.name for f in dataclasses.fields(section)]
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import resources
@@ -15,8 +16,10 @@ import yaml
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.configs.conversion import build, check_mapping, flatten, parse_yaml
-from xlstm_rl.configs.errors import ConfigError, closest, nearest
+from xlstm_rl.configs.errors import ConfigError, closest
 from xlstm_rl.configs.schema import MemoryConfig, PolicyConfig, PPOConfig, TrainConfig, agent_arguments
+
+_UNKNOWN = "neither a preset nor a registered environment"
 
 
 def preset_names() -> list[str]:
@@ -28,10 +31,10 @@ def load(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     """The configuration of `name`, changed by overrides.
 
     Args:
-        name: a preset, a path ending in ".yaml" (the file may start from a preset or from general.yaml by `base: NAME`
-            or `base: general`), or any gymnasium id (then with the settings of general.yaml, which are
+        name: a preset, a path ending in ".yaml", or any gymnasium id (then with the settings of general.yaml, which are
             good on most tasks), "xlstm_rl/" before it may be left out. The module of an id such as "module:Env-v0" is
-            imported, as `gymnasium.make` does.
+            imported, as `gymnasium.make` does. A file starts from its `base`: a preset, an id, or "general" for the
+            settings of general.yaml; without one, from the defaults of `TrainConfig`.
         overrides: "a.b=value" each, the value spelled as in YAML; later ones win. Another `memory.name` than the one
             of `name` drops the memory settings there, `hidden_size` excepted, because another memory has others; the
             overrides all stay, in whatever order they are given.
@@ -40,14 +43,7 @@ def load(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
         ConfigError: the name or a key is unknown, or a value is impossible; the message names it, where it stands and
             the remedy.
     """
-    if name in preset_names():
-        values = _read_own(_presets() / f"{name}.yaml", f"preset {name}.yaml")
-    elif name.endswith((".yaml", ".yml")):
-        values = _read(Path(name))
-    else:
-        env_id = f"xlstm_rl/{name}" if f"xlstm_rl/{name}" in gymnasium.registry else name
-        _check_registered(env_id, "neither a preset nor a registered environment", preset_names())
-        values = _merge(_general(), {"env": {"id": env_id}})
+    values = _read(Path(name)) if _is_path(name) else _named(name, _UNKNOWN)
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = _merge(changes, _parse_override(override))
@@ -114,6 +110,18 @@ def general_settings(**changes: Any) -> dict[str, Any]:
     return {**arguments, **kept, "policy_kwargs": {**arguments["policy_kwargs"], **policy_kwargs}}
 
 
+def _is_path(name: str) -> bool:
+    return name not in preset_names() and name.endswith((".yaml", ".yml"))
+
+
+def _named(name: str, complaint: str, also_known: Iterable[str] = ()) -> dict[str, Any]:
+    if name in preset_names():
+        return _read_own(_presets() / f"{name}.yaml", f"preset {name}.yaml")
+    env_id = f"xlstm_rl/{name}" if f"xlstm_rl/{name}" in gymnasium.registry else name
+    _check_registered(env_id, complaint, [*also_known, *preset_names()])
+    return _merge(_general(), {"env": {"id": env_id}})
+
+
 def _general() -> dict[str, Any]:
     return _read_own(resources.files("xlstm_rl.configs") / "general.yaml", "general.yaml")
 
@@ -134,6 +142,8 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is no YAML that can be read: it is no UTF-8 text ({error.reason})") from error
     values = parse_yaml(text, str(path))
+    # Without a base the defaults and not the general settings: what a run folder's configuration leaves out, memory
+    # settings and keys that came later, must keep its meaning.
     if not isinstance(values, dict) or "base" not in values:
         return _check(values, str(path))
     base = _base(values.pop("base"), str(path))
@@ -142,12 +152,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _base(name: object, source: str) -> dict[str, Any]:
-    if name == "general":
-        return _general()
-    if name not in preset_names():
-        known = ["general", *preset_names()]
-        raise ConfigError(f"base={name!r} of {source} is no preset; {nearest(str(name), known)}")
-    return _read_own(_presets() / f"{name}.yaml", f"preset {name}.yaml")
+    if not isinstance(name, str) or _is_path(name):
+        raise ConfigError(f"base={name!r} of {source} must be a preset, an environment id or 'general'")
+    return _general() if name == "general" else _named(name, f"{_UNKNOWN} (base of {source})", ["general"])
 
 
 def _check(values: object, source: str) -> dict[str, Any]:
@@ -161,11 +168,18 @@ def _check_registered(env_id: str, complaint: str, also_known: Iterable[str] = (
     try:
         gymnasium.spec(registered_id)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        hint = closest(env_id, [*also_known, *gymnasium.registry])
-        if hint is None:
-            hint = "`xlstm-rl list` shows them"
-            hint += "" if colon else f"; one that a module of yours registers is written your_module:{env_id}"
+        hint = _hint(env_id, [*also_known, *gymnasium.registry])
         raise ConfigError(f"{env_id!r} is {complaint}; {hint}") from error
+
+
+def _hint(env_id: str, known: Iterable[str]) -> str:
+    similar = closest(env_id, known)
+    # An id of one's own may resemble a registered one, as MyCartPole-v1 does.
+    may_be_own = similar is None or re.search(r"-v\d+$", env_id) is not None
+    if ":" in env_id or env_id.startswith("xlstm_rl/") or not may_be_own:
+        return similar or "`xlstm-rl list` shows them"
+    own = f"that a module of yours registers is written your_module:{env_id}"
+    return f"`xlstm-rl list` shows them; one {own}" if similar is None else f"{similar} One {own}"
 
 
 def _import_module(module: str, env_id: str) -> None:
@@ -194,18 +208,12 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 
 def _check_section(keys: list[str], value: object, override: str) -> None:
-    """Refuse a key that lacks its section, and a section that lacks its key, with the whole one."""
+    """Refuse a section that lacks its key, with the whole one."""
     sections = {name: kind for name, kind in get_type_hints(TrainConfig).items() if is_dataclass(kind)}
     first, text = keys[0], override.partition("=")[2]
-    if len(keys) > 1:
-        return
-    if first in sections and not isinstance(value, Mapping):
+    if len(keys) == 1 and first in sections and not isinstance(value, Mapping):
         example = f"memory.name={text}" if first == "memory" else f"{first}.{fields(sections[first])[0].name}=..."
         raise ConfigError(f"{first!r} in override {override!r} is a section; name a key in it, such as {example}")
-    places = [name for name, kind in sections.items() if first in {field.name for field in fields(kind)}]
-    if first not in {field.name for field in fields(TrainConfig)} and places:
-        written = " or ".join(f"{name}.{first}={text}" for name in places)
-        raise ConfigError(f"unknown key {first!r} in override {override!r}; did you mean {written}?")
 
 
 def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class MemoryConfig:
             raise ConfigError(f"memory {self.name!r}: {error}") from error
 
     def _explain(self, error: TypeError) -> str:
-        known = _settings_of(self.name)
+        known = memory_settings(self.name)
         unknown = [str(key) for key in self.settings if key not in known]
         if not unknown:
             return f"memory {self.name!r}: {error}"
@@ -314,6 +314,16 @@ class TrainConfig:
             )
 
 
+def memory_settings(memory: str) -> list[str]:
+    """Names of the settings of a memory, which stand beside its name."""
+    core = make_memory(memory, 64)
+    config = getattr(core, "config", None)
+    if dataclasses.is_dataclass(config):
+        return [f.name for f in dataclasses.fields(config)]
+    parameters = inspect.signature(type(core)).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
+
+
 def _label(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
 
@@ -336,12 +346,3 @@ def _one_of(section: str, config: object, name: str, allowed: tuple[str, ...]) -
     value = getattr(config, name)
     if value not in allowed:
         raise ConfigError(f"{_label(section, name)}={value!r} is not allowed; {nearest(str(value), allowed)}")
-
-
-def _settings_of(memory: str) -> list[str]:
-    core = make_memory(memory, 64)
-    config = getattr(core, "config", None)
-    if dataclasses.is_dataclass(config):
-        return [f.name for f in dataclasses.fields(config)]
-    parameters = inspect.signature(type(core)).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
