@@ -46,7 +46,8 @@ struct Torch {
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   PyObject *float32 = nullptr, *float64 = nullptr, *boolean = nullptr;
   const DLExchange* exchange = nullptr;  // null where torch has none
-  PyObject *is_cpu = nullptr, *dtype = nullptr, *is_contiguous = nullptr, *shape = nullptr, *data_ptr = nullptr;  // names
+  // Names of attributes.
+  PyObject *is_cpu = nullptr, *dtype = nullptr, *is_contiguous = nullptr, *shape = nullptr, *data_ptr = nullptr;
 };
 inline Torch torch;
 
