@@ -353,3 +353,9 @@ def test_changed_training_run_is_resumed_or_refused(tmp_path: Path, seed: int) -
         with contextlib.suppress(CheckpointError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             RecurrentPPO.resume(path, envs(), device="cpu")
+
+
+def test_settings_that_are_none_are_refused_when_some_are_handed_over(saved: Path, tmp_path: Path) -> None:
+    path = edited(saved, tmp_path / "edited.zip", set_data(policy_kwargs={"$kind": "tuple", "items": [1]}))
+    with pytest.raises(CheckpointError, match="policy_kwargs are no keyword arguments"):
+        RecurrentPPO.load(path, custom_objects={"policy_kwargs": {"net_arch": [8]}})

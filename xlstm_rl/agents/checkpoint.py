@@ -313,6 +313,8 @@ def _rebuild_settings(archive: Archive, custom_objects: Mapping[str, Any], remed
         try:
             settings[name] = rebuild(part, name, data.tensors)
             if given is not None:
+                if not isinstance(settings[name], dict):
+                    raise DescriptionError(name, "are no keyword arguments")
                 settings[name] |= given
         except NotStoredError as error:
             hint = remedy.format(top=name, what=_REMEDY.get(name, "{...}"))
