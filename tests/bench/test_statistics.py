@@ -153,3 +153,11 @@ def test_single_runs_have_no_interval() -> None:
         assert np.isfinite(figure.value)
         assert np.isnan([figure.low, figure.high]).all()
     assert np.isfinite(estimate([*scores, np.array([0.1, 0.3])])).all()
+
+
+def test_task_counts_no_more_for_having_more_runs() -> None:
+    few, many = np.array([0.2]), np.array([0.6, 0.8, 1.0])
+    assert estimate([few, many]).value == pytest.approx(estimate([np.repeat(few, 3), many]).value)
+    thresholds = np.array([0.5])
+    assert performance_profile([few, many], thresholds)[0] == pytest.approx(0.5)
+    assert difference([few, many], [few + 0.1, many + 0.1]).value == pytest.approx(0.1)

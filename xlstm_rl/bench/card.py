@@ -113,7 +113,7 @@ def _overall(results: Results) -> Table:
                 spell(estimate(results.scores(agent))),
                 f"{solved} of {len(records)} [{low:.2f}, {high:.2f}]",
                 spell(better),
-                f"{interquartile_mean(np.array([record.sampled.score for record in records])):.2f}",
+                f"{estimate(results.sampled_scores(agent)).value:.2f}",
                 f"{sum(record.cpu_minutes for record in records):.1f}",
                 str(max(record.tuning_runs for record in records)),
             ]

@@ -60,6 +60,11 @@ class Results:
         groups = (self.of(task, agent) for task in (self.tasks if tasks is None else tasks))
         return [np.array([record.greedy.score for record in group]) for group in groups if group]
 
+    def sampled_scores(self, agent: str) -> list[NDArray[np.float64]]:
+        """The same with sampled actions, over all tasks."""
+        groups = (self.of(task, agent) for task in self.tasks)
+        return [np.array([record.sampled.score for record in group]) for group in groups if group]
+
     def abilities(self) -> dict[str, list[str]]:
         """Ability -> its tasks, in the order of the tasks."""
         found: dict[str, list[str]] = {}

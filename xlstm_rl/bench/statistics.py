@@ -1,6 +1,6 @@
 """Statistics of few runs on several tasks (Agarwal et al. 2021), each with its interval.
 
-Scores come as a list of arrays, one per task, each over seeds; tasks may have different numbers of seeds.
+Scores come as a list of arrays, one per task, each over seeds; tasks may have different numbers of seeds and count alike.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def estimate(scores: Scores, statistic: Callable[[Array], Array] = interquartile
     Raises:
         ValueError: there are no scores.
     """
-    resampled = np.concatenate([task[rows] for task, rows in zip(scores, _resample(scores, seed), strict=True)], axis=1)
-    return _interval(float(statistic(np.concatenate(scores))), statistic(resampled), scores)
+    drawn = [task[rows] for task, rows in zip(scores, _resample(scores, seed), strict=True)]
+    return _interval(float(statistic(_pooled(scores))), statistic(_pooled(drawn)), scores)
 
 
 def difference(before: Scores, after: Scores, *, seed: int = 0) -> Estimate:
@@ -60,10 +60,10 @@ def difference(before: Scores, after: Scores, *, seed: int = 0) -> Estimate:
     _check_pairs(before, after)
     rows = _resample(before, seed)
     drawn = [
-        interquartile_mean(np.concatenate([task[chosen] for task, chosen in zip(side, rows, strict=True)], axis=1))
+        interquartile_mean(_pooled([task[chosen] for task, chosen in zip(side, rows, strict=True)]))
         for side in (before, after)
     ]
-    value = interquartile_mean(np.concatenate(after)) - interquartile_mean(np.concatenate(before))
+    value = interquartile_mean(_pooled(after)) - interquartile_mean(_pooled(before))
     return _interval(float(value), drawn[1] - drawn[0], before)
 
 
@@ -97,9 +97,9 @@ def performance_profile(scores: Scores, thresholds: Array, *, seed: int = 0) -> 
     def shares(values: Array) -> Array:
         return np.stack([(values > threshold).mean(axis=-1) for threshold in thresholds], axis=-1)
 
-    resampled = np.concatenate([task[rows] for task, rows in zip(scores, _resample(scores, seed), strict=True)], axis=1)
-    low, high = np.percentile(shares(resampled), TAILS, axis=0)
-    return shares(np.concatenate(scores)), low, high
+    drawn = [task[rows] for task, rows in zip(scores, _resample(scores, seed), strict=True)]
+    low, high = np.percentile(shares(_pooled(drawn)), TAILS, axis=0)
+    return shares(_pooled(scores)), low, high
 
 
 def wilson_interval(successes: int, count: int) -> tuple[float, float]:
@@ -114,6 +114,15 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = QUANTILE_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def _pooled(scores: Scores) -> Array:
+    """All scores along the last axis, those of tasks with fewer runs repeated until all tasks have as many."""
+    counts = [task.shape[-1] for task in scores]
+    copies = [math.lcm(*counts) // count for count in counts]
+    return np.concatenate(
+        [np.concatenate([task] * n, axis=-1) for task, n in zip(scores, copies, strict=True)], axis=-1
+    )
 
 
 def _resample(scores: Scores, seed: int) -> list[NDArray[np.int64]]:
