@@ -1,6 +1,7 @@
 """Statistics of few runs on several tasks (Agarwal et al. 2021), each with its interval.
 
-Scores come as a list of arrays, one per task, each over seeds; tasks may have different numbers of seeds and count alike.
+Scores come as a list of arrays, one per task, each over seeds. Tasks may have different numbers of seeds and
+count alike.
 """
 
 from __future__ import annotations
@@ -119,10 +120,8 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
 def _pooled(scores: Scores) -> Array:
     """All scores along the last axis, those of tasks with fewer runs repeated until all tasks have as many."""
     counts = [task.shape[-1] for task in scores]
-    copies = [math.lcm(*counts) // count for count in counts]
-    return np.concatenate(
-        [np.concatenate([task] * n, axis=-1) for task, n in zip(scores, copies, strict=True)], axis=-1
-    )
+    repeated = [[task] * (math.lcm(*counts) // count) for task, count in zip(scores, counts, strict=True)]
+    return np.concatenate([copy for copies in repeated for copy in copies], axis=-1)
 
 
 def _resample(scores: Scores, seed: int) -> list[NDArray[np.int64]]:
