@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+FAR = """  far:
+    base: xlstm_rl/RepeatFirst-v0
+    set: {env.kwargs.length: 3}
+    ability: credit
+    optimal_return: 1
+    memoryless_return: 0.25
+"""
 # Two tasks, two agents, two seeds; "lstm" comes first and is compared with "none".
-SMALL = """
+SMALL = f"""
 description: for tests
 tasks:
-  cue-recall: {}
-  far: {base: xlstm_rl/RepeatFirst-v0, set: {env.kwargs.length: 3}, ability: credit}
-agents:
-  lstm: {memory: {name: lstm, hidden_size: 8}}
-  none: {memory: {name: none, hidden_size: 8}}
+  cue-recall: {{}}
+{FAR}agents:
+  lstm: {{memory: {{name: lstm, hidden_size: 8}}}}
+  none: {{memory: {{name: none, hidden_size: 8}}}}
 seeds: [0, 1]
 episodes: 8
 long_episodes: 2
@@ -63,8 +69,7 @@ for cls in (Raising, Dying):
         gym.register(cls.__name__ + "-v0", cls)
 """
 BREAKING = SMALL.replace("  cue-recall: {}\n", "  raising: {base: breaking_envs:Raising-v0}\n").replace(
-    "  far: {base: xlstm_rl/RepeatFirst-v0, set: {env.kwargs.length: 3}, ability: credit}",
-    "  dying: {base: breaking_envs:Dying-v0, ability: hold}",
+    FAR, "  dying: {base: breaking_envs:Dying-v0, ability: hold}\n"
 )
 
 

@@ -59,6 +59,18 @@ def test_record_tells_what_was_trained_and_measured(results: Results) -> None:
     assert record.cpu_minutes > 0 and record.versions["torch"]
 
 
+def test_bounds_that_were_given_hold_for_episodes_in_a_row(results: Results) -> None:
+    for record in results.records:
+        assert record.in_a_row == (record.task == "far")
+    for record in results.of("far", "none"):
+        assert set(record.longer) == {"4", "16"} and record.longer["16"].episodes == 2
+        # of 3 answers an episode each, mean over 2 times 16 episodes
+        assert record.longer["16"].mean_return * 96 == pytest.approx(
+            round(record.longer["16"].mean_return * 96), abs=1e-4
+        )
+        assert 0 < record.longer["16"].mean_return < 1
+
+
 def test_oracle_scores_one_in_the_same_episodes(results: Results) -> None:
     assert all(record.oracle is not None and record.oracle.score == 1 for record in results.records)
 

@@ -27,8 +27,9 @@ def test_module_before_the_id_does_not_matter() -> None:
 
 @pytest.mark.parametrize("env_id", WITH_LENGTH)
 def test_longer_task_has_longer_episodes_and_the_same_spaces(env_id: str) -> None:
-    kwargs = longer(env_id, {}, task_purpose(env_id), 4)
-    assert kwargs is not None
+    purpose = task_purpose(env_id)
+    assert purpose.length is not None
+    kwargs = longer(env_id, {}, purpose.length, 4, odd=purpose.odd)
     short, long = gymnasium.make(env_id), gymnasium.make(env_id, **kwargs)
     before, after = task_facts(short), task_facts(long)
     assert before is not None and after is not None
@@ -40,22 +41,18 @@ def test_longer_task_has_longer_episodes_and_the_same_spaces(env_id: str) -> Non
 def test_length_given_is_the_one_that_is_multiplied() -> None:
     kwargs = {"corridor_length": 7, "render_mode": None}
     expected = {"corridor_length": 28, "render_mode": None}
-    assert longer("xlstm_rl/TMaze-v0", kwargs, TaskPurpose("hold", "corridor_length"), 4) == expected
+    assert longer("xlstm_rl/TMaze-v0", kwargs, "corridor_length", 4) == expected
 
 
 def test_odd_length_stays_odd() -> None:
-    assert longer("x", {"n": 21}, TaskPurpose("filtering", "n", odd=True), 4) == {"n": 83}
-
-
-def test_task_without_a_length_is_not_made_longer() -> None:
-    assert longer("xlstm_rl/KeyValueRecall-v0", {}, task_purpose("xlstm_rl/KeyValueRecall-v0"), 4) is None
+    assert longer("x", {"n": 21}, "n", 4, odd=True) == {"n": 83}
 
 
 def test_parameter_that_a_task_does_not_take_is_refused() -> None:
     with pytest.raises(ValueError, match="takes no parameter 'size'; known: length"):
-        longer("xlstm_rl/Parity-v0", {}, TaskPurpose("other", "size"), 4)
+        longer("xlstm_rl/Parity-v0", {}, "size", 4)
 
 
 def test_parameter_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="render_mode=None"):
-        longer("xlstm_rl/Parity-v0", {}, TaskPurpose("other", "render_mode"), 4)
+        longer("xlstm_rl/Parity-v0", {}, "render_mode", 4)

@@ -128,8 +128,8 @@ def _legend(results: Results) -> str:
     return (
         f"Solved: runs with a score of {results.solved_score} or more. Steps: median over the runs that got there of "
         f"the first evaluation that reached {results.solved_score}. Worst: lowest of the last five evaluations of "
-        "training, interquartile mean over seeds. 4x, 16x: episodes so many times longer than in training, the memory "
-        f"carried all along. Emptied: the memory emptied at every step.{stop}"
+        "training, interquartile mean over seeds. 4x, 16x: episodes so many times longer than in training, or (r) so "
+        f"many in a row, the memory carried all along. Emptied: the memory emptied at every step.{stop}"
     )
 
 
@@ -166,6 +166,7 @@ def _task_row(group: Sequence[Record], solved_score: float) -> list[str]:
         _middle(record.worst_of_last_five for record in group),
         *(
             _middle(record.longer[key].score if key in record.longer else None for record in group)
+            + " (r)" * any(record.in_a_row for record in group)
             for key in ("4", "16")
         ),
         _middle(record.emptied.score for record in group),

@@ -15,11 +15,12 @@ import numpy as np
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate
+from xlstm_rl.bench.episodes_in_a_row import EpisodesInARow
 from xlstm_rl.bench.plan import PlannedRun, fingerprint, score
 from xlstm_rl.bench.records import Figure, Record, StateHealth
 from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.building import make_env, normalized_as_saved, normalized_like, read_facts
-from xlstm_rl.configs import TrainConfig
+from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.envs import TaskFacts, longer
 from xlstm_rl.report import Score
 from xlstm_rl.run_folder import RunFolder
@@ -106,6 +107,7 @@ def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Ca
             emptied=_of_score(scores[EMPTIED], run.task.facts),
             oracle=_play_oracle(run),
             longer=long_figures,
+            in_a_row=run.task.length is None,
             state=state,
             cpu_minutes=round(cpu_seconds() / 60, 3),
             versions=_versions(folder.versions),
@@ -113,29 +115,35 @@ def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Ca
 
 
 def _play_longer(model: RecurrentPPO, run: PlannedRun, n_episodes: int) -> tuple[dict[str, Figure], StateHealth]:
-    """Figures at each length whose ends are known, and the state's health at the greatest."""
+    """Figures at each multiple of the training length, and the state's health at the greatest."""
     figures: dict[str, Figure] = {}
-    for factor, config in _lengths(run):
+    for factor in LENGTHS:
         watched = WatchedModel(model)
-        played = _play(watched, config, n_episodes)
-        facts = None if run.task.given_bounds else read_facts(config.env)
-        if factor > 1 and facts is not None:
-            figures[str(factor)] = _figure(played, facts)
+        if run.task.length is None:
+            played = _play(watched, run.config, n_episodes, in_a_row=factor)
+            played = played._replace(returns=played.returns / factor)
+            figures[str(factor)] = _figure(played, run.task.facts)
+        else:
+            kwargs = longer(run.config.env.id, run.config.env.kwargs, run.task.length, factor, odd=run.task.purpose.odd)
+            config = dataclasses.replace(run.config, env=dataclasses.replace(run.config.env, kwargs=kwargs))
+            facts = read_facts(config.env)
+            if facts is None:
+                raise ConfigError(
+                    f"task {run.task.name}: {config.env.id!r} does not state its bounds at {kwargs}; leave out "
+                    f"length_parameter={run.task.length!r}, and episodes are played in a row"
+                )
+            figures[str(factor)] = _figure(_play(watched, config, n_episodes), facts)
     return figures, watched.health(factor)
 
 
-def _lengths(run: PlannedRun) -> list[tuple[int, TrainConfig]]:
-    """The lengths to play at; the training length alone where the task has no other."""
-    kwargs = {factor: longer(run.config.env.id, run.config.env.kwargs, run.task.purpose, factor) for factor in LENGTHS}
-    envs = {factor: dataclasses.replace(run.config.env, kwargs=k) for factor, k in kwargs.items() if k is not None}
-    lengths = [(factor, dataclasses.replace(run.config, env=env)) for factor, env in envs.items()]
-    return lengths or [(1, run.config)]
-
-
-def _play(model: Any, config: TrainConfig, n_episodes: int, *, deterministic: bool = True) -> EvaluationResult:
+def _play(
+    model: Any, config: TrainConfig, n_episodes: int, *, deterministic: bool = True, in_a_row: int = 1
+) -> EvaluationResult:
     seed = config.seed + FINAL_SEED
     with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
         env = normalized_like(env, model.get_vec_normalize_env())
+        if in_a_row > 1:
+            env = EpisodesInARow(env, in_a_row)
         return evaluate(model, env, n_episodes, deterministic=deterministic, seed=seed)
 
 

@@ -34,6 +34,11 @@ class Task:
     facts: TaskFacts
     given_bounds: bool
 
+    @property
+    def length(self) -> str | None:
+        """The parameter by which longer episodes are made; None where episodes are played in a row instead."""
+        return None if self.given_bounds else self.purpose.length
+
     def score(self, mean_return: float) -> float:
         """0 for the best policy without memory, 1 for the optimum."""
         return score(mean_return, self.facts)
@@ -93,9 +98,10 @@ def fingerprint(run: PlannedRun, spec: BenchSpec) -> str:
 def _in_words(task: Task) -> str:
     """The task in words that stay: fields may be renamed, and the records of before still be found."""
     purpose, facts = task.purpose, task.facts
+    length = task.length or "episodes in a row"
     return (
         f"Task(name={task.name!r}, "
-        f"purpose=TaskPurpose(ability={purpose.ability!r}, length={purpose.length!r}, odd={purpose.odd!r}), "
+        f"purpose=TaskPurpose(ability={purpose.ability!r}, length={length!r}, odd={purpose.odd!r}), "
         f"facts=TaskFacts(horizon={facts.horizon!r}, optimal_return={facts.optimal_return!r}, "
         f"memoryless_return={facts.memoryless_return!r}), given_ends={task.given_bounds!r})"
     )

@@ -62,11 +62,11 @@ class Record:
         greedy, sampled: final weights, with the mode of the policy and with samples of it.
         emptied: greedy, with the memory emptied at every step.
         oracle: the scripted oracle in episodes of the same seeds; None where the environment has none.
-        longer: greedy at "4" and "16" times the training length, the state carried; absent where the task has no
-            length, or its bounds are not known there.
+        longer: greedy at "4" and "16" times the training length, the state carried.
         state: of the memory.
         cpu_minutes: of all starts of the run, measuring included.
         versions: packages, platform and machine.
+        in_a_row: whether `longer` is of so many episodes in a row, as in tasks without a length.
     """
 
     task: str
@@ -92,6 +92,7 @@ class Record:
     state: StateHealth
     cpu_minutes: float
     versions: dict[str, Any]
+    in_a_row: bool = False
 
     @property
     def curve_scores(self) -> list[tuple[int, float]]:

@@ -20,8 +20,8 @@ class TaskPurpose(NamedTuple):
 
     Attributes:
         ability: one of ABILITIES.
-        length: the parameter that makes episodes longer and leaves observations and actions as they are; None where
-            there is none.
+        length: the parameter that makes episodes longer and leaves observations, actions and bounds as they are; None
+            where there is none.
         odd: whether the length must be odd.
     """
 
@@ -60,28 +60,24 @@ def task_purpose(env_id: str) -> TaskPurpose:
     return PURPOSES.get(env_id.rpartition(":")[2], TaskPurpose("other"))
 
 
-def longer(env_id: str, kwargs: Mapping[str, Any], task: TaskPurpose, factor: int) -> dict[str, Any] | None:
+def longer(env_id: str, kwargs: Mapping[str, Any], length: str, factor: int, *, odd: bool = False) -> dict[str, Any]:
     """Keyword arguments of a task at `factor` times its length.
 
     Args:
         env_id: a registered id.
         kwargs: of the task as it was trained; the length may be left to its default.
-        task: says which parameter is the length.
+        length: the parameter.
         factor: at least 1.
-
-    Returns:
-        The keyword arguments; None where the task has no length.
+        odd: whether the length must be odd.
 
     Raises:
         ValueError: the task takes no such parameter, or it is no whole number there.
     """
-    if task.length is None:
-        return None
-    length = kwargs[task.length] if task.length in kwargs else _default(env_id, task.length)
-    if not isinstance(length, int):
-        raise ValueError(f"{task.length}={length!r} of {env_id!r} is no length: it must be a whole number")
-    length = length * factor
-    return {**kwargs, task.length: length - 1 if task.odd and length % 2 == 0 else length}
+    value = kwargs[length] if length in kwargs else _default(env_id, length)
+    if not isinstance(value, int):
+        raise ValueError(f"{length}={value!r} of {env_id!r} is no length: it must be a whole number")
+    value = value * factor
+    return {**kwargs, length: value - 1 if odd and value % 2 == 0 else value}
 
 
 def _default(env_id: str, name: str) -> Any:
