@@ -26,7 +26,7 @@ PACKAGES = {"popgym": "popgym"}
 
 
 def test_benchmarks_of_the_package_can_be_planned() -> None:
-    assert spec_names() == ["popgym", "quick", "suite"]
+    assert spec_names() == ["popgym", "quick", "suite", "tracking"]
     for name in spec_names():
         spec = load_spec(name)
         if name in PACKAGES and find_spec(PACKAGES[name]) is None:
