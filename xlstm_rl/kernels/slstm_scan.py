@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from xlstm_rl.kernels.checks import transformed
 from xlstm_rl.kernels.slstm_reference import slstm_recurrence
 from xlstm_rl.kernels.states import ForgetActivation, SLSTMState, emptied, empty_slstm_state, log_forget
 
@@ -18,12 +18,7 @@ def slstm_scan(
     forget_activation: ForgetActivation,
 ) -> tuple[Tensor, SLSTMState]:
     """Scan form, arguments and results as `slstm_sequence`; differentiable once."""
-    if (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-    ):
-        # for which writing in place, asking for the resets and a backward pass written by hand are no good
+    if transformed():
         return slstm_recurrence(gates, recurrent, state, reset, forget_activation)
     T = gates.shape[1]
     state = empty_slstm_state(gates) if state is None else state

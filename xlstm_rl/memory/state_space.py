@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import causal_conv
+from xlstm_rl.kernels.selective_scan import SelectiveInputs, selective_scan
 from xlstm_rl.memory.checks import check_number, check_whole
 from xlstm_rl.memory.core import MemoryCore
 
@@ -18,7 +19,7 @@ class StateSpaceState(NamedTuple):
     """State of a selective state-space block."""
 
     hidden: Tensor
-    """[B, inner, state_size]"""
+    """[B, num_states, inner]"""
     window: Tensor
     """The last inputs of the convolution, [B, conv_kernel - 1, inner]."""
 
@@ -65,7 +66,7 @@ class StateSpace(MemoryCore):
         self.input_size, self.output_size = input_size, hidden_size
         self.input_projection = nn.Linear(input_size, hidden_size)
         inner = math.ceil(proj_factor * hidden_size)
-        self.shapes = ((inner, num_states), (conv_kernel - 1, inner))
+        self.shapes = ((num_states, inner), (conv_kernel - 1, inner))
         self.blocks = nn.ModuleList(
             _Block(hidden_size, inner, num_states, conv_kernel, (low, high)) for _ in range(num_layers)
         )
@@ -104,7 +105,7 @@ class _Block(nn.Module):
         self.select = nn.Linear(inner, self.rank + 2 * num_states, bias=False)
         self.delta = nn.Linear(self.rank, inner)
         # S4D-real: decays -1, -2, ...
-        self.log_decay = nn.Parameter(torch.arange(1, num_states + 1).float().log().repeat(inner, 1))
+        self.log_decay = nn.Parameter(torch.arange(1, num_states + 1).float().log()[:, None].repeat(1, inner))
         self.skip = nn.Parameter(torch.ones(inner))
         self.down = nn.Linear(inner, width, bias=False)
         low, high = (math.log(value) for value in delta_range)
@@ -119,61 +120,7 @@ class _Block(nn.Module):
         inner, window = causal_conv(inner, self.conv, self.conv_bias, state.window, reset)
         inner = F.silu(inner)
         rank, write, read = self.select(inner).split((self.rank, self.num_states, self.num_states), dim=-1)
-        delta = F.softplus(self.delta(rank)).unsqueeze(-1)  # [B, T, inner, 1]
-        decay = (-delta * self.log_decay.exp()).exp()  # [B, T, inner, N]
-        added = delta * inner.unsqueeze(-1) * write.unsqueeze(-2)
-        hidden, last = diagonal_scan(decay, added, state.hidden, reset)
-        y = (hidden * read.unsqueeze(-2)).sum(-1) + self.skip * inner
-        return x + self.down(y * F.silu(output_gate)), StateSpaceState(last, window)
-
-
-def diagonal_scan(decay: Tensor, added: Tensor, initial: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """All h_t = decay_t h_(t-1) + added_t, in about 2 sqrt(T) steps that each work on many times at once.
-
-    The sequence is cut into about sqrt(T) chunks, which are scanned side by side; then the states at their ends are
-    carried from one to the next, and added to what is inside. Every product is of decays in order, so nothing is
-    divided by a small number.
-
-    Args:
-        decay: [B, T, ...], T may be zero.
-        added: [B, T, ...].
-        initial: [B, ...], h before the first step.
-        reset: bool [B, T] or None; true where h is emptied before the step.
-
-    Returns:
-        h [B, T, ...] and the last of them [B, ...].
-    """
-    B, T = decay.shape[:2]
-    if T == 0:
-        return added, initial
-    if reset is None:
-        reset = torch.zeros(B, T, dtype=torch.bool, device=decay.device)
-    length = math.isqrt(T - 1) + 1
-    pad = -T % length
-    if pad:
-        # added at the end: nothing is lost and nothing comes in
-        decay = torch.cat((decay, torch.ones_like(decay[:, :pad])), 1)
-        added = torch.cat((added, torch.zeros_like(added[:, :pad])), 1)
-        reset = F.pad(reset, (0, pad))
-    extra = (1,) * (decay.ndim - 2)
-    starts = reset.reshape(B, -1, length, *extra)
-    factors = decay.reshape(B, -1, length, *decay.shape[2:]).unbind(2)
-    terms = added.reshape(B, -1, length, *added.shape[2:]).unbind(2)
-
-    # inside every chunk, from an empty state: [B, chunks, ...] for each place in the chunk
-    inside, through, seen = [terms[0]], [factors[0]], [starts[:, :, 0]]
-    for place in range(1, length):
-        start = starts[:, :, place]
-        inside.append(factors[place] * inside[-1].masked_fill(start, 0.0) + terms[place])
-        through.append(factors[place] * through[-1])
-        seen.append(seen[-1] | start)
-    # from chunk to chunk
-    before = [initial]
-    for chunk_through, chunk_inside, cut in zip(
-        through[-1].unbind(1), inside[-1].unbind(1), seen[-1].unbind(1), strict=True
-    ):
-        before.append(chunk_through * before[-1].masked_fill(cut, 0.0) + chunk_inside)
-    carried = torch.stack(before[:-1], 1).unsqueeze(2)  # [B, chunks, 1, ...]
-    carried = carried.expand(-1, -1, length, *carried.shape[3:]).masked_fill(torch.stack(seen, 2), 0.0)
-    hidden = (torch.stack(through, 2) * carried + torch.stack(inside, 2)).flatten(1, 2)[:, :T]
-    return hidden, hidden[:, -1].clone()
+        delta = F.softplus(self.delta(rank))
+        inputs = SelectiveInputs(delta, inner, self.log_decay.exp(), write, read, state.hidden)
+        y, last = selective_scan(inputs, reset)
+        return x + self.down((y + self.skip * inner) * F.silu(output_gate)), StateSpaceState(last, window)
