@@ -98,10 +98,9 @@ def fingerprint(run: PlannedRun, spec: BenchSpec) -> str:
 def _in_words(task: Task) -> str:
     """The task in words that stay: fields may be renamed, and the records of before still be found."""
     purpose, facts = task.purpose, task.facts
-    length = task.length or "episodes in a row"
     return (
         f"Task(name={task.name!r}, "
-        f"purpose=TaskPurpose(ability={purpose.ability!r}, length={length!r}, odd={purpose.odd!r}), "
+        f"purpose=TaskPurpose(ability={purpose.ability!r}, length={purpose.length!r}, odd={purpose.odd!r}), "
         f"facts=TaskFacts(horizon={facts.horizon!r}, optimal_return={facts.optimal_return!r}, "
         f"memoryless_return={facts.memoryless_return!r}), given_ends={task.given_bounds!r})"
     )
