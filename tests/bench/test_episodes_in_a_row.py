@@ -10,6 +10,7 @@ import pytest
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
+from xlstm_rl.agents import GymnasiumVecEnv
 from xlstm_rl.agents.evaluation import evaluate
 from xlstm_rl.bench.episodes_in_a_row import EpisodesInARow
 
@@ -79,3 +80,16 @@ def test_reset_starts_the_count_anew() -> None:
     env.reset()
     ends = [bool(env.step(np.zeros(1, int))[2][0]) for _ in range(4)]
     assert ends == [False, False, False, True]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_steps_that_are_resets_are_no_episodes(count: int) -> None:
+    env = GymnasiumVecEnv(gymnasium.make_vec("CartPole-v1", 2, "vector_entry_point"))
+    single = evaluate(Recorder(), env, 2 * count, seed=0)
+    result = evaluate(Recorder(), EpisodesInARow(env, count), 2, seed=0)
+    assert result.returns.sum() == single.returns.sum()
+
+
+def test_no_episode_in_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="count=0 must be at least 1"):
+        EpisodesInARow(make_vec_env("CartPole-v1"), 0)

@@ -89,6 +89,18 @@ def test_overrides_of_an_agent_go_before_those_of_task_and_benchmark() -> None:
     assert config.env.kwargs == {"length": 12}
 
 
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("{base: parity, length_parameter: size}", "takes no parameter 'size'"),
+        ("{base: pendulum-no-velocity, length_parameter: max_episode_steps}", "does not state its bounds at"),
+    ],
+)
+def test_length_that_cannot_be_measured_is_refused_before_training(task: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_runs(read_spec(f"tasks: {{p: {task}}}\nagents: {{a: }}", "x"), OUT)
+
+
 def test_matched_lstm_has_as_many_parameters() -> None:
     runs = plan_runs(read_spec(SMALL, "x"), OUT)
     sizes = []
@@ -138,6 +150,10 @@ def test_only_that_fits_nothing_is_refused() -> None:
         ("tasks: {parity: }\nagents: {a: {set: {env.kwargs.length: 9}}}", "must be the same for all agents"),
         ("tasks: {parity: {ability: holding}}\nagents: {a: }", "ability='holding'"),
         ("tasks: {parity: {optimal_return: 1}}\nagents: {a: }", "give both or none"),
+        (
+            "tasks: {parity: {optimal_return: 1, memoryless_return: 0, length_parameter: length}}\nagents: {a: }",
+            "length_parameter='length' is of no use beside optimal_return",
+        ),
         ("tasks: {parity: }\nagents: {a: }\nseeds: [1, 1]", r"seeds=\[1, 1\]"),
         ("tasks: {parity: }\nagents: {a: {seeds: [5]}}", r"agents.a.seeds=\[5\] must be some of"),
         ("tasks: {parity: }\nagents: {a: {seeds: []}}", r"agents.a.seeds=\[\] must be some of"),

@@ -98,12 +98,38 @@ def test_no_step_changes_nothing() -> None:
     assert y.shape == (2, 0, 3) and torch.equal(last, inputs.initial)
 
 
-def test_gradients_without_a_need_are_not_asked_for() -> None:
+def test_gradient_by_some_of_the_inputs_is_that_of_the_recurrence() -> None:
     inputs, reset = made(2, 7, 3, 2)
     inputs.x.requires_grad_()
-    y, _ = selective_scan(inputs, reset)
-    (d_x,) = torch.autograd.grad(y.sum(), inputs.x)
-    assert d_x.abs().sum() > 0
+    by_scan, by_recurrence = (
+        torch.autograd.grad(form(inputs, reset)[0].sum(), inputs.x) for form in (selective_scan, selective_recurrence)
+    )
+    assert_close(by_scan, by_recurrence)
+
+
+def test_gradient_with_a_graph_is_the_same_where_inputs_are_made_of_each_other() -> None:
+    inputs, reset = made(2, 7, 3, 3)
+    z = inputs.x.requires_grad_()
+
+    def gradient(create_graph: bool) -> Tensor:
+        h = 2 * z
+        y, _ = selective_scan(SelectiveInputs(h.abs(), h, inputs.rates, h, h, inputs.initial), reset)
+        return torch.autograd.grad(y.sum(), z, create_graph=create_graph)[0].detach()
+
+    assert_close(gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_little(dtype: torch.dtype) -> None:
+    inputs, reset = made(2, 9, 3, 2)
+    parts = SelectiveInputs(*(part.float().requires_grad_() for part in inputs))
+    low = parts._replace(delta=parts.delta.to(dtype), write=parts.write.to(dtype))
+    expected = torch.autograd.grad(selective_scan(parts, reset)[0].sum(), parts)
+    with torch.autocast("cpu", dtype):
+        y, last = selective_scan(low, reset)
+    assert y.dtype == last.dtype == torch.float32
+    for gradient, right in zip(torch.autograd.grad(y.sum(), parts), expected, strict=True):
+        assert float((gradient - right).abs().max()) <= 0.1 * float(right.abs().max())
 
 
 def test_gradients_of_gradients_are_right() -> None:
@@ -125,7 +151,12 @@ def test_transforms_of_functions_work() -> None:
     assert_close(vmap(grad(loss))(xs), torch.stack(by_autograd))
 
 
-def test_a_compiled_scan_gives_the_same() -> None:
+def test_a_compiled_scan_and_its_gradients_are_the_same() -> None:
     inputs, reset = made(2, 20, 3, 2)
-    compiled = torch.compile(selective_scan, backend="aot_eager")
-    assert_close(compiled(inputs, reset), selective_scan(inputs, reset))
+    parts = SelectiveInputs(*(part.requires_grad_() for part in inputs))
+
+    def result(scan: object) -> tuple[Tensor, ...]:
+        y, last = scan(parts, reset)  # type: ignore[operator]
+        return y, last, *torch.autograd.grad(y.square().sum() + last.sum(), parts)
+
+    assert_close(result(torch.compile(selective_scan, backend="aot_eager", fullgraph=True)), result(selective_scan))

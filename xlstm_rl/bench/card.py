@@ -47,7 +47,10 @@ def card_sections(results: Results, figures: Path) -> list[Section]:
             "Figures",
             [
                 Picture(figures / "curves.png", "Score of evaluations during training"),
-                Picture(figures / "lengths.png", "Score in episodes longer than those of training"),
+                Picture(
+                    figures / "lengths.png",
+                    "Score in episodes longer than those of training, or in several in a row (r)",
+                ),
                 Picture(figures / "profiles.png", "Share of runs above a score"),
             ],
         ),
@@ -164,16 +167,19 @@ def _task_row(group: Sequence[Record], solved_score: float) -> list[str]:
         f"{solved} of {len(group)}",
         f"{np.median(steps):,.0f} ({len(steps)})" if steps else "-",
         _middle(record.worst_of_last_five for record in group),
-        *(
-            _middle(record.longer[key].score if key in record.longer else None for record in group)
-            + " (r)" * any(record.in_a_row for record in group)
-            for key in ("4", "16")
-        ),
+        *(_of_longer([record for record in group if key in record.longer], key, len(group)) for key in ("4", "16")),
         _middle(record.emptied.score for record in group),
         f"{group[0].parameters:,}",
         f"{group[0].state.bytes_last:,}",
         f"{np.mean([record.cpu_minutes for record in group]):.1f}",
     ]
+
+
+def _of_longer(measured: Sequence[Record], key: str, runs: int) -> str:
+    notes = ["r"] * any(record.in_a_row for record in measured)
+    if 0 < len(measured) < runs:
+        notes.append(f"{len(measured)} of {runs}")
+    return _middle(record.longer[key].score for record in measured) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _middle(values: Iterable[float | None]) -> str:

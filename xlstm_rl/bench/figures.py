@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ def draw_all(results: Results, folder: Path) -> None:
     begun = [task for task in results.tasks if any(record.task == task for record in results.records)]
     _panels(results, begun, _draw_curves, folder / "curves.png", ("environment steps", "score"))
     with_lengths = [task for task in results.tasks if any(r.longer for r in results.records if r.task == task)]
-    _panels(results, with_lengths, _draw_lengths, folder / "lengths.png", ("times the training length", "score"))
+    in_a_row = {record.task: f"{record.task} (r)" for record in results.records if record.in_a_row}
+    _panels(
+        results, with_lengths, _draw_lengths, folder / "lengths.png", ("times the training length", "score"), in_a_row
+    )
     _draw_abilities(results, folder / "abilities.png")
     _draw_profiles(results, folder / "profiles.png")
 
@@ -58,8 +61,9 @@ def _panels(
     draw: Callable[[Any, Sequence[Record], str, str], None],
     path: Path,
     labels: tuple[str, str],
+    titles: Mapping[str, str] | None = None,
 ) -> None:
-    """A panel per task, in which `draw` adds each agent."""
+    """A panel per task, titled by its name or by `titles`, in which `draw` adds each agent."""
     columns = min(COLUMNS, max(len(tasks), 1))
     rows = max(-(-len(tasks) // columns), 1)
     figure = _figure(3.4 * columns, 2.7 * rows)
@@ -72,7 +76,7 @@ def _panels(
                 draw(panel, group, names[agent], f"C{index}")
         for height, style in ((0.0, ":"), (1.0, "--")):
             panel.axhline(height, color="0.4", linestyle=style, linewidth=1)
-        panel.set_title(task, fontsize="medium")
+        panel.set_title((titles or {}).get(task, task), fontsize="medium")
         panel.set_xlabel(labels[0])
         panel.grid(alpha=0.3)
     for panel in panels[len(tasks) :]:
@@ -104,6 +108,7 @@ def _draw_curves(panel: Any, group: Sequence[Record], label: str, colour: str) -
 
 def _draw_lengths(panel: Any, group: Sequence[Record], label: str, colour: str) -> None:
     lengths = sorted({int(key) for record in group for key in record.longer})
+    group = [record for record in group if record.longer]
     scores = [np.array([record.greedy.score for record in group])]
     scores += [np.array([r.longer[str(key)].score for r in group if str(key) in r.longer]) for key in lengths]
     band = np.array([estimate([values]) for values in scores])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
@@ -16,18 +15,15 @@ import numpy as np
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate
 from xlstm_rl.bench.episodes_in_a_row import EpisodesInARow
-from xlstm_rl.bench.plan import PlannedRun, fingerprint, score
+from xlstm_rl.bench.plan import LENGTHS, PlannedRun, fingerprint, lengthened, score
 from xlstm_rl.bench.records import Figure, Record, StateHealth
 from xlstm_rl.bench.spec import BenchSpec
-from xlstm_rl.building import make_env, normalized_as_saved, normalized_like, read_facts
-from xlstm_rl.configs import ConfigError, TrainConfig
-from xlstm_rl.envs import TaskFacts, longer
+from xlstm_rl.building import make_env, normalized_as_saved, normalized_like
+from xlstm_rl.configs import TrainConfig
+from xlstm_rl.envs import TaskFacts
 from xlstm_rl.report import Score
 from xlstm_rl.run_folder import RunFolder
 from xlstm_rl.training import EMPTIED, FINAL_SEED, TRAINED, RunResult
-
-# Times the training length.
-LENGTHS = (4, 16)
 
 
 class WatchedModel:
@@ -107,7 +103,7 @@ def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Ca
             emptied=_of_score(scores[EMPTIED], run.task.facts),
             oracle=_play_oracle(run),
             longer=long_figures,
-            in_a_row=run.task.length is None,
+            in_a_row=run.task.in_a_row,
             state=state,
             cpu_minutes=round(cpu_seconds() / 60, 3),
             versions=_versions(folder.versions),
@@ -119,19 +115,11 @@ def _play_longer(model: RecurrentPPO, run: PlannedRun, n_episodes: int) -> tuple
     figures: dict[str, Figure] = {}
     for factor in LENGTHS:
         watched = WatchedModel(model)
-        if run.task.length is None:
+        if run.task.in_a_row:
             played = _play(watched, run.config, n_episodes, in_a_row=factor)
-            played = played._replace(returns=played.returns / factor)
-            figures[str(factor)] = _figure(played, run.task.facts)
+            figures[str(factor)] = _figure(played._replace(returns=played.returns / factor), run.task.facts)
         else:
-            kwargs = longer(run.config.env.id, run.config.env.kwargs, run.task.length, factor, odd=run.task.purpose.odd)
-            config = dataclasses.replace(run.config, env=dataclasses.replace(run.config.env, kwargs=kwargs))
-            facts = read_facts(config.env)
-            if facts is None:
-                raise ConfigError(
-                    f"task {run.task.name}: {config.env.id!r} does not state its bounds at {kwargs}; leave out "
-                    f"length_parameter={run.task.length!r}, and episodes are played in a row"
-                )
+            config, facts = lengthened(run.config, run.task, factor)
             figures[str(factor)] = _figure(_play(watched, config, n_episodes), facts)
     return figures, watched.health(factor)
 

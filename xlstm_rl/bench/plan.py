@@ -15,7 +15,10 @@ from typing import Any
 from xlstm_rl.bench.spec import AgentSpec, BenchSpec, TaskSpec
 from xlstm_rl.building import make_env, make_model, read_facts
 from xlstm_rl.configs import ConfigError, EnvConfig, MemoryConfig, TrainConfig, dump, load
-from xlstm_rl.envs import TaskFacts, TaskPurpose, task_purpose
+from xlstm_rl.envs import TaskFacts, TaskPurpose, longer, task_purpose
+
+# Times the training length, at which agents are measured.
+LENGTHS = (4, 16)
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,32 @@ class Task:
     given_bounds: bool
 
     @property
-    def length(self) -> str | None:
-        """The parameter by which longer episodes are made; None where episodes are played in a row instead."""
-        return None if self.given_bounds else self.purpose.length
+    def in_a_row(self) -> bool:
+        """Whether several episodes in a row stand for longer ones, there being none with known bounds."""
+        return self.given_bounds or self.purpose.length is None
 
     def score(self, mean_return: float) -> float:
         """0 for the best policy without memory, 1 for the optimum."""
         return score(mean_return, self.facts)
+
+
+def lengthened(config: TrainConfig, task: Task, factor: int) -> tuple[TrainConfig, TaskFacts]:
+    """The task at `factor` times its training length, for tasks that are not played in a row, and its bounds there.
+
+    Raises:
+        ConfigError: it cannot be made as long, or does not state its bounds then.
+    """
+    assert task.purpose.length is not None
+    advice = f"give another length_parameter than {task.purpose.length!r}, or none to play several episodes in a row"
+    try:
+        kwargs = longer(config.env.id, config.env.kwargs, task.purpose.length, factor, odd=task.purpose.odd)
+    except ValueError as error:
+        raise ConfigError(f"task {task.name}: {error}; {advice}") from error
+    env = dataclasses.replace(config.env, kwargs=kwargs)
+    facts = read_facts(env)
+    if facts is None:
+        raise ConfigError(f"task {task.name}: {env.id!r} does not state its bounds at env.kwargs={kwargs}; {advice}")
+    return dataclasses.replace(config, env=env), facts
 
 
 def score(mean_return: float, facts: TaskFacts) -> float:
@@ -158,7 +180,13 @@ def _configure_task(spec: BenchSpec, name: str, task: TaskSpec) -> tuple[Task, d
             raise ConfigError(f"task {name}, agent {agent_name}: {error}") from error
         configs[agent_name] = config
     ordered = {agent: configs[agent] for agent in spec.agents}
-    return _task(name, task, next(iter(ordered.values())).env), ordered
+    first = next(iter(ordered.values()))
+    planned = _task(name, task, first.env)
+    if not planned.in_a_row:
+        # before anything is trained
+        for factor in LENGTHS:
+            lengthened(first, planned, factor)
+    return planned, ordered
 
 
 def _configure_agent(base: str, agent: AgentSpec, shared: Mapping[str, Any]) -> TrainConfig:

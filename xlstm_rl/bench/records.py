@@ -17,7 +17,7 @@ class Figure:
         mean_return: over the episodes.
         standard_error: of the mean return.
         score: 0 for the best policy without memory, 1 for the optimum.
-        episodes: how many were played.
+        episodes: how many were played; each is several in a row where `Record.in_a_row` says so.
     """
 
     mean_return: float
@@ -34,7 +34,7 @@ class StateHealth:
         bytes_first, bytes_last: after the first and the last step; equal where the state does not grow.
         largest: the largest absolute value met.
         finite: whether every value was.
-        length: at how many times the training length.
+        length: at how many times the training length, or how many episodes in a row.
     """
 
     bytes_first: int

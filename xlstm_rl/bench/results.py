@@ -165,6 +165,7 @@ def _row(record: Record, solved_score: float) -> dict[str, Any]:
         "sampled": record.sampled.score,
         "emptied": record.emptied.score,
         **{name: "" if figure is None else figure.score for name, figure in figures.items()},
+        "in_a_row": record.in_a_row,
         "worst_of_last_five": record.worst_of_last_five,
         "steps_to_solved": record.steps_to(solved_score),
         "state_bytes": record.state.bytes_last,

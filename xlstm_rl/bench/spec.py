@@ -27,7 +27,8 @@ class TaskSpec:
         base: a preset, a .yaml file or an environment id; None takes the task's name.
         set: overrides of its configuration, such as `env.kwargs.length: 12`.
         ability, length_parameter: None where `xlstm_rl.envs.PURPOSES` knows them.
-        optimal_return, memoryless_return: known bounds of a task that does not state them itself.
+        optimal_return, memoryless_return: known bounds of a task that does not state them itself; they hold for its
+            training length alone.
         train_to_the_end: do not stop training early, whatever the benchmark's `stop_score`: what is learned after a
             task is solved shows in longer episodes.
     """
@@ -47,6 +48,11 @@ class TaskSpec:
             raise ConfigError("optimal_return and memoryless_return make a score together; give both or none")
         if self.optimal_return is not None and self.optimal_return == self.memoryless_return:
             raise ConfigError(f"optimal_return={self.optimal_return} must differ from memoryless_return")
+        if self.optimal_return is not None and self.length_parameter is not None:
+            raise ConfigError(
+                f"length_parameter={self.length_parameter!r} is of no use beside optimal_return, which holds for the "
+                "training length alone; leave it out, and several episodes are played in a row"
+            )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ class TaskPurpose(NamedTuple):
 
     Attributes:
         ability: one of ABILITIES.
-        length: the parameter that makes episodes longer and leaves observations, actions and bounds as they are; None
-            where there is none.
+        length: the parameter that makes episodes longer and leaves observations and actions as they are, with bounds
+            that are known at every length; None where there is none.
         odd: whether the length must be odd.
     """
 

@@ -41,9 +41,12 @@ def selective_scan(inputs: SelectiveInputs, reset: Tensor | None = None) -> tupl
     Returns:
         y [B, T, I] and the last h [B, N, I].
     """
-    if inputs.x.shape[1] == 0:
+    if inputs.x.numel() == 0:
         return inputs.x, inputs.initial
-    if transformed():
+    # Autocast computes some of the inputs in half precision, and would do so with the sums over the states.
+    inputs = SelectiveInputs(*(part.to(inputs.initial.dtype) for part in inputs))
+    # Compiled code is traced, and what asks whether anything is traced cannot be.
+    if torch.compiler.is_compiling() or transformed():
         return selective_recurrence(inputs, reset)
     if torch.is_grad_enabled() and any(part.requires_grad for part in inputs):
         return _SelectiveScan.apply(*inputs, reset)  # type: ignore[no-any-return, no-untyped-call]
@@ -66,7 +69,7 @@ def _outer(states: Tensor, features: Tensor) -> Tensor:
 
 def _times(states: Tensor, x: Tensor) -> Tensor:
     """[B, T, N] and [B, T, N, I] -> [B, T, I]."""
-    return (states.unsqueeze(-2) @ x).squeeze(-2)
+    return (states.unsqueeze(-2) @ x).squeeze(-2).to(x.dtype)
 
 
 def _forward(inputs: SelectiveInputs, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -89,15 +92,17 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        d_y, d_last = outer
         *parts, reset, decay, hidden = ctx.saved_tensors
         inputs = SelectiveInputs(*parts)
         if torch.is_grad_enabled():
-            # A gradient of this gradient may be asked for.
+            # A gradient of this gradient may be asked for. As views, or one input's gradient would hold another's, of
+            # which it may have been made.
+            inputs = SelectiveInputs(*(part.view_as(part) for part in inputs))
             wanted = [part for part, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(selective_recurrence(inputs, reset), wanted, outer, create_graph=True))
             return (*(next(found) if needed else None for needed in ctx.needs_input_grad),)
         delta, x, rates, write, read, initial = inputs
+        d_y, d_last = (gradient.to(hidden.dtype) for gradient in outer)
         # what the loss gains by each h_t, by itself and by what follows from it
         gain = _outer(read, d_y)
         gain[:, -1] += d_last

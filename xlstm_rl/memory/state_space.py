@@ -105,7 +105,7 @@ class _Block(nn.Module):
         self.select = nn.Linear(inner, self.rank + 2 * num_states, bias=False)
         self.delta = nn.Linear(self.rank, inner)
         # S4D-real: decays -1, -2, ...
-        self.log_decay = nn.Parameter(torch.arange(1, num_states + 1).float().log()[:, None].repeat(1, inner))
+        self.log_rates = nn.Parameter(torch.arange(1, num_states + 1).float().log()[:, None].repeat(1, inner))
         self.skip = nn.Parameter(torch.ones(inner))
         self.down = nn.Linear(inner, width, bias=False)
         low, high = (math.log(value) for value in delta_range)
@@ -121,6 +121,6 @@ class _Block(nn.Module):
         inner = F.silu(inner)
         rank, write, read = self.select(inner).split((self.rank, self.num_states, self.num_states), dim=-1)
         delta = F.softplus(self.delta(rank))
-        inputs = SelectiveInputs(delta, inner, self.log_decay.exp(), write, read, state.hidden)
+        inputs = SelectiveInputs(delta, inner, self.log_rates.exp(), write, read, state.hidden)
         y, last = selective_scan(inputs, reset)
         return x + self.down((y + self.skip * inner) * F.silu(output_gate)), StateSpaceState(last, window)
