@@ -24,7 +24,7 @@ LINKS = ("kernels", "agents", "envs", "configs")
 # Each may import those before it.
 ORDER = (
     *("_version", "kernels", "memory", "agents", "export", "inspection", "configs", "report"),
-    *("file_lock", "run_folder", "building", "finished", "callbacks", "interruption", "training"),
+    *("file_lock", "run_folder", "seeding", "building", "finished", "callbacks", "interruption", "training"),
     *("arguments", "bench", "cli", "__main__"),
 )
 # Meet environments only to register them, to wrap them or to read their facts; agents meet them through gymnasium.

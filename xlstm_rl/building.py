@@ -25,6 +25,7 @@ from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
 from xlstm_rl.configs.schema import agent_arguments
 from xlstm_rl.envs import Resumable, TaskFacts, task_facts
 from xlstm_rl.run_folder import normalizer_path
+from xlstm_rl.seeding import Purpose, environment_seed
 
 OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
 # What impossible settings lead to in constructors that do not check them.
@@ -78,14 +79,14 @@ def read_facts(config: EnvConfig) -> TaskFacts | None:
 
 
 def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
-    """The untrained agent.
+    """The untrained agent, its environments seeded for training.
 
     Raises:
         ConfigError: the agent refuses the configuration or the spaces.
     """
     with_kwargs = f" with policy.kwargs={dict(config.policy.kwargs)}" if config.policy.kwargs else ""
     try:
-        return RecurrentPPO(
+        model = RecurrentPPO(
             _policy_name(env.observation_space),
             env,
             seed=config.seed,
@@ -94,6 +95,9 @@ def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
         )
     except _BUILD_ERRORS as error:
         raise ConfigError(f"the agent cannot be built{with_kwargs} for {config.env.id!r}: {error}") from error
+    # the constructor has seeded it as Stable-Baselines3 does
+    env.seed(environment_seed(config.seed, Purpose.TRAINING))
+    return model
 
 
 def _make_one(config: EnvConfig, ignore_interrupts: bool) -> gymnasium.Env[Any, Any]:

@@ -20,9 +20,8 @@ from xlstm_rl.export import Check, ExportError, check_onnx, export_onnx
 from xlstm_rl.export.onnx_check import ROWS
 from xlstm_rl.inspection import Episode, draw_episode, record_episode, write_gif
 from xlstm_rl.run_folder import RunFolder
+from xlstm_rl.seeding import Purpose, environment_seed
 
-# Distance from the training seed, beside those of the evaluations.
-INSPECTION_SEED = 300_000
 DEFAULT_FPS = 10
 
 
@@ -125,7 +124,7 @@ def inspect_run(
     paths = (RunFolder(run_dir).inspection, RunFolder(run_dir).video)
     picture, video = (path.with_stem(f"{path.stem}-best") if best else path for path in paths)
     with open_run(run_dir, best=best, device="cpu", render=True) as run:
-        run.env.seed(run.config.seed + INSPECTION_SEED if seed is None else seed)
+        run.env.seed(environment_seed(run.config.seed, Purpose.INSPECTION) if seed is None else seed)
         episode = record_episode(run.model, run.env, max_steps=max_steps)
         title = f"{run.config.env.id}, memory {run.config.memory.name}, {run.model.num_timesteps:,} steps of training"
         draw_episode(episode, picture, title, gamma=run.model.gamma)

@@ -43,14 +43,12 @@ from xlstm_rl.interruption import Interruption
 from xlstm_rl.report import LiveView, Returns, Row, Score, read_returns, score_table
 from xlstm_rl.report.curve import plot_curve
 from xlstm_rl.run_folder import RunFolder
+from xlstm_rl.seeding import Purpose, environment_seed
 
 StopWhen = Callable[[Sequence[Row]], bool]
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 TRAINED, EMPTIED = "trained agent", "same agent, memory emptied every step"
-# Distances from the training seed, so that evaluation meets other episodes than training did.
-INTERIM_SEED = 100_000
-FINAL_SEED = 200_000
 
 
 class TrainingStoppedError(RuntimeError):
@@ -103,7 +101,7 @@ def train(
     """
     console = console or Console(quiet=True)
     _prepare(config)
-    with closing(make_env(config, config.env.n_envs, config.seed)) as env:
+    with closing(make_env(config, config.env.n_envs, environment_seed(config.seed, Purpose.TRAINING))) as env:
         model = make_model(config, normalized(env, config))
         folder = RunFolder.create(run_dir, config, versions=suite_versions(config.env.id), numbered=numbered)
         _say(console, f"run folder {folder.path}")
@@ -141,7 +139,10 @@ def resume(
     folder = RunFolder(run_dir)
     config = folder.load_config(overrides)
     _prepare(config)
-    with folder.training(), closing(make_env(config, config.env.n_envs, config.seed)) as env:
+    with (
+        folder.training(),
+        closing(make_env(config, config.env.n_envs, environment_seed(config.seed, Purpose.TRAINING))) as env,
+    ):
         env = normalized(env, config)
         resumed = _last_usable(folder, config, env, console)
         if overrides:
@@ -184,7 +185,7 @@ def evaluate_run(
     """
     with open_run(run_dir, best=best, device=device, console=console) as run:
         config = run.config
-        seed = config.seed + FINAL_SEED if seed is None else seed
+        seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION) if seed is None else seed
         return final_scores(run.model, config, read_facts(config.env), n_episodes or config.eval.n_episodes, seed)
 
 
@@ -253,7 +254,8 @@ def _run(
     folder.save(model, folder.model)
     scores: list[Score] = []
     if interruption.signal is None:
-        scores = final_scores(model, config, facts, config.eval.n_episodes, config.seed + FINAL_SEED)
+        seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
+        scores = final_scores(model, config, facts, config.eval.n_episodes, seed)
         scores[1:1] = _worst_of_last(returns.of("eval"), 5)
     _draw(folder, config, returns.rows, facts, scores)
     _close(console, folder, config, model, scores)
@@ -329,7 +331,8 @@ def _say(console: Console, text: str) -> None:
 
 def _interim(model: RecurrentPPO, config: TrainConfig) -> tuple[float, float | None, int]:
     n_episodes = config.eval.interim_episodes
-    score = _score("", _play(model, config, n_episodes=n_episodes, seed=config.seed + INTERIM_SEED), config)
+    seed = environment_seed(config.seed, Purpose.INTERIM_EVALUATION)
+    score = _score("", _play(model, config, n_episodes=n_episodes, seed=seed), config)
     return score.mean_return, score.success, n_episodes
 
 

@@ -111,8 +111,13 @@ def resume_model(
     if restarted is not None:
         model._last_obs = None
         # other episodes than those at the start of training
-        _env_of(model).seed(None if model.seed is None else model.seed + model.num_timesteps)
+        _env_of(model).seed(None if model.seed is None else _other_seed(model.seed, model.num_timesteps))
     return Resumed(model, notes, restarted)
+
+
+def _other_seed(seed: int, num_timesteps: int) -> int:
+    """Far from the seeds of all other environments, those of evaluations too."""
+    return int(np.random.SeedSequence((seed, num_timesteps)).generate_state(1)[0]) // 2
 
 
 def _env_of(model: RecurrentPPO) -> VecEnv:

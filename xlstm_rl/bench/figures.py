@@ -121,7 +121,7 @@ def _draw_lengths(panel: Any, group: Sequence[Record], label: str, colour: str) 
 
 def _draw_abilities(results: Results, path: Path) -> None:
     abilities = results.abilities()
-    figure = _figure(max(1.6 * len(abilities) + 2, 5), 3.4)
+    figure = _figure(max(1.6 * len(abilities) + 2, 5), 4.0)
     panel = figure.subplots()
     # an agent without runs keeps its colour free, but no room and no name
     drawn = [(index, agent) for index, agent in enumerate(results.agents) if results.scores(agent)]

@@ -23,7 +23,8 @@ from xlstm_rl.configs import TrainConfig
 from xlstm_rl.envs import TaskFacts
 from xlstm_rl.report import Score
 from xlstm_rl.run_folder import RunFolder
-from xlstm_rl.training import EMPTIED, FINAL_SEED, TRAINED, RunResult
+from xlstm_rl.seeding import Purpose, environment_seed
+from xlstm_rl.training import EMPTIED, TRAINED, RunResult
 
 
 class WatchedModel:
@@ -127,7 +128,7 @@ def _play_longer(model: RecurrentPPO, run: PlannedRun, n_episodes: int) -> tuple
 def _play(
     model: Any, config: TrainConfig, n_episodes: int, *, deterministic: bool = True, in_a_row: int = 1
 ) -> EvaluationResult:
-    seed = config.seed + FINAL_SEED
+    seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
     with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
         env = normalized_like(env, model.get_vec_normalize_env())
         if in_a_row > 1:
@@ -136,7 +137,7 @@ def _play(
 
 
 def _play_oracle(run: PlannedRun) -> Figure | None:
-    seed, n_episodes = run.config.seed + FINAL_SEED, run.config.eval.n_episodes
+    seed, n_episodes = environment_seed(run.config.seed, Purpose.FINAL_EVALUATION), run.config.eval.n_episodes
     with closing(make_env(run.config, min(run.config.eval.n_envs, n_episodes), seed, here=True)) as env:
         if not env.has_attr("oracle_action"):
             return None
