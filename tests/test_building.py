@@ -21,6 +21,7 @@ from xlstm_rl.envs import TaskVectorEnv
         ("xlstm_rl/Parity-v0", TaskVectorEnv, AutoresetMode.SAME_STEP),
         ("xlstm_rl/CartPoleNoVelocity-v0", SyncVectorEnv, AutoresetMode.SAME_STEP),
         ("CartPole-v1", object, AutoresetMode.NEXT_STEP),
+        ("xlstm_rl:xlstm_rl/Parity-v0", TaskVectorEnv, AutoresetMode.SAME_STEP),
     ],
 )
 def test_vector_takes_the_own_vectorised_form_and_resets_at_once_where_it_can(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -93,6 +94,16 @@ def test_example_tells_the_size_of_the_process_where_it_can(
     monkeypatch.setitem(sys.modules, "resource", None if told is None else usage)
     monkeypatch.setattr(sys, "platform", platform)
     assert runpy.run_path(str(EXAMPLES / "play_onnx.py"))["process_size"]() == size
+
+
+def test_number_of_threads_is_that_of_the_run_and_comes_back(run: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        with open_run(run):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_inspection_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

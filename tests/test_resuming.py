@@ -131,6 +131,24 @@ def test_run_can_be_made_longer(run: RunResult, tmp_path: Path) -> None:
         resume(tmp_path / "run", ["seed=3"])
 
 
+def test_run_shorter_than_the_checkpoints_are_apart_can_be_made_longer(tmp_path: Path) -> None:
+    settings = ["checkpoint.every_steps=50000", "ppo.lr_schedule=constant"]
+    whole = train(small("total_steps=288", *settings), tmp_path / "whole").folder
+    train(small("total_steps=192", *settings), tmp_path / "run")
+    resume(tmp_path / "run", ["total_steps=288"])
+    assert rows(tmp_path / "run") == rows(whole)
+    assert weights(tmp_path / "run" / "model.zip") == weights(whole / "model.zip")
+
+
+def test_finished_run_without_checkpoints_is_not_overwritten(tmp_path: Path) -> None:
+    run = train(small("total_steps=96", "checkpoint.every_steps=null"), tmp_path / "run")
+    before = run.model.read_bytes(), run.folder.joinpath("returns.csv").read_bytes()
+    with pytest.raises(ConfigError, match=r"is finished and has no checkpoint to go on from.*every_steps=None"):
+        resume(tmp_path / "run", ["total_steps=192"])
+    assert (run.model.read_bytes(), run.folder.joinpath("returns.csv").read_bytes()) == before
+    assert load_file(tmp_path / "run" / "config.yaml").total_steps == 96
+
+
 def test_without_replay_new_episodes_start(tmp_path: Path) -> None:
     train(small("checkpoint.replay=false", "total_steps=96"), tmp_path / "run")
     stream = io.StringIO()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def _make_one(config: EnvConfig, ignore_interrupts: bool) -> gymnasium.Env[Any, 
 def _make_vector(config: EnvConfig, n_envs: int, seed: int) -> VecEnv:
     # In this mode no step is spent on resets.
     at_once = AutoresetMode.SAME_STEP
-    if gymnasium.spec(config.id).vector_entry_point is None:
+    # a module to import may stand before the id
+    if gymnasium.spec(config.id.rpartition(":")[2]).vector_entry_point is None:
         vector_env = gymnasium.make_vec(config.id, n_envs, "sync", {"autoreset_mode": at_once}, **config.kwargs)
     else:
         make = partial(gymnasium.make_vec, config.id, n_envs, "vector_entry_point", **config.kwargs)
@@ -126,6 +128,17 @@ def _make_vector(config: EnvConfig, n_envs: int, seed: int) -> VecEnv:
         env = VecMemoryInputs(env, config.memory_inputs)
     env.seed(seed)
     return env
+
+
+@contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Let torch use so many threads, and afterwards as many as before; None leaves its choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_device(device: str) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
-import torch
 from rich.console import Console
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.building import evaluation_device, make_env, normalized_as_saved
+from xlstm_rl.building import evaluation_device, make_env, normalized_as_saved, torch_threads
 from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.export import Check, ExportError, check_onnx, export_onnx
 from xlstm_rl.export.onnx_check import ROWS
@@ -46,8 +45,8 @@ def open_run(
 ) -> Iterator[FinishedRun]:
     """Load the last model of a run folder, and its environment with the normalisation that the model was trained with.
 
-    A context manager: `with open_run(folder) as run: evaluate(run.model, run.env, 100)`. The environment is closed at
-    the end.
+    A context manager: `with open_run(folder) as run: evaluate(run.model, run.env, 100)`. Within it, torch uses the
+    configured number of threads; the environment is closed at the end.
 
     Args:
         run_dir: as `xlstm-rl train` made it.
@@ -65,10 +64,11 @@ def open_run(
     path = folder.best if best else folder.latest_model()
     if not path.is_file():
         raise ConfigError(f"{path} is missing: no evaluation during training was due yet; take the last model")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     device = evaluation_device(config.device, device, console or Console(quiet=True))
-    with closing(make_env(_rendering(config) if render else config, 1, config.seed, here=True)) as env:
+    with (
+        torch_threads(config.threads),
+        closing(make_env(_rendering(config) if render else config, 1, config.seed, here=True)) as env,
+    ):
         env = normalized_as_saved(env, config, path)
         try:
             model = RecurrentPPO.load(path, env=env, device=device)

@@ -152,9 +152,16 @@ class RunFolder:
         _save_normalizer(model, path)
         model.save(path)
 
+    def has_checkpoint(self, model: Any) -> bool:
+        """Whether `save_checkpoint` was called with the model as it is."""
+        return self._checkpoint(model).is_file()
+
+    def _checkpoint(self, model: Any) -> Path:
+        return self.checkpoints / f"step_{model.checkpoint_step:010d}.zip"
+
     def save_checkpoint(self, model: Any, keep: int, notes: Mapping[str, Any]) -> Path:
         """Write a checkpoint to resume from and remove all but the last `keep`; see `RecurrentPPO.save_checkpoint`."""
-        path = self.checkpoints / f"step_{model.checkpoint_step:010d}.zip"
+        path = self._checkpoint(model)
         _save_normalizer(model, path)
         model.save_checkpoint(path, notes)
         for old in self.list_checkpoints()[:-keep]:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, configure
@@ -28,6 +27,7 @@ from xlstm_rl.building import (
     normalized,
     normalized_like,
     read_facts,
+    torch_threads,
 )
 from xlstm_rl.callbacks import (
     EpisodeRecorder,
@@ -100,8 +100,11 @@ def train(
         TrainingStoppedError: NaN or infinity, a lost environment, or a full disk ended training.
     """
     console = console or Console(quiet=True)
-    _prepare(config)
-    with closing(make_env(config, config.env.n_envs, environment_seed(config.seed, Purpose.TRAINING))) as env:
+    check_device(config.device)
+    with (
+        torch_threads(config.threads),
+        closing(_training_env(config)) as env,
+    ):
         model = make_model(config, normalized(env, config))
         folder = RunFolder.create(run_dir, config, versions=suite_versions(config.env.id), numbered=numbered)
         _say(console, f"run folder {folder.path}")
@@ -138,17 +141,20 @@ def resume(
             raise ConfigError(f"{override!r} cannot be changed when resuming; total_steps=N can")
     folder = RunFolder(run_dir)
     config = folder.load_config(overrides)
-    _prepare(config)
-    with (
-        folder.training(),
-        closing(make_env(config, config.env.n_envs, environment_seed(config.seed, Purpose.TRAINING))) as env,
-    ):
+    check_device(config.device)
+    with torch_threads(config.threads), folder.training(), closing(_training_env(config)) as env:
         env = normalized(env, config)
         resumed = _last_usable(folder, config, env, console)
+        if resumed is None:
+            if folder.model.is_file():
+                raise ConfigError(
+                    f"{folder.path} is finished and has no checkpoint to go on from (checkpoint.every_steps="
+                    f"{config.checkpoint.every_steps}): train anew, into another folder"
+                )
+            _say(console, f"{folder.path} has no checkpoint yet; it starts anew")
         if overrides:
             folder.write_config(config)
         if resumed is None:
-            _say(console, f"{folder.path} has no checkpoint yet; it starts anew")
             return _run(make_model(config, env), config, folder, Returns(folder.returns), {}, stop_when, console)
         done, of = resumed.model.num_timesteps, config.total_steps
         longer = f"; all {of:,} are done, and total_steps=N goes on for longer" if done >= of else ""
@@ -206,10 +212,8 @@ def final_scores(
     return scores
 
 
-def _prepare(config: TrainConfig) -> None:
-    check_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+def _training_env(config: TrainConfig) -> VecEnv:
+    return make_env(config, config.env.n_envs, environment_seed(config.seed, Purpose.TRAINING))
 
 
 def _last_usable(folder: RunFolder, config: TrainConfig, env: VecEnv, console: Console) -> Resumed[RecurrentPPO] | None:
@@ -291,6 +295,9 @@ def _learn(
             StopOnRequest(lambda: interruption.signal is not None, save),
         ]
         model.learn(max(left, 0), callback=CallbackList(callbacks), reset_num_timesteps=False)
+    if interruption.signal is None and config.checkpoint.every_steps is not None and not folder.has_checkpoint(model):
+        # so that a finished run can be made longer
+        save(model)
     model.logger.close()
     return interruption
 

@@ -13,9 +13,15 @@ OBSERVATIONS: dict[str, spaces.Space[Any]] = {
     "vector": spaces.Box(-1, 1, (3,), np.float32),
     "image": IMAGE,
     "discrete": spaces.Discrete(4),
+    "discrete, not from 0": spaces.Discrete(4, start=-2),
     "multi-discrete": spaces.MultiDiscrete([3, 2]),
+    "multi-discrete, not from 0": spaces.MultiDiscrete([3, 2], start=[5, -1]),
     "multi-binary": spaces.MultiBinary(3),
+    "whole numbers": spaces.Box(-3, 3, (3,), np.int64),
     "dict": spaces.Dict({"vector": spaces.Box(-1, 1, (3,), np.float32), "flag": spaces.Discrete(2)}),
+    "dict, not from 0": spaces.Dict(
+        {"number": spaces.Discrete(3, start=7), "pair": spaces.MultiDiscrete([2, 2], start=[1, 2])}
+    ),
     "dict with image": spaces.Dict({"vector": spaces.Box(-1, 1, (3,), np.float32), "image": IMAGE}),
 }
 ACTIONS: dict[str, spaces.Space[Any]] = {

@@ -270,8 +270,9 @@ def test_function_as_schedule_is_saved_as_its_present_value(tmp_path: Path) -> N
     model = agent(steps=24, learning_rate=rate)
     with pytest.warns(UserWarning, match=r"learning_rate is a function.*0\.001.*custom_objects"):
         model.save(tmp_path / "model")
-    with pytest.warns(UserWarning, match=r"learning_rate was a function .* constant 0\.001 now"):
+    with pytest.warns(UserWarning, match=r"learning_rate was a function .* constant 0\.001 now") as warned:
         assert RecurrentPPO.load(tmp_path / "model").lr_schedule(1.0) == rate(0.0)
+    assert warned[0].filename == __file__
     restored = RecurrentPPO.load(tmp_path / "model", custom_objects={"learning_rate": rate})
     assert restored.lr_schedule(0.5) == rate(0.5)
 

@@ -5,13 +5,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from tests.agents.recomputation import assert_recomputed, recompute
-from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, policy_name, vec_env
+from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes, policy_name, vec_env
 from xlstm_rl.agents import RecurrentPPO
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "recurrent_std": 1.0}
+
+
+class WholeNumbers(RandomEpisodes):
+    """Observes whole numbers, also as a part of a Dict."""
+
+    def __init__(self, dtype: Any, in_a_dict: bool) -> None:
+        super().__init__()
+        numbers = spaces.Box(0, 9, (3,), dtype)
+        self.observation_space = spaces.Dict({"numbers": numbers}) if in_a_dict else numbers
 
 
 class StopAfterRollouts(BaseCallback):
@@ -102,3 +114,24 @@ def _leaves(state: Any) -> list[torch.Tensor]:
     from xlstm_rl.memory import leaves
 
     return list(leaves(state))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+@pytest.mark.parametrize("in_a_dict", [False, True])
+def test_normalised_whole_numbers_are_recomputed(dtype: type, in_a_dict: bool) -> None:
+    env = VecNormalize(make_vec_env(WholeNumbers, 3, seed=0, env_kwargs={"dtype": dtype, "in_a_dict": in_a_dict}))
+    model = RecurrentPPO(
+        "MultiInputXLSTMPolicy" if in_a_dict else "MlpXLSTMPolicy",
+        env,
+        n_steps=40,
+        seq_len=10,
+        policy_kwargs={"memory_kwargs": SMALL},
+        seed=0,
+        device="cpu",
+    )
+    model.train = lambda: None  # type: ignore[method-assign]
+    model.learn(40 * 3)
+    stored = model.rollout_buffer.observations
+    stored = stored["numbers"] if in_a_dict else stored
+    assert (stored % 1 != 0).any(), "the case must have normalised observations"
+    assert_recomputed(model)

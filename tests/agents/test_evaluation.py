@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -152,3 +153,85 @@ def test_normalised_environment_gives_raw_returns_and_learns_nothing(monitored: 
     assert (result.returns < -30).all()
     env.norm_reward = False
     assert evaluate(model, env, 4, seed=0).returns == pytest.approx(result.returns, abs=1e-3)
+
+
+class Counted(gym.Env[np.ndarray, Any]):
+    """Observes [episode, step]; episodes take 7 steps."""
+
+    observation_space = spaces.Box(0, 1000, (2,), np.float32)
+    action_space: spaces.Space[Any] = spaces.Discrete(2)
+    episode = -1
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.episode, self.now = self.episode + 1, 0
+        return np.array([self.episode, 0], np.float32), {}
+
+    def step(self, action: int) -> Any:
+        self.now += 1
+        return np.array([self.episode, self.now], np.float32), 1.0, self.now == 7, False, {}
+
+
+class CountedVector(gym.vector.SyncVectorEnv):
+    """Two of them."""
+
+    def __init__(self) -> None:
+        super().__init__([Counted, Counted])
+
+
+OWN: dict[str, Any] = {
+    "single": Counted,
+    "vector": lambda: make_vec_env(Counted, 2),
+    "normalised": lambda: VecNormalize(make_vec_env(Counted, 2), norm_obs=False),
+    "gymnasium": CountedVector,
+}
+
+
+def assert_episodes_are_whole(model: RecurrentPPO) -> None:
+    """Every episode of the rollout starts with its first step, and memory is emptied there and nowhere else."""
+    steps = model.rollout_buffer.observations[..., 1]
+    assert np.array_equal(steps == 0, model.rollout_buffer.episode_starts)
+    assert set(np.diff(steps, axis=0).flatten()) <= {1, -6}
+    assert (steps[0] == 0).all()
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_training_goes_on_with_new_episodes_where_its_environment_was_evaluated_in(kind: str) -> None:
+    env = OWN[kind]()
+    model = agent(env=env, n_steps=12, batch_size=12)
+    model.learn(24)
+    evaluate(model, env, 3)
+    model.learn(12 * model.n_envs, reset_num_timesteps=False)
+    assert_episodes_are_whole(model)
+
+
+def test_evaluation_elsewhere_leaves_the_episodes_of_training_alone() -> None:
+    model = agent(env=make_vec_env(Counted, 2), n_steps=12, batch_size=12)
+    model.learn(24)
+    evaluate(model, make_vec_env(Counted, 2), 3)
+    model.learn(24, reset_num_timesteps=False)
+    assert model.rollout_buffer.observations[0, :, 1].tolist() == [5, 5]
+
+
+class EvaluateInTraining(BaseCallback):
+    """Evaluates in the environment of training, between rollouts or within."""
+
+    def __init__(self, within: bool) -> None:
+        super().__init__()
+        self.within = within
+
+    def _on_rollout_start(self) -> None:
+        if not self.within:
+            evaluate(self.model, self.training_env, 2)
+
+    def _on_step(self) -> bool:
+        if self.within:
+            evaluate(self.model, self.training_env, 2)
+        return True
+
+
+def test_callback_may_evaluate_in_the_environment_of_training_between_rollouts_only() -> None:
+    model = agent(env=make_vec_env(Counted, 2), n_steps=12, batch_size=12)
+    model.learn(48, callback=EvaluateInTraining(within=False))
+    assert_episodes_are_whole(model)
+    with pytest.raises(ValueError, match="env is the one in which the model is collecting a rollout"):
+        model.learn(24, callback=EvaluateInTraining(within=True))

@@ -101,6 +101,79 @@ def test_broken_rollout_can_be_skipped(what: str, normalize: bool) -> None:
     assert all(bool(weight.isfinite().all()) for weight in model.policy.parameters())
 
 
+class FaultyStarts(gym.Env[Any, np.int64]):
+    """The first observation of some episodes is NaN."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, broken: tuple[int, ...]) -> None:
+        self.broken, self.resets, self.steps = broken, 0, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        broken = self.resets in self.broken
+        self.resets, self.steps = self.resets + 1, 0
+        return np.array([np.nan if broken else 0.5, 0.5], np.float32), {}
+
+    def step(self, action: np.int64) -> Any:
+        self.steps += 1
+        return np.array([0.5, self.steps], np.float32), 1.0, self.steps == 5, False, {}
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+# the very first reset, one within a rollout, and one that is the answer to a broken one
+@pytest.mark.parametrize("broken", [(0,), (2,), (0, 1, 2), (2, 3)])
+def test_broken_first_observation_can_be_skipped(broken: tuple[int, ...], normalize: bool) -> None:
+    # seeding resets once more
+    env: Any = make_vec_env(FaultyStarts, 1, env_kwargs={"broken": broken})
+    env = VecNormalize(env) if normalize else env
+    model = learner(env, on_nonfinite="skip", n_steps=8, batch_size=8)
+    with pytest.warns(UserWarning, match="environment 0 is nan"):
+        model.learn(40)
+    assert model._n_updates > 0
+    assert all(bool(weight.isfinite().all()) for weight in model.policy.parameters())
+    if normalize:
+        assert np.isfinite(env.obs_rms.mean).all() and np.isfinite(env.obs_rms.var).all()
+
+
+def test_environment_that_only_starts_broken_is_not_reset_for_ever() -> None:
+    model = learner(make_vec_env(FaultyStarts, 1, env_kwargs={"broken": range(1000)}), on_nonfinite="skip")
+    with (
+        pytest.warns(UserWarning, match="all environments start other episodes"),
+        pytest.raises(FloatingPointError, match="after 10 resets in a row: mend the environment"),
+    ):
+        model.learn(24)
+
+
+class Interrupted(gym.Env[Any, np.int64]):
+    """Observes its steps; Ctrl-C comes in one of them."""
+
+    observation_space = spaces.Box(0, 100, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+    steps = total = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: np.int64) -> Any:
+        self.steps, self.total = self.steps + 1, self.total + 1
+        if self.total == 6:
+            raise KeyboardInterrupt
+        return np.full(1, self.steps, np.float32), 1.0, False, False, {}
+
+
+def test_memory_sees_no_observation_twice_after_an_exception() -> None:
+    model = agent(env=make_vec_env(Interrupted, 1), n_steps=4, batch_size=4)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(8)
+    model.learn(4, reset_num_timesteps=False)
+    buffer = model.rollout_buffer
+    # a new episode, with an empty memory
+    assert buffer.observations[:, 0, 0].tolist() == [0, 1, 2, 3]
+    assert buffer.episode_starts[:, 0].tolist() == [True, False, False, False]
+
+
 def exploding(model: RecurrentPPO) -> RecurrentPPO:
     """The loss is NaN in every second minibatch."""
     loss, calls = model._loss, [0]

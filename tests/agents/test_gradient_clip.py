@@ -25,6 +25,12 @@ def test_first_gradient_knows_the_absolute_bound_only() -> None:
     assert norm_after(3.0, None) == pytest.approx((1.0, 1.0), rel=1e-4)
 
 
+def test_gradient_of_zero_does_not_bound_those_after_it() -> None:
+    norm, running = norm_after(0.0, None)
+    assert norm == running == 0.0
+    assert norm_after(0.8, running) == pytest.approx((0.8, 0.8), rel=1e-4)
+
+
 def test_spike_is_cut_to_a_multiple_of_the_usual_norm() -> None:
     norm, running = norm_after(0.5, 0.001)
     assert norm == pytest.approx(0.005, rel=1e-3)

@@ -216,6 +216,18 @@ def test_notes_come_back_and_the_file_loads_as_an_agent(tmp_path: Path) -> None:
     assert_same(model, other)
 
 
+def test_checkpoint_of_a_run_on_the_cpu_leaves_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start_cuda(*_: object) -> None:
+        raise AssertionError("CUDA was asked for")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "get_rng_state_all", "set_rng_state", "set_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, start_cuda)
+    file = io.BytesIO()
+    learner(envs()).learn(2 * N_STEPS * N_ENVS).save_checkpoint(file)
+    assert RecurrentPPO.resume(file, envs(), device="cpu").num_timesteps == 2 * N_STEPS * N_ENVS
+
+
 def test_function_as_schedule_is_handed_over_to_resume(tmp_path: Path) -> None:
     def clip(progress: float) -> float:
         return 0.1 + 0.2 * progress
@@ -223,8 +235,11 @@ def test_function_as_schedule_is_handed_over_to_resume(tmp_path: Path) -> None:
     model = learner(envs(), clip_range=clip).learn(N_ENVS * N_STEPS)
     with pytest.warns(UserWarning, match=r"clip_range is a function.*custom_objects=.* of load and resume"):
         model.save_checkpoint(tmp_path / "run")
-    with pytest.warns(UserWarning, match=r"clip_range was a function.*custom_objects=.*, which load and resume take"):
+    with pytest.warns(
+        UserWarning, match=r"clip_range was a function.*custom_objects=.*, which load and resume take"
+    ) as warned:
         assert RecurrentPPO.resume(tmp_path / "run", envs(), "cpu").clip_range(0.5) == clip(0.0)  # type: ignore[operator]
+    assert warned[0].filename == __file__
     resumed = RecurrentPPO.resume(tmp_path / "run", envs(), "cpu", custom_objects={"clip_range": clip})
     assert resumed.clip_range(0.5) == clip(0.5)  # type: ignore[operator]
 

@@ -531,6 +531,12 @@ def test_every_step_weighs_the_same_whatever_minibatch_it_falls_into() -> None:
     model = agent(n_steps=10, seq_len=8, batch_size=8, steps=30)
     batches = list(minibatches(model.rollout_buffer.chunks(torch.zeros(10, 3)), 8))
     weights = torch.cat([batch.weights.flatten() for batch in batches])
-    assert len(batches) == 6
+    # 30 steps, though there are 6 chunks of 8
+    assert len(batches) == 4
     assert weights.sum() == pytest.approx(len(batches))
     assert len(torch.unique(weights[weights > 0])) == 1
+
+
+def test_the_whole_rollout_is_one_minibatch_also_where_chunks_overlap() -> None:
+    model = agent(n_steps=10, seq_len=8, batch_size=None, steps=30)
+    assert len(list(minibatches(model.rollout_buffer.chunks(torch.zeros(10, 3)), 30))) == 1

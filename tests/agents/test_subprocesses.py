@@ -1,10 +1,12 @@
 """A worker that fails, dies or hangs is named, and started again where that was asked for."""
 
 import os
+import re
 import signal
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -147,3 +149,39 @@ def test_agent_learns_nothing_from_the_broken_step_and_empties_the_memory() -> N
     assert all(episode["l"] == 6 for episode in model.ep_info_buffer or ())
     assert model.env is not None
     model.env.close()
+
+
+class SlowToReturn(Counting):
+    """Dies in its third step; the first attempt to make another one fails."""
+
+    def __init__(self, mark: str) -> None:
+        path = Path(mark)
+        if path.exists():
+            path.unlink()
+            raise RuntimeError("simulator not ready yet")
+        super().__init__("die")
+        self.path = path
+
+    def step(self, action: np.int64) -> Any:
+        if self.steps == 2:
+            self.path.touch()
+        return super().step(action)
+
+
+def test_restart_that_fails_uses_another_one(tmp_path: Path) -> None:
+    env = GuardedSubprocVecEnv([partial(SlowToReturn, str(tmp_path / "mark"))], start_method="fork", restarts=3)
+    env.reset()
+    for _ in range(2):
+        env.step(NOTHING[:1])
+    with pytest.warns(UserWarning) as warned:
+        after: Any = env.step(NOTHING[:1])
+    first, second = (str(entry.message) for entry in warned)
+    assert re.match(FAULTS["die"].replace("environment 1", "environment 0"), first)
+    assert re.match(r"environment 0 \(process \d+\) failed:\n(?s:.*)simulator not ready yet", second)
+    obs, _, dones, infos = after
+    assert dones.tolist() == [True] and SKIPPED in infos[0] and obs[0, 1] == 0
+    for _ in range(2):
+        env.step(NOTHING[:1])
+    with pytest.raises(WorkerError, match="simulator not ready yet"), pytest.warns(UserWarning, match="0 more times"):
+        env.step(NOTHING[:1])
+    env.close()

@@ -51,6 +51,11 @@ def test_what_the_model_alone_knows_is_handed_on() -> None:
     assert general_settings(verbose=1)["verbose"] == 1
 
 
+@pytest.mark.parametrize(("name", "value"), [("batch_size", None), ("sde_sample_freq", -1)])
+def test_values_of_the_constructor_are_taken(name: str, value: int | None) -> None:
+    assert general_settings(**{name: value})[name] == value
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

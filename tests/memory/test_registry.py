@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -166,6 +167,20 @@ def test_size_is_chosen_to_match_parameters(name: str, target: int) -> None:
         neighbour = make_memory(name, 6, hidden_size=other)
         assert abs(count(core) - target) <= abs(count(neighbour) - target)
     assert make_memory(name, 6, hidden_size=size).state_size == core.state_size
+
+
+@pytest.mark.parametrize(("name", "heads"), [("xlstm", 3), ("xlstm", 16), ("transformer", 5), ("transformer", 12)])
+def test_size_is_a_multiple_of_any_number_of_heads(name: str, heads: int) -> None:
+    core = make_memory(name, 6, match_parameters=200_000, num_heads=heads)
+    assert core.output_size % heads == 0
+    count = sum(parameter.numel() for parameter in core.parameters())
+    assert count == pytest.approx(200_000, rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["xlstm", "lstm", "gru", "transformer", "ssm", "frames", "none"])
+def test_input_size_may_be_an_integer_of_numpy(name: str) -> None:
+    # as Stable-Baselines3 gives it for MultiDiscrete observations
+    assert make_memory(name, np.int64(5)).input_size == 5
 
 
 def test_matching_refuses_a_size_of_its_own_and_too_few_parameters() -> None:

@@ -24,7 +24,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
 from xlstm_rl.agents.action_masks import mask_logits, masked_distribution
-from xlstm_rl.memory import MemoryCore, make_memory
+from xlstm_rl.memory import MemoryCore, make_memory, map_leaves
 
 CriticMemory = Literal["shared", "separate", "none"]
 
@@ -243,10 +243,9 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         if features_extractor is None and not self.share_features_extractor:
             pair = (self.pi_features_extractor, self.vf_features_extractor)
             return tuple(self.extract_features(obs, extractor) for extractor in pair)
+        obs = _from_zero(obs, self.observation_space)
         seen: Any = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
-        seen = (
-            {key: part.to(self.dtype) for key, part in seen.items()} if isinstance(seen, dict) else seen.to(self.dtype)
-        )
+        seen = map_leaves(lambda part: part.to(self.dtype), seen)
         return (features_extractor or self.features_extractor)(seen)
 
     def action_distribution(self, latent_pi: Tensor, action_masks: Tensor | None) -> Distribution:
@@ -269,7 +268,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         """
         sequence = reset.ndim == 2
         if sequence:
-            obs = {key: part.flatten(0, 1) for key, part in obs.items()} if isinstance(obs, dict) else obs.flatten(0, 1)
+            obs = map_leaves(lambda part: part.flatten(0, 1), obs)
         features = self.extract_features(obs)
         pi_features, vf_features = (features, features) if isinstance(features, Tensor) else features
         latent_pi, actor_state = _run(self.memory_actor, pi_features, state.actor, reset, reuse_state)
@@ -292,6 +291,25 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
             actions = actions + space.start
         return np.asarray(actions, dtype=space.dtype)
+
+
+def _from_zero(obs: Any, space: spaces.Space[Any]) -> Any:
+    """Observations whose whole numbers start at 0, as Stable-Baselines3 takes those of all spaces to do."""
+    if isinstance(space, spaces.Dict):
+        return {key: _from_zero(obs[key], part) for key, part in space.spaces.items()}
+    start = getattr(space, "start", 0)
+    return obs - torch.as_tensor(start, device=obs.device) if np.any(start) else obs
+
+
+def within_bounds(obs: Any, space: spaces.Space[Any]) -> Any:
+    """Observations whose whole numbers are of the space; the zeros that sb3-contrib pads sequences with may be none."""
+    if isinstance(space, spaces.Dict):
+        return {key: within_bounds(obs[key], part) for key, part in space.spaces.items()}
+    if not np.any(getattr(space, "start", 0)):
+        return obs
+    size: Any = space.n if isinstance(space, spaces.Discrete) else space.nvec  # type: ignore[attr-defined]
+    least, most = (torch.as_tensor(bound, device=obs.device) for bound in (space.start, space.start + size - 1))  # type: ignore[attr-defined]
+    return obs.clamp(least, most)
 
 
 def _run(core: MemoryCore, features: Tensor, state: Any, reset: Tensor, reuse_state: bool) -> tuple[Tensor, Any]:

@@ -256,7 +256,7 @@ def _warn_of_functions(data: dict[str, Any], names: Any, given: Collection[str])
             warnings.warn(
                 f"{name} was a function when the agent was saved and is the constant {data[name]} now: to train on, "
                 f"hand it over as custom_objects={{{name!r}: function}}, which load and resume take",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

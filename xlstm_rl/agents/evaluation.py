@@ -50,7 +50,8 @@ def evaluate(
     Args:
         model: the agent.
         env: environment, or vector environment of Stable-Baselines3 or gymnasium. The statistics of a `VecNormalize`
-            stay as they are, and returns are those of the rewards before it.
+            stay as they are, and returns are those of the rewards before it. If it is the one that the model learns in,
+            the next `learn` begins new episodes.
         n_episodes: episodes to finish; every environment contributes a fixed share, so that short episodes are not
             over-represented.
         deterministic: the mode of the policy instead of a sample.
@@ -60,9 +61,15 @@ def evaluate(
 
     Raises:
         TypeError: `env` is no environment.
-        ValueError: `n_episodes` is below 1.
+        ValueError: `n_episodes` is below 1, or the model is collecting a rollout in `env`.
     """
     env = _as_vec_env(env)
+    own = _plays_in(model, env)
+    if own and getattr(model, "_rollout_start", None) is not None and model._last_obs is not None:
+        raise ValueError(
+            "env is the one in which the model is collecting a rollout: evaluate in another one, between rollouts, or "
+            "after learn()"
+        )
     player = MaskedModel(model, env)
 
     def actor(obs: Any, state: Any, episode_start: np.ndarray) -> tuple[np.ndarray, Any]:
@@ -71,7 +78,11 @@ def evaluate(
         return player.predict(obs, state=state, episode_start=episode_start, deterministic=deterministic)
 
     with nullcontext() if seed is None else _seeded_sampling(model, env.num_envs, seed):
-        return _play(actor, env, n_episodes, seed)
+        result = _play(actor, env, n_episodes, seed)
+    if own:
+        # its episodes are over: the next `learn` begins new ones, with an empty memory
+        model._last_obs = None
+    return result
 
 
 def evaluate_random(
@@ -122,6 +133,20 @@ def _as_vec_env(env: Any) -> VecEnv:
             "make_vec_env returned"
         )
     return env
+
+
+def _plays_in(model: Any, env: VecEnv) -> bool:
+    """Whether the model learns in any of these environments."""
+    own = getattr(model, "env", None)
+    return isinstance(own, VecEnv) and not _innermost(own).isdisjoint(_innermost(env))
+
+
+def _innermost(env: VecEnv) -> set[int]:
+    """What tells environments apart, however they are wrapped."""
+    inner: Any = env.unwrapped
+    if isinstance(inner, DummyVecEnv):
+        return {id(one.unwrapped) for one in inner.envs}
+    return {id(inner.env.unwrapped if isinstance(inner, GymnasiumVecEnv) else inner)}
 
 
 def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> EvaluationResult:

@@ -8,7 +8,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from xlstm_rl.agents.normalization import normalizer_statistics, restore_statistics
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # In the info of a step that did not happen, because the environment was lost or only reset in it; tells why.
 SKIPPED = "skipped_step"
+# Attempts at first observations without NaN.
+RESETS = 10
 
 Collect = TypeVar("Collect", bound=Callable[..., bool])
 
@@ -111,36 +113,70 @@ def explain_loss(loss: PPOLoss, place: str, error: FloatingPointError) -> str:
     return f"{'the gradient alone' if not wrong else 'the loss (' + ', '.join(wrong) + ')'} in {place}: {error}"
 
 
-def drops_broken_rollouts(collect: Collect) -> Collect:
-    """Make `collect_rollouts` drop a rollout with NaN or infinity in it where `on_nonfinite` says so."""
+def leaves_broken_rollouts(collect: Collect) -> Collect:
+    """Make `collect_rollouts` begin new episodes after a rollout that an exception has ended.
+
+    One with NaN or infinity in it is dropped, and training goes on, where `on_nonfinite` says so.
+    """
 
     @wraps(collect)
-    def collect_or_drop(model: RecurrentPPO, *args: Any, **kwargs: Any) -> bool:
-        if model.on_nonfinite == "stop":
-            try:
-                return collect(model, *args, **kwargs)
-            except FloatingPointError as error:
-                raise FloatingPointError(
-                    f"{error}; mend what it comes from, or drop such rollouts with on_nonfinite='skip'"
-                ) from error
-        normalizer = model.get_vec_normalize_env()
-        statistics = None if normalizer is None else normalizer_statistics(normalizer)
+    def collect_or_leave(model: RecurrentPPO, *args: Any, **kwargs: Any) -> bool:
+        statistics = read_statistics(model)
         try:
             return collect(model, *args, **kwargs)
         except FloatingPointError as error:
+            if model.on_nonfinite == "stop":
+                model._last_obs = None
+                raise FloatingPointError(
+                    f"{error}; mend what it comes from, or drop such rollouts with on_nonfinite='skip'"
+                ) from error
             warnings.warn(f"{error}; the rollout is dropped, all environments start new episodes", stacklevel=2)
-            _start_anew(model, normalizer, statistics)
+            model.rollout_buffer.reset()
+            model._rollout_start = None
+            _begin_finite_episodes(model, statistics)
             return True
+        except BaseException:
+            # the memory may have seen an observation that the next `learn` would show it again
+            model._last_obs = None
+            raise
 
-    return cast(Collect, collect_or_drop)
+    return cast(Collect, collect_or_leave)
 
 
-def _start_anew(model: RecurrentPPO, normalizer: VecNormalize | None, statistics: dict[str, Any] | None) -> None:
+def read_statistics(model: RecurrentPPO) -> dict[str, Any] | None:
+    """Running statistics of the environment, to bring back what NaN has spoilt; None where they are not needed."""
+    normalizer = model.get_vec_normalize_env()
+    return None if normalizer is None or model.on_nonfinite == "stop" else normalizer_statistics(normalizer)
+
+
+def mend_first_observations(model: RecurrentPPO, statistics: dict[str, Any] | None) -> None:
+    """Begin other episodes if the first observations have NaN or infinity in them.
+
+    Args:
+        model: about to learn.
+        statistics: what `read_statistics` gave before the environment was reset.
+
+    Raises:
+        FloatingPointError: all resets give such.
+    """
+    assert model.env is not None, "a model about to learn has one"
+    try:
+        check_first_observations(model.env, model._last_obs)
+    except FloatingPointError as error:
+        warnings.warn(f"{error}; all environments start other episodes", stacklevel=4)
+        _begin_finite_episodes(model, statistics)
+
+
+def _begin_finite_episodes(model: RecurrentPPO, statistics: dict[str, Any] | None) -> None:
     assert model.env is not None, "a rollout was collected from it"
-    if normalizer is not None and statistics is not None:
-        restore_statistics(normalizer, statistics)
-    model.rollout_buffer.reset()
-    model._rollout_start = None
-    model._last_obs = model.env.reset()  # type: ignore[assignment]
-    model._last_episode_starts = np.ones(model.n_envs, bool)
-    model._last_state = model.policy.initial_state(model.n_envs)
+    normalizer = model.get_vec_normalize_env()
+    for attempt in range(RESETS):
+        if normalizer is not None and statistics is not None:
+            restore_statistics(normalizer, statistics)
+        model._begin_episodes()
+        try:
+            return check_first_observations(model.env, model._last_obs)
+        except FloatingPointError as error:
+            if attempt == RESETS - 1:
+                model._last_obs = None
+                raise FloatingPointError(f"{error}, after {RESETS} resets in a row: mend the environment") from error

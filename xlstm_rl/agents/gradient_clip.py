@@ -35,7 +35,8 @@ def clip_gradients(
         FloatingPointError: the gradient is NaN or infinite.
     """
     limit = max_norm
-    if spike_factor is not None and running_norm is not None:
+    # a norm of zero, where nothing was to be learnt, bounds nothing
+    if spike_factor is not None and running_norm:
         limit = min(max_norm, spike_factor * running_norm)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     if not math.isfinite(norm):
@@ -43,4 +44,4 @@ def clip_gradients(
             f"the gradient norm is {norm}: lower the learning rate, or look for huge observations and rewards"
         )
     clipped = min(norm, limit)
-    return clipped if running_norm is None else running_norm + (clipped - running_norm) / MEMORY
+    return clipped if not running_norm else running_norm + (clipped - running_norm) / MEMORY

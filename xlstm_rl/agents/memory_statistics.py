@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from xlstm_rl.agents.actor_critic import PolicyState
 from xlstm_rl.agents.policy import XLSTMPolicy
-from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks
+from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, first_steps
 from xlstm_rl.kernels import KernelCall, recorded_calls
 from xlstm_rl.memory import pack, take
 
@@ -45,11 +43,8 @@ def memory_statistics(
     policy.set_training_mode(False)
     sample = take(chunks, slice(CHUNKS_FOR_GATES))
     with recorded_calls() as calls:
-        policy.advance(
-            _first_steps(sample.observations, STEPS_FOR_GATES),
-            sample.state,
-            sample.episode_starts[:, :STEPS_FOR_GATES],
-        )
+        obs, starts = first_steps(sample, STEPS_FOR_GATES)
+        policy.advance(obs, sample.state, starts)
     if policy.memory_critic is not None:
         # the critic's blocks run after as many of the actor's
         calls = calls[: len(calls) // 2]
@@ -76,13 +71,7 @@ def _staleness(
     kept = buffer.chunk_states[1] if later else last_state
     rows = slice(min(buffer.n_envs, max(1, STEPS_FOR_STALENESS // until)))
     sample = take(chunks, rows)
-    fresh = policy.advance(
-        _first_steps(sample.observations, until), take(buffer.chunk_states[0], rows), sample.episode_starts[:, :until]
-    )
+    obs, starts = first_steps(sample, until)
+    fresh = policy.advance(obs, take(buffer.chunk_states[0], rows), starts)
     expected, found = pack(fresh.actor), pack(take(kept, rows).actor)
     return float(torch.dist(found, expected) / expected.norm().clamp(min=1e-8))
-
-
-def _first_steps(obs: Any, count: int) -> Any:
-    """obs [B, T, ...], or a dict of those, up to a step."""
-    return {key: part[:, :count] for key, part in obs.items()} if isinstance(obs, dict) else obs[:, :count]

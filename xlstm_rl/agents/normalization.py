@@ -26,7 +26,7 @@ def load_normalizer(text: str, env: VecEnv) -> VecNormalize:
         env: with the observation space that was normalised.
 
     Raises:
-        ValueError: the text is no such JSON, or its shapes do not fit the environment.
+        ValueError: the text is no such JSON, its shapes do not fit the environment, or numbers are not finite.
     """
     try:
         content = json.loads(text)
@@ -74,5 +74,5 @@ def _restore(rms: RunningMeanStd, given: dict[str, Any], name: str) -> None:
     if mean.shape != expected or var.shape != expected:
         raise ValueError(f"statistics of {name} have shape {mean.shape}, the environment's are {expected}")
     if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
-        raise ValueError(f"statistics of {name} are not finite; the file is damaged")
+        raise ValueError(f"statistics of {name} are not finite")
     rms.mean, rms.var, rms.count = mean, var, float(given["count"])

@@ -15,9 +15,9 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from torch import Tensor
 
 from xlstm_rl.agents.action_masks import check_masks
-from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState
+from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState, within_bounds
 from xlstm_rl.agents.checkpoint import load_policy, save_policy
-from xlstm_rl.memory import MemoryCore, pack, unpack
+from xlstm_rl.memory import MemoryCore, map_leaves, pack, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -212,7 +212,7 @@ class XLSTMPolicy(MemoryActorCritic):
         def sequences(part: Tensor) -> Tensor:
             return part.reshape(rows, -1, *part.shape[1:])
 
-        obs = {key: sequences(part) for key, part in obs.items()} if isinstance(obs, dict) else sequences(obs)
+        obs = map_leaves(sequences, within_bounds(obs, self.observation_space))
         reset = sequences(episode_starts) > 0.5
         result = self.evaluate_sequence(obs, sequences(actions), self._from_pairs(lstm_states), reset)
         entropy = None if result.entropy is None else result.entropy.flatten()

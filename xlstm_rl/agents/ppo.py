@@ -21,8 +21,10 @@ from xlstm_rl.agents.actor_critic import PolicyState
 from xlstm_rl.agents.faults import (
     check_first_observations,
     check_step,
-    drops_broken_rollouts,
     explain_loss,
+    leaves_broken_rollouts,
+    mend_first_observations,
+    read_statistics,
     rewards_without_skipped,
     skipped_steps,
 )
@@ -33,7 +35,7 @@ from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLST
 from xlstm_rl.agents.memory_statistics import memory_statistics
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
 from xlstm_rl.agents.policy_arguments import check_policy_kwargs
-from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, minibatches, stack_states
+from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, first_steps, minibatches, stack_states
 from xlstm_rl.agents.saving import SavedAlgorithm
 from xlstm_rl.agents.stopwatch import Stopwatch
 from xlstm_rl.agents.training_state import mark_point
@@ -270,12 +272,22 @@ class RecurrentPPO(SavedAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         self._rollout_start = None
         fresh = self._last_obs is None
+        before = read_statistics(self)
         result = super()._setup_learn(*args, **kwargs)
         if fresh or self._last_state is None:
             self._last_state = self.policy.initial_state(self.n_envs)
+        if self.on_nonfinite == "skip":
+            mend_first_observations(self, before)
         return result
 
-    @drops_broken_rollouts
+    def _begin_episodes(self) -> None:
+        """All environments begin new episodes, with empty memories."""
+        assert self.env is not None, "learn() has refused to go without one"
+        self._last_obs = self.env.reset()  # type: ignore[assignment]
+        self._last_episode_starts = np.ones(self.n_envs, bool)
+        self._last_state = self.policy.initial_state(self.n_envs)
+
+    @leaves_broken_rollouts
     def collect_rollouts(  # type: ignore[override]
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: ChunkedRolloutBuffer, n_rollout_steps: int
     ) -> bool:
@@ -292,10 +304,13 @@ class RecurrentPPO(SavedAlgorithm):
                 f"n_steps={n_rollout_steps} was set after the rollout buffer was made for {rollout_buffer.buffer_size} "
                 "steps: give n_steps to the constructor, or save the agent and load(path, env, n_steps=...)"
             )
-        assert self._last_obs is not None and self._last_state is not None, "learn() sets the first observation"
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         callback.on_rollout_start()
+        if self._last_obs is None:
+            # a callback has evaluated in these environments
+            self._begin_episodes()
+        assert self._last_obs is not None and self._last_state is not None, "learn() sets them"
         self._rollout_start = mark_point(self)
         clock = Stopwatch()
         check_first_observations(env, self._last_obs)
@@ -322,17 +337,16 @@ class RecurrentPPO(SavedAlgorithm):
             self.num_timesteps += env.num_envs
             check_step(env, new_obs, rewards, infos, step=n_steps, total=self.num_timesteps)
             rewards = rewards_without_skipped(rewards, values, infos)
+            last_obs, starts = self._last_obs, self._last_episode_starts
+            # before callbacks, which may save the agent or end training: the memory has been written over already
+            self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state  # type: ignore[assignment]
             callback.update_locals(locals())
             if not callback.on_step():
-                # the memory has been written over: a later `learn` goes on from where the environments are
-                self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state  # type: ignore[assignment]
                 return False
             self._update_info_buffer(infos, dones)
-            last_obs, starts = self._last_obs, self._last_episode_starts
             rollout_buffer.add(last_obs, actions, rewards, starts, values, log_probs, action_masks)  # type: ignore[arg-type]
             truncation = value_of_cut_episodes(self.policy, dones, infos, state)
             rollout_buffer.add_outcome(dones, truncation.mask, truncation.values, skipped_steps(infos))
-            self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state  # type: ignore[assignment]
         with torch.inference_mode():
             episode_starts = torch.as_tensor(dones, dtype=torch.bool, device=self.device)
             last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, episode_starts)  # type: ignore[arg-type]
@@ -433,11 +447,9 @@ class RecurrentPPO(SavedAlgorithm):
         states = [buffer.chunk_states[0]]
         for index, (start, end) in enumerate(zip(buffer.chunk_starts, buffer.chunk_starts[1:], strict=False)):
             rows = slice(index * self.n_envs, (index + 1) * self.n_envs)
-            until = end - start
             chunk = take(chunks, rows)
-            obs = chunk.observations
-            obs = {key: part[:, :until] for key, part in obs.items()} if isinstance(obs, dict) else obs[:, :until]
-            states.append(self.policy.advance(obs, states[-1], chunk.episode_starts[:, :until]))
+            obs, starts = first_steps(chunk, end - start)
+            states.append(self.policy.advance(obs, states[-1], starts))
         return chunks._replace(state=stack_states(states))
 
     def _log(self, parts: list[PPOLoss]) -> None:

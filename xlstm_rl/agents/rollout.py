@@ -122,10 +122,10 @@ class ChunkedRolloutBuffer(BaseBuffer):
         """Append one step of every environment: arrays [n_envs, ...]; masks in every step or in none."""
         t = self.pos
         if isinstance(self.observations, dict):
-            for key, store in self.observations.items():
-                store[t] = np.asarray(obs[key]).reshape(store[t].shape)
+            for key in self.observations:
+                self.observations[key] = _store(self.observations[key], t, obs[key])
         else:
-            self.observations[t] = np.asarray(obs).reshape(self.observations[t].shape)
+            self.observations = _store(self.observations, t, obs)
         self.actions[t] = action.reshape(self.actions[t].shape)
         self.rewards[t], self.episode_starts[t] = reward, episode_start
         self.values[t], self.log_probs[t] = value, log_prob
@@ -217,9 +217,24 @@ class ChunkedRolloutBuffer(BaseBuffer):
         raise TypeError("a chunked rollout has no single samples; use chunks() and minibatches()")
 
 
+def _store(stored: np.ndarray, t: int, given: Any) -> np.ndarray:
+    """What is stored, with a step more."""
+    given = np.asarray(given)
+    if given.dtype.kind == "f" and stored.dtype.kind != "f":
+        # normalised: VecNormalize leaves the space of whole numbers as it is
+        stored = stored.astype(np.float32)
+    stored[t] = given.reshape(stored[t].shape)
+    return stored
+
+
 def map_leaves_numpy(function: Callable[[np.ndarray], Tensor], tree: Any) -> Any:
     """Apply `function` to an array or to every array of a dict."""
     return {key: function(value) for key, value in tree.items()} if isinstance(tree, dict) else function(tree)
+
+
+def first_steps(chunks: RolloutChunks, count: int) -> tuple[Any, Tensor]:
+    """Observations [B, count, ...] and episode starts [B, count] of the first steps of chunks."""
+    return map_leaves(lambda part: part[:, :count], (chunks.observations, chunks.episode_starts))
 
 
 def stack_states(states: list[Any]) -> Any:
@@ -237,8 +252,9 @@ def minibatches(chunks: RolloutChunks, batch_size: int) -> Iterator[RolloutChunk
         chunks: all chunks of a rollout, weights 0 or 1.
         batch_size: steps per minibatch; at least one chunk is taken.
     """
-    total, length = chunks.weights.shape
-    number = min(max(1, round(total * length / batch_size)), total)
+    total = len(chunks.weights)
+    # steps that two chunks share, and those that did not happen, do not count
+    number = min(max(1, round(float(chunks.weights.sum()) / batch_size)), total)
     chunks = chunks._replace(weights=chunks.weights * (number / chunks.weights.sum().clamp_min(1)))
     # shuffled at once: minibatches are then views
     chunks = take(chunks, torch.randperm(total).to(chunks.weights.device))

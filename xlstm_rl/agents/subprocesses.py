@@ -181,9 +181,19 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
 
     def _restart(self, index: int, error: WorkerError) -> tuple[Any, ...]:
         """The answer to a step that did not happen."""
+        while True:
+            try:
+                obs, reset_info = self._start_again(index, error)
+                return obs, 0.0, True, {SKIPPED: str(error), "TimeLimit.truncated": True}, reset_info
+            except WorkerError as again:
+                self._check_restart(again)
+                error = again
+
+    def _start_again(self, index: int, error: WorkerError) -> tuple[Any, Any]:
+        """First observation and info of a new environment."""
         self._restarts_left[index] -= 1
         warnings.warn(
-            f"{error}\nIt is started again, {self._restarts_left[index]} more times if need be.", stacklevel=4
+            f"{error}\nIt is started again, {self._restarts_left[index]} more times if need be.", stacklevel=5
         )
         _end([self.processes[index]], 0.0)
         self.remotes[index].close()
@@ -196,7 +206,7 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
             seed = int(words[0])
         remote.send(("reset", (seed, self._options[index])))
         obs, reset_info = remote.recv()
-        return obs, 0.0, True, {SKIPPED: str(error), "TimeLimit.truncated": True}, reset_info
+        return obs, reset_info
 
     def close(self) -> None:
         """End the processes, also those that hang."""

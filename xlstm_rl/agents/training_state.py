@@ -59,7 +59,9 @@ def mark_point(model: RecurrentPPO) -> TrainingPoint:
     names = [name for name in vars(model) if name in changing or name.startswith("_last_")]
     # deep: acting writes memory states over those before
     attributes = {name: copy.deepcopy(vars(model)[name]) for name in names}
-    return TrainingPoint(attributes, _random_state(), [_wrapper_state(wrapper) for wrapper in _wrappers(env)])
+    return TrainingPoint(
+        attributes, _random_state(model.device), [_wrapper_state(wrapper) for wrapper in _wrappers(env)]
+    )
 
 
 def save_checkpoint(model: RecurrentPPO, target: File, point: TrainingPoint | None, notes: Mapping[str, Any]) -> None:
@@ -104,7 +106,7 @@ def resume_model(
     try:
         # replaying episodes may draw random numbers, so these come last
         restarted = _restore_env(_env_of(model), state)
-        _set_random_state(state["random"])
+        _set_random_state(state["random"], model.device)
         notes = dict(state["notes"])
     except _RESTORE_ERRORS as error:
         raise CheckpointError(f"{archive.name}, {TRAINING}.json: {type(error).__name__}: {error}") from error
@@ -126,9 +128,10 @@ def _env_of(model: RecurrentPPO) -> VecEnv:
     return model.env
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Any]:
     kind, key, position, has_gauss, cached = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # asking for it would start CUDA, which a run on the CPU has no use for
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return {
         "python": random.getstate(),
         "numpy": [kind, np.asarray(key).tolist(), position, has_gauss, cached],
@@ -137,13 +140,13 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
+def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     kind, key, *rest = state["numpy"]
     np.random.set_state((kind, np.array(key, np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], device)
 
 
 def _wrappers(env: VecEnv) -> Iterator[VecEnvWrapper]:

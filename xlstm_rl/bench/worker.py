@@ -40,13 +40,16 @@ def _finish(run: PlannedRun, spec: BenchSpec) -> bool:
     """Whether the run came to its end and was measured."""
     # Loaded only here: the parent process trains nothing.
     from xlstm_rl.bench.measuring import measure
+    from xlstm_rl.building import torch_threads
     from xlstm_rl.run_folder import RunFolder
     from xlstm_rl.training import resume, train
 
     spent = _Spent(run)
     stop_when = spent.noting(_solved(run, spec))
     folder = RunFolder(run.folder)
-    if folder.config.is_file() and folder.versions.is_file():
+    # finished but without a checkpoint, it could not be measured on
+    begun = folder.config.is_file() and folder.versions.is_file()
+    if begun and (folder.list_checkpoints() or not folder.model.is_file()):
         result = resume(run.folder, stop_when=stop_when)
     else:
         # what a process that was killed at the very start left is no run yet
@@ -55,7 +58,8 @@ def _finish(run: PlannedRun, spec: BenchSpec) -> bool:
     if result.interrupted_by is not None:
         spent.note()
         return False
-    record = measure(run, spec, result, spent.note)
+    with torch_threads(run.config.threads):
+        record = measure(run, spec, result, spent.note)
     run.record.parent.mkdir(parents=True, exist_ok=True)
     write_whole(run.record, record.to_json().encode())
     return True

@@ -135,7 +135,7 @@ class PPOConfig:
     Attributes:
         n_steps: steps of each environment per rollout.
         seq_len: steps of a training chunk; None takes the whole rollout, but no more than `batch_size`.
-        batch_size: environment steps per minibatch.
+        batch_size: environment steps per minibatch; None: the whole rollout.
         n_epochs: passes over a rollout.
         learning_rate: at the start of training.
         lr_schedule: "linear" lets the learning rate fall to 0 over the run, "constant" keeps it.
@@ -152,13 +152,13 @@ class PPOConfig:
             or the rollout.
         refresh_state: recompute memory states at chunk starts between epochs.
         use_sde: state dependent exploration, for Box actions.
-        sde_sample_freq: steps between new noise of it; None: once a rollout.
+        sde_sample_freq: steps between new noise of it; None or -1: once a rollout.
         use_masking: choose among the actions that the environment's `action_masks()` allow; None: where it has them.
     """
 
     n_steps: int = 128
     seq_len: int | None = None
-    batch_size: int = 512
+    batch_size: int | None = 512
     n_epochs: int = 4
     learning_rate: float = 3e-4
     lr_schedule: Literal["constant", "linear"] = "linear"
@@ -181,7 +181,9 @@ class PPOConfig:
     use_masking: bool | None = None
 
     def __post_init__(self) -> None:
-        _at_least("ppo", self, 1, "n_steps", "seq_len", "batch_size", "n_epochs", "sde_sample_freq")
+        _at_least("ppo", self, 1, "n_steps", "seq_len", "batch_size", "n_epochs")
+        if self.sde_sample_freq != -1:
+            _at_least("ppo", self, 1, "sde_sample_freq")
         _above("ppo", self, 0, "learning_rate", "clip_range", "clip_range_vf", "max_grad_norm", "target_kl")
         _at_least("ppo", self, 0, "advantage_floor", "ent_coef", "vf_coef")
         _one_of("ppo", self, "lr_schedule", ("constant", "linear"))
@@ -301,6 +303,8 @@ class TrainConfig:
             raise ConfigError(f"device={self.device!r} is none that torch knows; use auto, cpu or cuda") from error
 
     def _check_batch(self) -> None:
+        if self.ppo.batch_size is None:
+            return
         rollout, chunk = self.ppo.n_steps * self.env.n_envs, self.ppo.seq_len or 1
         if self.ppo.batch_size > rollout:
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +81,7 @@ class MemoryCore(nn.Module, ABC):
 
 
 # Sizes that the usual numbers of heads divide.
-HEADS_FIT = 8
+UNIT = 8
 
 MemoryFactory = Callable[..., MemoryCore]
 _REGISTRY: dict[str, MemoryFactory] = {}
@@ -125,13 +126,17 @@ def make_memory(name: str, input_size: int, *, match_parameters: int | None = No
     if name not in _REGISTRY:
         raise ValueError(f"unknown memory {name!r}; known are {memory_names()}; add yours with register_memory")
     factory = _REGISTRY[name]
+    # NumPy's integers, which Stable-Baselines3 makes of MultiDiscrete spaces, are none to torch
+    input_size = int(input_size)
     if match_parameters is not None and "hidden_size" in config:
         size = config["hidden_size"]
         raise ValueError(f"match_parameters={match_parameters} chooses hidden_size: leave out hidden_size={size}")
     _check_names(name, config if match_parameters is None else {**config, "hidden_size": None})
     if match_parameters is not None:
+        heads = [value for key, value in config.items() if key.endswith("num_heads") and isinstance(value, int)]
+        unit = math.lcm(UNIT, *(value for value in heads if value > 0))
         config["hidden_size"] = _matching_size(
-            lambda size: factory(input_size, hidden_size=size, **config), match_parameters
+            lambda size: factory(input_size, hidden_size=size, **config), match_parameters, unit
         )
     return factory(input_size, **config)
 
@@ -145,21 +150,21 @@ def _check_names(name: str, config: dict[str, Any]) -> None:
         raise TypeError(f"memory {name!r} {error}; its settings are {settings}") from error
 
 
-def _matching_size(build: Callable[[int], MemoryCore], target: int) -> int:
-    """The hidden size whose number of parameters is closest to the target."""
+def _matching_size(build: Callable[[int], MemoryCore], target: int, unit: int) -> int:
+    """The hidden size whose number of parameters is closest to the target; multiples of `unit` are always possible."""
 
     def distance(size: int) -> int:
         # no memory is filled for parameters on "meta"
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in build(size).parameters()) - target
 
-    if distance(HEADS_FIT) > 0:
+    if distance(unit) > 0:
         raise ValueError(f"match_parameters={target} is less than the smallest memory of its kind has")
-    low, high = HEADS_FIT, 2 * HEADS_FIT
+    low, high = unit, 2 * unit
     while distance(high) < 0:
         low, high = high, 2 * high
-    while high - low > HEADS_FIT:
-        middle = (low + high) // 2 // HEADS_FIT * HEADS_FIT
+    while high - low > unit:
+        middle = (low + high) // 2 // unit * unit
         low, high = (middle, high) if distance(middle) <= 0 else (low, middle)
     candidates = {}
     for size in range(low, high + 1):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xlstm_rl.kernels import causal_conv
 from xlstm_rl.kernels.selective_scan import SelectiveInputs, selective_scan
-from xlstm_rl.memory.checks import check_number, check_whole
+from xlstm_rl.memory.checks import check_number, check_pair, check_whole
 from xlstm_rl.memory.core import MemoryCore
 
 
@@ -60,6 +60,9 @@ class StateSpace(MemoryCore):
         for name, value in (sizes | {"conv_kernel": conv_kernel}).items():
             check_whole(name, value, 1)
         check_number("proj_factor", proj_factor, above=0)
+        # YAML has lists only
+        delta_range = tuple(delta_range) if isinstance(delta_range, list) else delta_range
+        check_pair("delta_range", delta_range)
         low, high = delta_range
         check_number("delta_range", low, above=0)
         check_number("delta_range", high, least=low)
