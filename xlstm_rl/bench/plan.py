@@ -110,6 +110,11 @@ class PlannedRun:
         """CPU seconds of earlier starts of the run."""
         return self.folder.with_name(f"{self.folder.name}.spent.json")
 
+    @property
+    def begun_with(self) -> Path:
+        """The fingerprint of the settings that the run in the run folder was begun with."""
+        return self.folder.with_name(f"{self.folder.name}.fingerprint.txt")
+
 
 def fingerprint(run: PlannedRun, spec: BenchSpec) -> str:
     """Equal for runs that were trained and measured with equal settings."""
