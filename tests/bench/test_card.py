@@ -11,6 +11,7 @@ import pytest
 from xlstm_rl.bench import figures
 from xlstm_rl.bench.card import common_scores
 from xlstm_rl.bench.checks import check
+from xlstm_rl.bench.comparison import compare
 from xlstm_rl.bench.documents import Code, Section, Table, to_html, to_markdown
 from xlstm_rl.bench.records import Figure, Record, StateHealth
 from xlstm_rl.bench.rendering import render
@@ -162,6 +163,24 @@ def test_only_seeds_of_both_sides_make_pairs() -> None:
     other = card(record("xlstm", 1, 0.25), record("xlstm", 5, 0.75))
     before, after = common_scores(card(), "lstm", other, "xlstm", ["t"])
     assert [list(scores) for scores in (*before, *after)] == [[0.5], [0.25]]
+
+
+@pytest.mark.parametrize("change", [{"env": "F-v0"}, {"optimal_return": 2.0}, {"memoryless_return": -1.0}])
+def test_task_that_is_another_one_on_the_other_side_is_left_out_and_named(change: dict[str, Any]) -> None:
+    others = [dataclasses.replace(r, task="u") for r in sound()]
+    before = card(*sound(), *others, tasks=("t", "u"))
+    after = card(*(dataclasses.replace(r, **change) for r in sound()), *others, tasks=("t", "u"))
+    text = compare(before, after)
+    assert "t is not the same task on both sides: E-v0 with 0 to 1 in made-up, " in text
+    assert "| u | 2 |" in text and "| t |" not in text and "| all tasks | 2 |" in text
+    assert "Left out" not in compare(before, before)
+    with pytest.raises(ConfigError, match="no agent, task and seed in common.*task t is another one: E-v0"):
+        compare(card(), card(*(dataclasses.replace(r, **change) for r in sound())))
+
+
+def test_bounds_may_differ_in_their_last_digit() -> None:
+    near = card(*(dataclasses.replace(r, optimal_return=1.0 - 1e-15) for r in sound()))
+    assert "| t | 2 |" in compare(card(), near)
 
 
 def test_cells_cannot_break_a_table() -> None:
