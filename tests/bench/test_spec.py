@@ -54,7 +54,11 @@ def test_lstm_of_equal_size_and_no_memory_are_added() -> None:
     agents = read_spec(SMALL, "x").agents
     assert list(agents) == ["mine", "lstm", "none"]
     assert agents["lstm"].parameters_of == "mine"
-    assert agents["lstm"].tuning_runs == 3
+
+
+def test_baselines_that_are_added_were_not_tuned() -> None:
+    agents = read_spec(SMALL, "x").agents
+    assert {name: agent.tuning_runs for name, agent in agents.items()} == {"mine": 3, "lstm": 0, "none": 0}
 
 
 def test_baselines_that_are_there_are_not_added_again() -> None:

@@ -88,9 +88,10 @@ class AgentSpec:
             raise ConfigError(f"tuning_runs={self.tuning_runs} must be at least 0")
 
     def with_memory(self, name: str, parameters_of: str | None = None, **settings: Any) -> AgentSpec:
-        """The same training with another memory."""
+        """The same training with another memory, which nothing was tuned for."""
         kept = {key: value for key, value in self.set.items() if not key.startswith("memory")}
-        return replace(self, memory={"name": name, **settings}, set=kept, parameters_of=parameters_of)
+        memory = {"name": name, **settings}
+        return replace(self, memory=memory, set=kept, parameters_of=parameters_of, tuning_runs=0)
 
 
 @dataclass(frozen=True)
