@@ -62,8 +62,9 @@ def test_baselines_that_are_added_were_not_tuned() -> None:
 
 
 def test_baselines_that_are_there_are_not_added_again() -> None:
-    text = "tasks: {parity: }\nagents: {a: {memory: {name: lstm}}, b: {set: {memory.name: none}}}"
-    assert list(read_spec(text, "x").agents) == ["a", "b"]
+    for none in ("memory.name: none", "memory: {name: none}"):
+        text = f"tasks: {{parity: }}\nagents: {{a: {{memory: {{name: lstm}}}}, b: {{set: {{{none}}}}}}}"
+        assert list(read_spec(text, "x").agents) == ["a", "b"]
 
 
 def test_agent_of_another_memory_under_a_baseline_s_name_is_refused() -> None:
@@ -152,6 +153,10 @@ def test_only_that_fits_nothing_is_refused() -> None:
         ("tasks: {parity: }\nagents: {a: {memory: {name: lstm, hidden_size: 9}, parameters_of: b}}", "hidden_size"),
         ("tasks: {parity: }\nagents: {a: {memory: {name: lstm}, set: {memory.hidden_size: 9}}}", "use one"),
         ("tasks: {parity: }\nagents: {a: {set: {env.kwargs.length: 9}}}", "must be the same for all agents"),
+        ("tasks: {parity: }\nagents: {a: {set: {env: {kwargs: {length: 9}}}}}", "env.kwargs.length must be the same"),
+        ("tasks: {parity: }\nagents: {a: {set: {env.kwargs: {length: 9}}}}", "env.kwargs.length must be the same"),
+        ("tasks: {parity: }\nagents: {a: {set: {env: {id: CartPole-v1}}}}", "env.id must be the same"),
+        ("tasks: {parity: }\nagents: {a: {memory: {name: lstm}, set: {memory: {hidden_size: 9}}}}", "use one"),
         ("tasks: {parity: {ability: holding}}\nagents: {a: }", "ability='holding'"),
         ("tasks: {parity: {optimal_return: 1}}\nagents: {a: }", "give both or none"),
         (
