@@ -147,6 +147,21 @@ def test_agent_with_fewer_seeds_is_marked_and_has_no_interval(tmp_path: Path) ->
     assert figures._labels(results) == {"xlstm": "xlstm", "lstm": "lstm", "none": "none (1 seed)"}
 
 
+def test_agent_that_lacks_tasks_is_marked(tmp_path: Path) -> None:
+    others = [dataclasses.replace(r, task="u", cpu_minutes=1.5) for r in sound() if r.agent != "lstm"]
+    results = card(*sound(), *others, tasks=("t", "u"))
+    render(results, tmp_path)
+    text = (tmp_path / "card.md").read_text(encoding="utf-8")
+    overall = text.partition("## Tasks")[0]
+    assert "| sampled actions | CPU min per run | tuning runs |" in overall
+    assert "| xlstm | 1.00 [1.00, 1.00] | 4 of 4" in overall
+    assert "| lstm | 0.50 [0.50, 0.50] (1 of 2 tasks) | 0 of 2" in overall
+    # the mean of runs of 0.5 and 1.5 minutes, where both tasks were run
+    assert "| 1.00 | 1.0 | 0 |" in overall and "| 0.50 | 0.5 | 0 |" in overall
+    assert "| hold | t, u | 1.00 [1.00, 1.00] | 0.50 [0.50, 0.50] (1 of 2 tasks) | 0.00" in text
+    assert figures._labels(results) == {"xlstm": "xlstm", "lstm": "lstm (1 of 2 tasks)", "none": "none"}
+
+
 def test_results_are_read_back_as_written(tmp_path: Path) -> None:
     results = card(missing=("t/none/8",))
     write_results(results, tmp_path)
