@@ -180,6 +180,20 @@ def test_mistakes_are_named(text: str, message: str) -> None:
         ("tasks: {partiy: }\nagents: {a: }", "task partiy, agent a: 'partiy' is neither"),
         ("tasks: {CartPole-v1: }\nagents: {a: }", "give optimal_return and memoryless_return"),
         ("tasks: {parity: {set: {ppo.gama: 1}}}\nagents: {a: }", "did you mean 'gamma'"),
+        # two and three pulls: the last one tells all that the ones before it told
+        (
+            "tasks: {short: {base: bandit, set: {env.kwargs.num_pulls: 2}}}\nagents: {a: }",
+            "task short: optimal_return=0.59 of 'xlstm_rl/Bandit-v0' .* is not above memoryless_return=0.59,.* choose",
+        ),
+        (
+            "tasks: {short: {base: bandit, set: {env.kwargs.num_pulls: 3}}}\nagents: {a: }",
+            "task short: optimal_return=",
+        ),
+        ("tasks: {one: {base: pairs, set: {env.kwargs.num_turns: 1}}}\nagents: {a: }", "task one: optimal_return="),
+        (
+            "tasks: {parity: {optimal_return: 0, memoryless_return: 1}}\nagents: {a: }",
+            "task parity: optimal_return=0 of .* is not above memoryless_return=1",
+        ),
         (
             "tasks: {parity: }\nagents: {a: {memory: {name: none}}, b: {memory: {name: lstm}, parameters_of: a}}",
             "agent b: memory",
