@@ -102,6 +102,22 @@ def test_card_that_is_void_says_why(records: tuple[Record, ...], broken: int) ->
     assert [index for index, answer in enumerate(answers(card(*records))) if answer == "no"] == [broken]
 
 
+def test_oracle_over_many_seeds_has_to_come_closer_to_one() -> None:
+    off = Figure(mean_return=1.04, standard_error=0.02, score=1.04, episodes=100)
+    for seeds, answer in ((1, "yes"), (16, "no")):
+        runs = [dataclasses.replace(r, seed=seed, oracle=off) for seed in range(seeds) for r in sound() if r.seed == 0]
+        assert answers(card(*runs))[ORACLE] == answer
+
+
+def test_more_agents_do_not_make_the_oracle_more_certain() -> None:
+    off = Figure(mean_return=1.04, standard_error=0.02, score=1.04, episodes=100)
+    agents = tuple(f"agent-{number}" for number in range(16))
+    runs = [dataclasses.replace(record(agent, 0, 1.0), oracle=off) for agent in agents]
+    # and a seed with many runs weighs no more than one with a single run
+    runs.append(dataclasses.replace(record(agents[0], 1, 1.0), oracle=figure(1.0)))
+    assert answers(card(*runs, agents=agents, parameters_of={}))[ORACLE] == "yes"
+
+
 def test_lstm_is_compared_with_the_agent_that_it_was_sized_after() -> None:
     large = [record("large", seed, 1.0) for seed in (0, 1)]
     twin = [dataclasses.replace(record("twin", seed, 0.5), memory="lstm") for seed in (0, 1)]
