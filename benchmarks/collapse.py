@@ -5,7 +5,7 @@
 
 Stock PPO divides every rollout's advantages by their standard deviation, which is the critic's error once the task is
 solved, and lets one rare gradient through to an Adam that has forgotten what large gradients are. A finished run leaves
-one JSON file below `benchmarks/results/collapse/` and is not run again.
+one JSON file below `benchmarks/results/collapse/` and is not run again; one of other settings is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
 
 RESULTS = Path(__file__).parent / "results" / "collapse"
 FIGURE = Path(__file__).parents[1] / "docs" / "collapse.png"
@@ -47,18 +49,31 @@ class Job(NamedTuple):
         """Where its result is kept."""
         return RESULTS / f"{self.label.replace(' ', '-')}-{self.seed}.json"
 
+    @property
+    def config(self) -> TrainConfig:
+        """All settings."""
+        return load("tmaze", (*SETTING, *CURES[self.label], f"seed={self.seed}"))
+
+
+def check_settings(jobs: Sequence[Job]) -> None:
+    """Raise ConfigError if a result that is there was made with other settings."""
+    for job in jobs:
+        now = dump(job.config)
+        # the first results did not say how they were made
+        if job.path.exists() and json.loads(job.path.read_text()).get("config", now) != now:
+            raise ConfigError(f"{job.path} was made with other settings; remove it, and the run is done again")
+
 
 def run(job: Job) -> dict[str, Any]:
     """Train; returns what the result file holds."""
-    from xlstm_rl.configs import load
     from xlstm_rl.training import train
 
-    config = load("tmaze", (*SETTING, *CURES[job.label], f"seed={job.seed}"))
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        result = train(config, Path(folder) / "run")
+        result = train(job.config, Path(folder) / "run")
     return {
         **job._asdict(),
+        "config": dump(job.config),
         "final_return": result.scores[0].mean_return,
         "cpu_seconds": round(time.process_time() - start, 1),
         "curve": [[row.step, row.mean_return] for row in result.rows if row.kind == "eval"],
@@ -127,6 +142,10 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=FIGURE)
     args = parser.parse_args()
     jobs = [Job(label, seed) for label in CURES for seed in args.seeds]
+    try:
+        check_settings(jobs)
+    except ConfigError as error:
+        parser.error(str(error))
     if not args.render:
         run_all(jobs, args.workers)
     results = [json.loads(job.path.read_text()) for job in jobs if job.path.exists()]

@@ -4,7 +4,8 @@
     python -m benchmarks.env_speed --num-envs 16 --seconds 2
 
 Thousands of environment steps per second of CPU time, resets included, with random actions; the best of three turns.
-The batch of gymnasium is `SyncVectorEnv`; both batches reset at the step after the end of an episode.
+A single environment is what `gymnasium.make` returns, its wrappers included, and the batch of gymnasium is
+`SyncVectorEnv` of such; both batches reset at the step after the end of an episode.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def steps_per_second(play: Callable[[int], None], steps_per_call: int, seconds: 
 
 
 def single_speed(env_id: str, seconds: float) -> float:
-    env = gym.make(env_id).unwrapped
+    env = gym.make(env_id)
     env.action_space.seed(0)
     env.reset(seed=0)
     actions = [env.action_space.sample() for _ in range(997)]

@@ -1,7 +1,10 @@
-"""Training speed against `sb3_contrib.RecurrentPPO`, the same work in one process, interleaved.
+"""Training speed against `sb3_contrib.RecurrentPPO`: equal rollouts, minibatches and epochs, one process, interleaved.
 
     python -m benchmarks.throughput                    # CartPole, width 64, 16 x 128 steps, 4 epochs, batch 512
     python -m benchmarks.throughput --episode-steps 200 --width 128
+
+Not the same is how far gradients reach back: ours through sequences of 64 steps (`--seq-len`), those of sb3-contrib
+through whole pieces of episodes in a minibatch, up to the 128 steps of the rollout.
 
 Reported are environment steps per second of rollout plus update, medians over rounds, and the ratio to sb3-contrib.
 With one thread the clock is CPU time, so that other work on the machine does not spoil the ratio.

@@ -11,6 +11,7 @@ import pytest
 from xlstm_rl.bench import figures
 from xlstm_rl.bench.card import common_scores
 from xlstm_rl.bench.checks import check
+from xlstm_rl.bench.comparison import compare
 from xlstm_rl.bench.documents import Code, Section, Table, to_html, to_markdown
 from xlstm_rl.bench.records import Figure, Record, StateHealth
 from xlstm_rl.bench.rendering import render
@@ -101,6 +102,22 @@ def test_card_that_is_void_says_why(records: tuple[Record, ...], broken: int) ->
     assert [index for index, answer in enumerate(answers(card(*records))) if answer == "no"] == [broken]
 
 
+def test_oracle_over_many_seeds_has_to_come_closer_to_one() -> None:
+    off = Figure(mean_return=1.04, standard_error=0.02, score=1.04, episodes=100)
+    for seeds, answer in ((1, "yes"), (16, "no")):
+        runs = [dataclasses.replace(r, seed=seed, oracle=off) for seed in range(seeds) for r in sound() if r.seed == 0]
+        assert answers(card(*runs))[ORACLE] == answer
+
+
+def test_more_agents_do_not_make_the_oracle_more_certain() -> None:
+    off = Figure(mean_return=1.04, standard_error=0.02, score=1.04, episodes=100)
+    agents = tuple(f"agent-{number}" for number in range(16))
+    runs = [dataclasses.replace(record(agent, 0, 1.0), oracle=off) for agent in agents]
+    # and a seed with many runs weighs no more than one with a single run
+    runs.append(dataclasses.replace(record(agents[0], 1, 1.0), oracle=figure(1.0)))
+    assert answers(card(*runs, agents=agents, parameters_of={}))[ORACLE] == "yes"
+
+
 def test_lstm_is_compared_with_the_agent_that_it_was_sized_after() -> None:
     large = [record("large", seed, 1.0) for seed in (0, 1)]
     twin = [dataclasses.replace(record("twin", seed, 0.5), memory="lstm") for seed in (0, 1)]
@@ -146,6 +163,21 @@ def test_agent_with_fewer_seeds_is_marked_and_has_no_interval(tmp_path: Path) ->
     assert figures._labels(results) == {"xlstm": "xlstm", "lstm": "lstm", "none": "none (1 seed)"}
 
 
+def test_agent_that_lacks_tasks_is_marked(tmp_path: Path) -> None:
+    others = [dataclasses.replace(r, task="u", cpu_minutes=1.5) for r in sound() if r.agent != "lstm"]
+    results = card(*sound(), *others, tasks=("t", "u"))
+    render(results, tmp_path)
+    text = (tmp_path / "card.md").read_text(encoding="utf-8")
+    overall = text.partition("## Tasks")[0]
+    assert "| sampled actions | CPU min per run | tuning runs |" in overall
+    assert "| xlstm | 1.00 [1.00, 1.00] | 4 of 4" in overall
+    assert "| lstm | 0.50 [0.50, 0.50] (1 of 2 tasks) | 0 of 2" in overall
+    # the mean of runs of 0.5 and 1.5 minutes, where both tasks were run
+    assert "| 1.00 | 1.0 | 0 |" in overall and "| 0.50 | 0.5 | 0 |" in overall
+    assert "| hold | t, u | 1.00 [1.00, 1.00] | 0.50 [0.50, 0.50] (1 of 2 tasks) | 0.00" in text
+    assert figures._labels(results) == {"xlstm": "xlstm", "lstm": "lstm (1 of 2 tasks)", "none": "none"}
+
+
 def test_results_are_read_back_as_written(tmp_path: Path) -> None:
     results = card(missing=("t/none/8",))
     write_results(results, tmp_path)
@@ -162,6 +194,24 @@ def test_only_seeds_of_both_sides_make_pairs() -> None:
     other = card(record("xlstm", 1, 0.25), record("xlstm", 5, 0.75))
     before, after = common_scores(card(), "lstm", other, "xlstm", ["t"])
     assert [list(scores) for scores in (*before, *after)] == [[0.5], [0.25]]
+
+
+@pytest.mark.parametrize("change", [{"env": "F-v0"}, {"optimal_return": 2.0}, {"memoryless_return": -1.0}])
+def test_task_that_is_another_one_on_the_other_side_is_left_out_and_named(change: dict[str, Any]) -> None:
+    others = [dataclasses.replace(r, task="u") for r in sound()]
+    before = card(*sound(), *others, tasks=("t", "u"))
+    after = card(*(dataclasses.replace(r, **change) for r in sound()), *others, tasks=("t", "u"))
+    text = compare(before, after)
+    assert "t is not the same task on both sides: E-v0 with 0 to 1 in made-up, " in text
+    assert "| u | 2 |" in text and "| t |" not in text and "| all tasks | 2 |" in text
+    assert "Left out" not in compare(before, before)
+    with pytest.raises(ConfigError, match="no agent, task and seed in common.*task t is another one: E-v0"):
+        compare(card(), card(*(dataclasses.replace(r, **change) for r in sound())))
+
+
+def test_bounds_may_differ_in_their_last_digit() -> None:
+    near = card(*(dataclasses.replace(r, optimal_return=1.0 - 1e-15) for r in sound()))
+    assert "| t | 2 |" in compare(card(), near)
 
 
 def test_cells_cannot_break_a_table() -> None:

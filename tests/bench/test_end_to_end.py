@@ -133,6 +133,29 @@ def test_runs_made_with_other_settings_are_refused(
     assert "made with other settings" in capsys.readouterr().err
 
 
+def test_records_of_other_settings_are_refused_though_other_runs_were_asked_for(
+    spec_path: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "records" / "cue-recall" / "lstm" / "0.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "runs" / "cue-recall" / "lstm" / "0")
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    other = tmp_path / "other.yaml"
+    other.write_text(SMALL.replace("long_episodes: 2", "long_episodes: 3"), encoding="utf-8")
+    options = ["--out", str(tmp_path / "out"), "--only", "cue-recall/lstm/0", "--hours", "0"]
+    assert cli.main(["bench", "run", str(other), *options]) == 2
+    assert "cue-recall/none/0" in (said := capsys.readouterr().err) and "made with other settings" in said
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_runs_may_be_chosen_by_several_options(
+    spec_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--hours", "0", "--only", "far/none/1", "--only", "cue-recall/none", "far/lstm/0"]
+    assert cli.main(["bench", "run", str(spec_path), "--out", str(tmp_path), *options]) == 3
+    assert "4 runs are left" in capsys.readouterr().err
+
+
 def test_second_run_in_the_same_folder_is_refused(
     spec_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,8 +19,9 @@ from tests.bench.small_bench import BREAKING, SMALL, write_breaking_envs
 from xlstm_rl.bench.plan import PlannedRun, plan_runs
 from xlstm_rl.bench.records import Record
 from xlstm_rl.bench.results import gather
-from xlstm_rl.bench.runner import Outcome, run_all
+from xlstm_rl.bench.runner import Outcome, check_settings, run_all
 from xlstm_rl.bench.spec import read_spec
+from xlstm_rl.configs import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +74,26 @@ def test_killed_run_becomes_what_it_would_have_been(broken: tuple[Path, Outcome,
     pair = [plan_runs(read_spec(BREAKING, "x"), broken[0] / name, ["dying/lstm/0"])[0] for name in ("out", "whole")]
     assert read(pair[0]) == read(pair[1])
     assert not pair[0].failure.exists()
+
+
+def test_unfinished_run_does_not_go_on_with_other_ways_to_end_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_breaking_envs(tmp_path).touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    outcome, runs, _ = run_some(tmp_path / "out", BREAKING, ["raising/lstm/0"])
+    assert outcome.failed == runs
+    check_settings(runs, read_spec(BREAKING, "x"))
+    changed = {
+        "stop_score": BREAKING + "stop_score: 0.9\n",
+        "stop_evaluations": BREAKING + "stop_evaluations: 2\n",
+    }
+    for text in changed.values():
+        with pytest.raises(ConfigError, match="raising/lstm/0 in .* was made with other settings"):
+            check_settings(runs, read_spec(text, "x"))
+    # former versions left no such note
+    runs[0].begun_with.unlink()
+    check_settings(runs, read_spec(changed["stop_score"], "x"))
 
 
 def test_task_may_be_trained_to_the_end_though_it_is_solved(tmp_path: Path) -> None:

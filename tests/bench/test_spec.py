@@ -54,12 +54,17 @@ def test_lstm_of_equal_size_and_no_memory_are_added() -> None:
     agents = read_spec(SMALL, "x").agents
     assert list(agents) == ["mine", "lstm", "none"]
     assert agents["lstm"].parameters_of == "mine"
-    assert agents["lstm"].tuning_runs == 3
+
+
+def test_baselines_that_are_added_were_not_tuned() -> None:
+    agents = read_spec(SMALL, "x").agents
+    assert {name: agent.tuning_runs for name, agent in agents.items()} == {"mine": 3, "lstm": 0, "none": 0}
 
 
 def test_baselines_that_are_there_are_not_added_again() -> None:
-    text = "tasks: {parity: }\nagents: {a: {memory: {name: lstm}}, b: {set: {memory.name: none}}}"
-    assert list(read_spec(text, "x").agents) == ["a", "b"]
+    for none in ("memory.name: none", "memory: {name: none}"):
+        text = f"tasks: {{parity: }}\nagents: {{a: {{memory: {{name: lstm}}}}, b: {{set: {{{none}}}}}}}"
+        assert list(read_spec(text, "x").agents) == ["a", "b"]
 
 
 def test_agent_of_another_memory_under_a_baseline_s_name_is_refused() -> None:
@@ -148,6 +153,10 @@ def test_only_that_fits_nothing_is_refused() -> None:
         ("tasks: {parity: }\nagents: {a: {memory: {name: lstm, hidden_size: 9}, parameters_of: b}}", "hidden_size"),
         ("tasks: {parity: }\nagents: {a: {memory: {name: lstm}, set: {memory.hidden_size: 9}}}", "use one"),
         ("tasks: {parity: }\nagents: {a: {set: {env.kwargs.length: 9}}}", "must be the same for all agents"),
+        ("tasks: {parity: }\nagents: {a: {set: {env: {kwargs: {length: 9}}}}}", "env.kwargs.length must be the same"),
+        ("tasks: {parity: }\nagents: {a: {set: {env.kwargs: {length: 9}}}}", "env.kwargs.length must be the same"),
+        ("tasks: {parity: }\nagents: {a: {set: {env: {id: CartPole-v1}}}}", "env.id must be the same"),
+        ("tasks: {parity: }\nagents: {a: {memory: {name: lstm}, set: {memory: {hidden_size: 9}}}}", "use one"),
         ("tasks: {parity: {ability: holding}}\nagents: {a: }", "ability='holding'"),
         ("tasks: {parity: {optimal_return: 1}}\nagents: {a: }", "give both or none"),
         (
@@ -171,6 +180,20 @@ def test_mistakes_are_named(text: str, message: str) -> None:
         ("tasks: {partiy: }\nagents: {a: }", "task partiy, agent a: 'partiy' is neither"),
         ("tasks: {CartPole-v1: }\nagents: {a: }", "give optimal_return and memoryless_return"),
         ("tasks: {parity: {set: {ppo.gama: 1}}}\nagents: {a: }", "did you mean 'gamma'"),
+        # two and three pulls: the last one tells all that the ones before it told
+        (
+            "tasks: {short: {base: bandit, set: {env.kwargs.num_pulls: 2}}}\nagents: {a: }",
+            "task short: optimal_return=0.59 of 'xlstm_rl/Bandit-v0' .* is not above memoryless_return=0.59,.* choose",
+        ),
+        (
+            "tasks: {short: {base: bandit, set: {env.kwargs.num_pulls: 3}}}\nagents: {a: }",
+            "task short: optimal_return=",
+        ),
+        ("tasks: {one: {base: pairs, set: {env.kwargs.num_turns: 1}}}\nagents: {a: }", "task one: optimal_return="),
+        (
+            "tasks: {parity: {optimal_return: 0, memoryless_return: 1}}\nagents: {a: }",
+            "task parity: optimal_return=0 of .* is not above memoryless_return=1",
+        ),
         (
             "tasks: {parity: }\nagents: {a: {memory: {name: none}}, b: {memory: {name: lstm}, parameters_of: a}}",
             "agent b: memory",

@@ -46,6 +46,12 @@ def test_the_optimum_is_that_of_dynamic_programming_over_beliefs(num_pulls: int,
     assert Bandit(num_pulls, better).facts.optimal_return == pytest.approx(value(0, 0), abs=1e-12)
 
 
+def test_many_pulls_have_bounds_too() -> None:
+    facts = Bandit(50_000, 0.8).facts
+    assert facts.optimal_return == pytest.approx(0.8, abs=1e-4)
+    assert Bandit(1000).facts.optimal_return < facts.optimal_return < 0.8
+
+
 @pytest.mark.parametrize(("num_pulls", "better"), [(2, 0.8), (6, 0.7), (20, 0.8)])
 def test_no_memoryless_policy_beats_the_stated_ceiling(num_pulls: int, better: float) -> None:
     grid = np.linspace(0.0, 1.0, 6)

@@ -134,6 +134,20 @@ def test_facts_hold_for_the_usual_time_limit_only(env_id: str) -> None:
     assert task_facts(gym.make(env_id, max_episode_steps=50)) is None
 
 
+@pytest.mark.parametrize(
+    ("env_id", "changed", "default"),
+    [
+        ("xlstm_rl/CartPoleNoVelocity-v0", {"sutton_barto_reward": True}, {"sutton_barto_reward": False}),
+        ("xlstm_rl/PendulumNoVelocity-v0", {"g": 1.0}, {"g": 10}),
+    ],
+)
+def test_facts_hold_for_the_usual_reward_and_dynamics_only(
+    env_id: str, changed: dict[str, Any], default: dict[str, Any]
+) -> None:
+    assert task_facts(gym.make(env_id, **changed)) is None
+    assert task_facts(gym.make(env_id, **default, render_mode="rgb_array")) == task_facts(gym.make(env_id)) is not None
+
+
 def test_facts_do_not_hold_for_chosen_indices() -> None:
     assert task_facts(HideVelocity(gym.make("CartPole-v1"), indices=[3])) is None
     assert isinstance(task_facts(HideVelocity(gym.make("CartPole-v1"))), TaskFacts)

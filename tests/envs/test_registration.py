@@ -180,6 +180,15 @@ def test_pictures_are_a_render_mode(env_id: str) -> None:
 
 
 @each_own_id
+def test_lists_of_pictures_are_a_render_mode_of_gymnasium(env_id: str) -> None:
+    env = gym.make(env_id, render_mode="rgb_array_list")
+    env.reset(seed=0)
+    env.step(0)
+    frames: Any = env.render()
+    assert len(frames) == 2 and np.asarray(frames[0]).dtype == np.uint8
+
+
+@each_own_id
 def test_rendering_without_a_mode_warns_and_gives_nothing(env_id: str) -> None:
     env = gym.make(env_id).unwrapped
     env.reset(seed=0)

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import defaultdict
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from xlstm_rl.envs import (
     SymbolStreamEnv,
     cue_recall,
 )
+from xlstm_rl.envs.noisy_evidence import majority_accuracies
 
 
 def test_repeat_first_asks_for_the_symbol_of_the_first_observation() -> None:
@@ -173,6 +175,27 @@ def test_optimal_return_of_noisy_evidence_is_that_of_the_best_use_of_all_copies(
         oracle += chance.probability() * (best[0, -1] == answers[0, -1])
     assert sum(weight.max() for weight in weights.values()) == pytest.approx(env.facts.optimal_return, abs=1e-12)
     assert oracle == pytest.approx(env.facts.optimal_return, abs=1e-12)
+
+
+@pytest.mark.parametrize("accuracy", [0.501, 0.65, 0.8, 0.999, 1.0])
+def test_majorities_are_right_as_often_as_the_binomial_distribution_says(accuracy: float) -> None:
+    found, right = majority_accuracies(400, accuracy), Fraction(accuracy)
+    assert len(found) == 401
+    for n in (0, 1, 2, 3, 20, 21, 63, 64, 65, 66, 335, 400):
+        chances = [math.comb(n, k) * right**k * (1 - right) ** (n - k) for k in range(n + 1)]
+        exact = sum(chances[n // 2 + 1 :]) + (chances[n // 2] / 2 if n % 2 == 0 else 0)
+        assert found[n] == pytest.approx(float(exact), abs=1e-12)
+
+
+def test_bounds_of_short_episodes_keep_the_last_digit_that_records_were_made_with() -> None:
+    terms = [math.comb(21, right) * 0.65**right * (1.0 - 0.65) ** (21 - right) for right in range(11, 22)]
+    assert NoisyEvidence(21, 0.65).facts.optimal_return == math.fsum(terms)
+
+
+def test_long_episodes_have_bounds_too() -> None:
+    # right minus wrong copies, in units of the root of their number: nearly normal with mean 2 and deviation 1
+    assert NoisyEvidence(100_001, 0.5 + 1 / math.sqrt(100_001)).facts.optimal_return == pytest.approx(0.97725, abs=1e-5)
+    assert NoisyEvidence(20_001, 0.8).facts.optimal_return == pytest.approx(1.0, abs=1e-12)
 
 
 def test_oracle_of_noisy_evidence_is_right_as_often_as_stated() -> None:

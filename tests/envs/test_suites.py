@@ -81,6 +81,13 @@ def test_missing_package_is_named_with_its_install_line(env_id: str, monkeypatch
         gym.make(env_id)
 
 
+def test_labyrinths_of_popgym_name_the_package_that_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "popgym", types.ModuleType("popgym"))
+    monkeypatch.setitem(sys.modules, "mazelib", None)
+    with pytest.raises(gym.error.DependencyNotInstalled, match="needs the package 'mazelib'.*pip install mazelib"):
+        gym.make("xlstm_rl/popgym-LabyrinthEscapeEasy-v0")
+
+
 def test_version_of_the_package_behind_a_task_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: f"{name} 1")
     assert suite_versions("xlstm_rl/popgym-RepeatPreviousMedium-v0") == {"popgym": "popgym 1"}

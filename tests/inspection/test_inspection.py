@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from matplotlib.figure import Figure
 from PIL import Image
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -15,10 +17,10 @@ from torch import Tensor
 
 from tests.agents.masked_env import MaskedEpisodes
 from tests.agents.small_agents import agent
-from tests.agents.spaces_for_tests import vec_env
+from tests.agents.spaces_for_tests import RandomEpisodes, vec_env
 from tests.conftest import assert_close
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.inspection import draw_episode, read_weights, record_episode, write_gif
+from xlstm_rl.inspection import draw_episode, picture, read_weights, record_episode, write_gif
 from xlstm_rl.inspection.reads import horizons
 from xlstm_rl.kernels import MLSTMCall, SLSTMCall, mlstm_sequence, recorded_calls, slstm_sequence
 from xlstm_rl.memory import make_memory
@@ -161,6 +163,23 @@ def test_every_kind_of_agent_can_be_drawn(case: dict[str, Any], tmp_path: Path) 
     assert len(episode.blocks) == (2 if "memory" not in case.get("policy_kwargs", {}) else 0)
 
 
+@pytest.mark.parametrize("space", [spaces.Discrete(3, start=5), spaces.MultiDiscrete([3], start=[-1])])
+def test_choice_that_was_taken_is_marked_in_its_row_wherever_actions_start(space: spaces.Space[Any]) -> None:
+    class Shifted(RandomEpisodes):
+        def __init__(self) -> None:
+            super().__init__()
+            self.action_space = space
+
+    env = make_vec_env(Shifted, 1, seed=0)
+    episode = record_episode(small(env=env), env, max_steps=6)
+    panel = Figure().subplots()
+    picture._actions(panel, episode)
+    assert episode.choices is not None
+    np.testing.assert_array_equal(panel.lines[0].get_ydata(), episode.choices.argmax(-1))
+    names = [str(action) for action in np.ravel(space.start) + range(3)]  # type: ignore[attr-defined]
+    assert [label.get_text() for label in panel.get_yticklabels()] == names
+
+
 def test_masked_choices_have_no_probability() -> None:
     env = make_vec_env(MaskedEpisodes, 1, env_kwargs={"action": "multi-discrete"})
     episode = record_episode(small(env=env), env, max_steps=20)
@@ -171,7 +190,7 @@ def test_masked_choices_have_no_probability() -> None:
 def test_frames_become_an_animation(tmp_path: Path) -> None:
     env = make_vec_env("xlstm_rl/TMaze-v0", 1, env_kwargs={"render_mode": "rgb_array", "corridor_length": 2})
     episode = record_episode(small(env=env), env, max_steps=4)
-    assert len(episode.frames) in (len(episode.rewards), len(episode.rewards) + 1)
+    assert len(episode.frames) == len(episode.rewards) + (episode.ended == "cut")
     write_gif(episode.frames, tmp_path / "video.gif", 4)
     with Image.open(tmp_path / "video.gif") as video:
         assert video.size == episode.frames[0].shape[1::-1]

@@ -99,7 +99,9 @@ def _state_of(results: Results, checks: Sequence[Check]) -> str:
 
 def _overall(results: Results) -> Table:
     first = results.agents[0]
-    columns = ["agent", "score", "solved runs", f"{first} is better", "sampled actions", "CPU min", "tuning runs"]
+    columns = [
+        *("agent", "score", "solved runs", f"{first} is better", "sampled actions", "CPU min per run", "tuning runs")
+    ]
     rows = []
     for agent in results.agents:
         records = [record for record in results.records if record.agent == agent]
@@ -113,15 +115,22 @@ def _overall(results: Results) -> Table:
         rows.append(
             [
                 agent,
-                spell(estimate(results.scores(agent))),
+                _score(results, agent, results.tasks),
                 f"{solved} of {len(records)} [{low:.2f}, {high:.2f}]",
                 spell(better),
-                f"{estimate(results.sampled_scores(agent)).value:.2f}",
-                f"{sum(record.cpu_minutes for record in records):.1f}",
+                f"{estimate(results.scores(agent, sampled=True)).value:.2f}",
+                f"{np.mean([record.cpu_minutes for record in records]):.1f}",
                 str(max(record.tuning_runs for record in records)),
             ]
         )
     return Table(columns, rows)
+
+
+def _score(results: Results, agent: str, tasks: Sequence[str]) -> str:
+    """Over tasks, with a mark if the agent lacks some, for then it is no score of the same tasks."""
+    scores = results.scores(agent, tasks)
+    share = results.share_of_tasks(agent, tasks)
+    return spell(estimate(scores) if scores else None) + (f" ({share})" if share else "")
 
 
 def _legend(results: Results) -> str:
@@ -190,8 +199,7 @@ def _middle(values: Iterable[float | None]) -> str:
 def _abilities(results: Results) -> Table:
     rows = []
     for ability, tasks in results.abilities().items():
-        groups = [results.scores(agent, tasks) for agent in results.agents]
-        rows.append([ability, ", ".join(tasks), *(spell(estimate(scores) if scores else None) for scores in groups)])
+        rows.append([ability, ", ".join(tasks), *(_score(results, agent, tasks) for agent in results.agents)])
     return Table(["ability", "tasks", *results.agents], rows, text_columns=2)
 
 

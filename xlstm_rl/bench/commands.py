@@ -31,6 +31,7 @@ def add_parser(commands: Any) -> None:
     run.add_argument(
         "--only",
         nargs="+",
+        action="extend",
         default=[],
         metavar="TASK/AGENT/SEED",
         help="some of the runs; parts may be '*' or left out",
@@ -54,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     from xlstm_rl.bench.plan import plan_runs, select_runs
     from xlstm_rl.bench.rendering import render
     from xlstm_rl.bench.results import gather, write_results
-    from xlstm_rl.bench.runner import run_all
+    from xlstm_rl.bench.runner import check_settings, run_all
     from xlstm_rl.bench.spec import load_spec
 
     spec = load_spec(options.spec)
@@ -64,6 +65,7 @@ def _run(options: argparse.Namespace) -> int:
     chosen = select_runs(runs, options.only)
     console = Console()
     with _alone_in(out):
+        check_settings(runs, spec)
         outcome = run_all(
             chosen,
             spec,

@@ -32,13 +32,15 @@ def draw_all(results: Results, folder: Path) -> None:
 
 
 def _labels(results: Results) -> dict[str, str]:
-    """Names of the agents, with their number of seeds where others have more."""
+    """Names of the agents, with their number of tasks where they lack some, and of seeds where others have more."""
     seeds = {agent: max(map(len, results.scores(agent)), default=0) for agent in results.agents}
     most = max(seeds.values())
-    return {
-        agent: agent if count in (0, most) else f"{agent} ({count} seed{'s' * (count > 1)})"
-        for agent, count in seeds.items()
-    }
+    labels = {}
+    for agent, count in seeds.items():
+        notes = [results.share_of_tasks(agent), None if count in (0, most) else f"{count} seed{'s' * (count > 1)}"]
+        said = ", ".join(note for note in notes if note)
+        labels[agent] = f"{agent} ({said})" if said else agent
+    return labels
 
 
 def _figure(width: float, height: float) -> Any:

@@ -53,7 +53,8 @@ class WatchedModel:
         """`predict` of the model."""
         actions, state = self._model.predict(observation, state, episode_start, deterministic, action_masks)
         self._sizes.append(sum(part.nbytes for part in state) // len(actions))
-        largest = max((float(np.abs(part).max()) for part in state if part.size), default=0.0)
+        # of NumPy, whose maximum of numbers and NaN is NaN, whatever their order
+        largest = float(np.max([np.abs(part).max() for part in state if part.size], initial=0.0))
         self._finite = self._finite and bool(np.isfinite(largest))
         self._largest = max(self._largest, largest) if self._finite else self._largest
         return actions, state

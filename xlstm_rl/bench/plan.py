@@ -19,6 +19,8 @@ from xlstm_rl.envs import TaskFacts, TaskPurpose, longer, task_purpose
 
 # Times the training length, at which agents are measured.
 LENGTHS = (4, 16)
+# Bounds that lie closer together, in units of the optimum, are equal but for rounding.
+SMALLEST_GAP = 1e-9
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def lengthened(config: TrainConfig, task: Task, factor: int) -> tuple[TrainConfi
     facts = read_facts(env)
     if facts is None:
         raise ConfigError(f"task {task.name}: {env.id!r} does not state its bounds at env.kwargs={kwargs}; {advice}")
+    _check_gap(task.name, env, facts)
     return dataclasses.replace(config, env=env), facts
 
 
@@ -109,6 +112,11 @@ class PlannedRun:
     def spent(self) -> Path:
         """CPU seconds of earlier starts of the run."""
         return self.folder.with_name(f"{self.folder.name}.spent.json")
+
+    @property
+    def begun_with(self) -> Path:
+        """The fingerprint of the settings that the run in the run folder was begun with."""
+        return self.folder.with_name(f"{self.folder.name}.fingerprint.txt")
 
 
 def fingerprint(run: PlannedRun, spec: BenchSpec) -> str:
@@ -238,4 +246,15 @@ def _task(name: str, task: TaskSpec, env: EnvConfig) -> Task:
             f"task {name}: {env.id!r} does not state its bounds, so returns make no score; give optimal_return and "
             "memoryless_return"
         )
+    _check_gap(name, env, facts)
     return Task(name, purpose, facts, given)
+
+
+def _check_gap(name: str, env: EnvConfig, facts: TaskFacts) -> None:
+    """Refuse a task in which memory gains nothing, for a score divides by what it gains."""
+    if not facts.optimal_return - facts.memoryless_return > SMALLEST_GAP * max(1.0, abs(facts.optimal_return)):
+        raise ConfigError(
+            f"task {name}: optimal_return={facts.optimal_return:.6g} of {env.id!r} at env.kwargs={dict(env.kwargs)} is "
+            f"not above memoryless_return={facts.memoryless_return:.6g}, so that returns make no score; choose a size "
+            "at which memory helps, or correct the bounds that the benchmark gives"
+        )

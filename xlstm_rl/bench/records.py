@@ -64,7 +64,8 @@ class Record:
         oracle: the scripted oracle in episodes of the same seeds; None where the environment has none.
         longer: greedy at "4" and "16" times the training length, the state carried.
         state: of the memory.
-        cpu_minutes: of all starts of the run, measuring included.
+        cpu_minutes: of all starts of the run, measuring included; without what environments in processes of their own
+            spent (`env.vec=subproc`).
         versions: packages, platform and machine.
         in_a_row: whether `longer` is of so many episodes in a row, as in tasks without a length.
     """

@@ -55,15 +55,21 @@ class Results:
         chosen = [record for record in self.records if (record.task, record.agent) == (task, agent)]
         return sorted(chosen, key=lambda record: record.seed)
 
-    def scores(self, agent: str, tasks: Sequence[str] | None = None) -> list[NDArray[np.float64]]:
-        """Final greedy scores of an agent, an array of seeds for each task that it has any on."""
+    def scores(
+        self, agent: str, tasks: Sequence[str] | None = None, *, sampled: bool = False
+    ) -> list[NDArray[np.float64]]:
+        """Final greedy or sampled scores of an agent, an array of seeds for each task that it has any on."""
         groups = (self.of(task, agent) for task in (self.tasks if tasks is None else tasks))
-        return [np.array([record.greedy.score for record in group]) for group in groups if group]
+        return [
+            np.array([(record.sampled if sampled else record.greedy).score for record in group])
+            for group in groups
+            if group
+        ]
 
-    def sampled_scores(self, agent: str) -> list[NDArray[np.float64]]:
-        """The same with sampled actions, over all tasks."""
-        groups = (self.of(task, agent) for task in self.tasks)
-        return [np.array([record.sampled.score for record in group]) for group in groups if group]
+    def share_of_tasks(self, agent: str, tasks: Sequence[str] | None = None) -> str | None:
+        """Such as "19 of 20 tasks" where an agent has runs on some of them only, and its figures tell no more."""
+        count, whole = len(self.scores(agent, tasks)), len(self.tasks if tasks is None else tasks)
+        return f"{count} of {whole} tasks" if 0 < count < whole else None
 
     def abilities(self) -> dict[str, list[str]]:
         """Ability -> its tasks, in the order of the tasks."""

@@ -57,24 +57,19 @@ def run_all(
     console: Console,
     after_each: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Do the runs that have no record yet.
+    """Do the runs that have no record yet; `check_settings` says whether what is there belongs to them.
 
     A run that was interrupted goes on exactly where its last checkpoint is; one that failed is tried again. After
     SIGINT (Ctrl-C) or SIGTERM the workers save and end.
 
     Args:
-        runs: what is planned.
+        runs: those to do, done ones included.
         spec: how it is measured.
         workers: processes at the same time, one torch thread each.
         hours: no run starts later than this; None for no bound.
         console: shows progress.
         after_each: called when a run has ended.
-
-    Raises:
-        ConfigError: what is left of an earlier start was made with other settings.
     """
-    for run in runs:
-        _check_same_settings(run, spec)
     todo = [run for run in runs if not run.record.is_file()]
     deadline = float("inf") if hours is None else time.monotonic() + hours * 3600
     outcome = Outcome()
@@ -92,6 +87,35 @@ def run_all(
     outcome.left += todo
     outcome.interrupted_by = interruption.signal
     return outcome
+
+
+def check_settings(runs: Sequence[PlannedRun], spec: BenchSpec) -> None:
+    """Check that what is there of the runs was made with the settings of now.
+
+    Args:
+        runs: all that are planned: a card is made of all records, whichever runs are to be done.
+        spec: how they are measured.
+
+    Raises:
+        ConfigError: a record, or what is left of an earlier start, was made with other settings.
+    """
+    for run in runs:
+        if not _has_same_settings(run, spec):
+            raise ConfigError(
+                f"{run.name} in {run.out} was made with other settings than the benchmark has now; choose another "
+                f"--out, or remove {run.folder} and {run.record}"
+            )
+
+
+def _has_same_settings(run: PlannedRun, spec: BenchSpec) -> bool:
+    if run.record.is_file():
+        return read_record(run.record).fingerprint == fingerprint(run, spec)
+    config = run.folder / "config.yaml"
+    if not config.is_file():
+        return True
+    # runs of former versions noted no fingerprint
+    noted = run.begun_with.read_text(encoding="utf-8") if run.begun_with.is_file() else None
+    return load_file(config) == run.config and noted in (None, fingerprint(run, spec))
 
 
 class _Pool:
@@ -152,19 +176,6 @@ def _context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*LOADED_AHEAD])
     return context
-
-
-def _check_same_settings(run: PlannedRun, spec: BenchSpec) -> None:
-    config = run.folder / "config.yaml"
-    if run.record.is_file():
-        same = read_record(run.record).fingerprint == fingerprint(run, spec)
-    else:
-        same = not config.is_file() or load_file(config) == run.config
-    if not same:
-        raise ConfigError(
-            f"{run.name} in {run.out} was made with other settings than the benchmark has now; choose another --out, "
-            f"or remove {run.folder} and {run.record}"
-        )
 
 
 def _steps(run: PlannedRun) -> int:

@@ -79,7 +79,7 @@ class AgentSpec:
     def __post_init__(self) -> None:
         if self.memory is not None and any(str(key).startswith("memory") for key in self.set):
             raise ConfigError("an agent has its memory settings either in memory or as memory.* in set; use one")
-        for key in self.set:
+        for key in _dotted(self.set):
             if key in ("env.id", "seed", "total_steps") or key.startswith("env.kwargs"):
                 raise ConfigError(f"{key} must be the same for all agents; set it for the task or the benchmark")
         if self.parameters_of is not None and "hidden_size" in (self.memory or {}):
@@ -87,10 +87,17 @@ class AgentSpec:
         if self.tuning_runs < 0:
             raise ConfigError(f"tuning_runs={self.tuning_runs} must be at least 0")
 
+    @property
+    def memory_name(self) -> str | None:
+        """The name of the memory that the agent has on every task; None where it is each task's own."""
+        name = _dotted(self.set).get("memory.name") if self.memory is None else self.memory.get("name")
+        return None if name is None else str(name)
+
     def with_memory(self, name: str, parameters_of: str | None = None, **settings: Any) -> AgentSpec:
-        """The same training with another memory."""
+        """The same training with another memory, which nothing was tuned for."""
         kept = {key: value for key, value in self.set.items() if not key.startswith("memory")}
-        return replace(self, memory={"name": name, **settings}, set=kept, parameters_of=parameters_of)
+        memory = {"name": name, **settings}
+        return replace(self, memory=memory, set=kept, parameters_of=parameters_of, tuning_runs=0)
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,7 @@ def _entries(cls: type, values: Mapping[Any, Any], source: str, path: str) -> di
 def _with_baselines(spec: BenchSpec) -> BenchSpec:
     agents = dict(spec.agents)
     first = next(iter(agents))
-    memories = {(agent.memory or {}).get("name", agent.set.get("memory.name")): agent for agent in agents.values()}
+    memories = {agent.memory_name for agent in agents.values()}
     if "lstm" not in memories:
         target = agents[first].parameters_of or first
         _add(agents, "lstm", agents[first].with_memory("lstm", target, forget_bias=LSTM_FORGET_BIAS))
@@ -221,6 +228,15 @@ def _add(agents: dict[str, AgentSpec], name: str, agent: AgentSpec) -> None:
     if name in agents:
         raise ConfigError(f"agents.{name} must have the memory {name!r}, which every benchmark has, or another name")
     agents[name] = agent
+
+
+def _dotted(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """The overrides with nested keys spelled as one, such as env.kwargs.length."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{before}{key}"
+        found |= _dotted(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return found
 
 
 def _specs() -> Any:

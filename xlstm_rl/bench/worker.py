@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from xlstm_rl.agents.archive import write_whole
-from xlstm_rl.bench.plan import PlannedRun
+from xlstm_rl.bench.plan import PlannedRun, fingerprint
 from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.report import Row
 
@@ -54,6 +54,8 @@ def _finish(run: PlannedRun, spec: BenchSpec) -> bool:
     else:
         # what a process that was killed at the very start left is no run yet
         shutil.rmtree(run.folder, ignore_errors=True)
+        # how training is ended early is not in the run's own configuration
+        write_whole(run.begun_with, fingerprint(run, spec).encode())
         result = train(run.config, run.folder, stop_when=stop_when)
     if result.interrupted_by is not None:
         spent.note()

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from xlstm_rl.envs.chance import Chance, Symbols
 from xlstm_rl.envs.drawing import Picture, draw
-from xlstm_rl.envs.noisy_evidence import majority_accuracy
+from xlstm_rl.envs.noisy_evidence import majority_accuracies
 from xlstm_rl.envs.parameters import RENDER_MODES, known_render_mode, real_number, whole_number
 from xlstm_rl.envs.task_facts import TaskFacts
 
@@ -122,5 +122,5 @@ class Bandit(gym.Env[NDArray[np.float32], np.int64]):
 
 def best_return(num_pulls: int, better: float) -> float:
     """Mean pay of a pull if each goes by the majority of the pulls before it, ties by the toss of a coin."""
-    right = [majority_accuracy(pulls, better) for pulls in range(num_pulls)]
+    right = majority_accuracies(num_pulls - 1, better)
     return sum(chance * better + (1.0 - chance) * (1.0 - better) for chance in right) / num_pulls

@@ -1,5 +1,6 @@
 """Classic control with the velocities taken out of the observation."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,9 @@ class HideVelocity(
 
     @property
     def facts(self) -> TaskFacts | None:
-        """What is known about the task; None where it was never measured, e.g. under most other step limits.
+        """What is known about the task; None where it was never measured.
+
+        It was not under most other step limits, nor with keyword arguments that change reward or dynamics.
 
         CartPole pays 1 per step, so its optimum is any step limit, and a pole that falls after 50 steps does so under
         any longer limit too.
@@ -79,8 +82,10 @@ class HideVelocity(
         runs on CartPole and Pendulum agreed, those on Acrobot were still improving slowly.
         """
         spec, known = self.env.spec, self._known_facts
-        limit = None if spec is None else spec.max_episode_steps
-        if known is None or limit is None:
+        if known is None or spec is None or _is_changed(self.env, spec.kwargs):
+            return None
+        limit = spec.max_episode_steps
+        if limit is None:
             return None
         if known.optimal_return == known.horizon and limit > known.horizon:
             return TaskFacts(limit, float(limit), known.memoryless_return)
@@ -90,6 +95,15 @@ class HideVelocity(
         """The entries that are not hidden, as a new array."""
         shown: NDArray[np.floating[Any]] = observation[self._kept]
         return shown
+
+
+def _is_changed(env: gym.Env[Any, Any], kwargs: dict[str, Any]) -> bool:
+    """Whether the environment was made with other keyword arguments than its defaults, how it is drawn aside."""
+    defaults = inspect.signature(type(env.unwrapped)).parameters
+    return any(
+        name != "render_mode" and (name not in defaults or defaults[name].default != value)
+        for name, value in kwargs.items()
+    )
 
 
 def _known_velocities(env: gym.Env[Any, Any]) -> Velocities:

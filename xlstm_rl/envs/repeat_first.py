@@ -64,3 +64,7 @@ def cue_recall(delay: int = 8, num_cues: int = 2, *, render_mode: str | None = N
     delay = whole_number("delay", delay, at_least=0)
     num_cues = whole_number("num_cues", num_cues, at_least=2)
     return RepeatFirst(delay + 2, num_cues, distractors=False, render_mode=render_mode)
+
+
+# gymnasium looks here for the render modes that it adds to.
+cue_recall.metadata = RepeatFirst.metadata  # type: ignore[attr-defined]

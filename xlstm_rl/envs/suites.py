@@ -80,6 +80,9 @@ def _tasks() -> dict[str, tuple[str, dict[str, Any]]]:
 def popgym(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     """A POPGym task as in the paper: one flat vector of the observation, the previous action and the start flag."""
     _import("popgym", "pip install popgym")
+    if "Labyrinth" in env_id:
+        # without it, popgym leaves these tasks out and says nothing
+        _import("mazelib", "pip install mazelib")
     env: gym.Env[Any, Any] = gym.make(env_id, disable_env_checker=True, **kwargs).unwrapped
     return PreviousActionVector(env)
 

@@ -32,6 +32,8 @@ class Episode(NamedTuple):
     """[T, k], as the environment took them, flat."""
     choices: np.ndarray | None
     """[T, c], probabilities of all choices of all components of an action; None for Box actions."""
+    starts: np.ndarray
+    """[k], the action that stands for the first choice of each component; 0 but for spaces with a `start`."""
     rewards: np.ndarray
     """[T], as the agent is paid: normalised, if it is trained so."""
     total: float
@@ -44,7 +46,8 @@ class Episode(NamedTuple):
     blocks: list[KernelCall]
     """What the kernels of the actor's memory did, T steps each; empty for memories other than xLSTM."""
     frames: list[np.ndarray]
-    """[height, width, 3] each, before every step and after the last; empty where the environment draws none."""
+    """[height, width, 3] each, before every step, and after the last one where the episode was cut: once it has ended,
+    the environment has started another. Empty where the environment draws none."""
     ended: str
     """"terminated", "truncated" or "cut" at the largest number of steps."""
 
@@ -109,20 +112,21 @@ def record_episode(model: BaseAlgorithm, env: VecEnv, *, max_steps: int, determi
             break
         if draws:
             frames.append(_frame(env))
-    return _joined(steps, calls, frames, ended, _labels(env))
+    return _joined(steps, calls, frames, ended, env)
 
 
 def _joined(
-    steps: list[dict[str, Any]], calls: list[list[KernelCall]], frames: list[np.ndarray], ended: str, labels: list[str]
+    steps: list[dict[str, Any]], calls: list[list[KernelCall]], frames: list[np.ndarray], ended: str, env: VecEnv
 ) -> Episode:
     def column(name: str) -> np.ndarray:
         return np.stack([np.asarray(step[name], np.float64) for step in steps])
 
     return Episode(
         observations=column("obs"),
-        labels=labels,
+        labels=_labels(env),
         actions=column("action"),
         choices=None if steps[0]["choices"] is None else column("choices"),
+        starts=np.broadcast_to(np.ravel(getattr(env.action_space, "start", 0)), steps[0]["action"].shape),
         rewards=column("reward"),
         total=sum(step["paid"] for step in steps),
         values=column("value"),

@@ -118,9 +118,12 @@ def _actions(panel: Any, episode: Episode) -> None:
         return
     panel.set_title("What it did: probability of every choice; dots: taken", loc="left", color=DARK)
     _heat(panel, episode.choices.T, "probability", cmap="Blues", vmin=0.0, vmax=1.0)
-    _name_rows(panel, [str(index) for index in range(episode.choices.shape[1])], "choice")
-    if episode.actions.shape[1] == 1:
-        panel.plot(steps, episode.actions[:, 0], "o", color=ACCENT, markersize=4 if len(steps) <= 60 else 1.5)
+    one = episode.actions.shape[1] == 1
+    first = int(episode.starts[0]) if one else 0
+    _name_rows(panel, [str(first + index) for index in range(episode.choices.shape[1])], "choice")
+    if one:
+        rows = episode.actions[:, 0] - first
+        panel.plot(steps, rows, "o", color=ACCENT, markersize=4 if len(steps) <= 60 else 1.5)
 
 
 def _values(panel: Any, episode: Episode, gamma: float) -> None:
