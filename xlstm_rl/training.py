@@ -199,7 +199,7 @@ def final_scores(
     model: RecurrentPPO, config: TrainConfig, facts: TaskFacts | None, n_episodes: int, seed: int
 ) -> list[Score]:
     """The agent, the same agent without memory, random actions and the known bounds of the task."""
-    run = partial(_play, model, config, n_episodes=n_episodes, seed=seed)
+    run = partial(play, model, config, n_episodes, seed)
     with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
         random_actions = evaluate_random(env, n_episodes, seed=seed)
     scores = [
@@ -339,34 +339,44 @@ def _say(console: Console, text: str) -> None:
 def _interim(model: RecurrentPPO, config: TrainConfig) -> tuple[float, float | None, int]:
     n_episodes = config.eval.interim_episodes
     seed = environment_seed(config.seed, Purpose.INTERIM_EVALUATION)
-    score = _score("", _play(model, config, n_episodes=n_episodes, seed=seed), config)
+    score = _score("", play(model, config, n_episodes, seed), config)
     return score.mean_return, score.success, n_episodes
 
 
-def _play(
-    model: RecurrentPPO, config: TrainConfig, *, n_episodes: int, seed: int, empty_state_every_step: bool = False
+def play(
+    model: Any,
+    config: TrainConfig,
+    n_episodes: int,
+    seed: int,
+    *,
+    wrap: Callable[[VecEnv], VecEnv] | None = None,
+    **how: bool,
 ) -> EvaluationResult:
+    """Play episodes in new environments of a run.
+
+    Args:
+        model: agent of the run, with the normalisation that its environment has at present.
+        config: the run.
+        n_episodes: episodes to finish.
+        seed: of the environments, and of what the policy samples.
+        wrap: put around the environments, outermost.
+        **how: `deterministic` and `empty_state_every_step`, as for `evaluate`.
+    """
     with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
-        return evaluate(
-            model,
-            normalized_like(env, model.get_vec_normalize_env()),
-            n_episodes,
-            empty_state_every_step=empty_state_every_step,
-            seed=seed,
-        )
+        env = normalized_like(env, model.get_vec_normalize_env())
+        return evaluate(model, env if wrap is None else wrap(env), n_episodes, seed=seed, **how)
 
 
 def _score(agent: str, result: EvaluationResult, config: TrainConfig) -> Score:
     successes = result.successes
     if successes is None and config.eval.success_return is not None:
         successes = result.returns >= config.eval.success_return
-    n = len(result.returns)
     return Score(
         agent=agent,
-        mean_return=float(result.returns.mean()),
-        standard_error=float(result.returns.std() / max(n - 1, 1) ** 0.5),
+        mean_return=result.mean_return,
+        standard_error=result.standard_error,
         success=None if successes is None else float(successes.mean()),
-        episodes=n,
+        episodes=len(result.returns),
     )
 
 

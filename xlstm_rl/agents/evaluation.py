@@ -30,6 +30,16 @@ class EvaluationResult(NamedTuple):
     successes: np.ndarray | None
     """bool [n_episodes], `info["is_success"]` of the last step; None where the task does not say."""
 
+    @property
+    def mean_return(self) -> float:
+        """Over the episodes."""
+        return float(self.returns.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean return; 0 for a single episode."""
+        return float(self.returns.std() / max(len(self.returns) - 1, 1) ** 0.5)
+
 
 Actor = Callable[[Any, Any, np.ndarray], tuple[np.ndarray, Any]]
 

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ from xlstm_rl.bench.episodes_in_a_row import EpisodesInARow
 from xlstm_rl.bench.plan import LENGTHS, PlannedRun, fingerprint, lengthened, score
 from xlstm_rl.bench.records import Figure, Record, StateHealth
 from xlstm_rl.bench.spec import BenchSpec
-from xlstm_rl.building import make_env, normalized_as_saved, normalized_like
-from xlstm_rl.configs import TrainConfig
+from xlstm_rl.building import make_env, normalized_as_saved
 from xlstm_rl.envs import TaskFacts
 from xlstm_rl.report import Score
 from xlstm_rl.run_folder import RunFolder
 from xlstm_rl.seeding import Purpose, environment_seed
-from xlstm_rl.training import EMPTIED, TRAINED, RunResult
+from xlstm_rl.training import EMPTIED, TRAINED, RunResult, play
 
 
 class WatchedModel:
@@ -80,6 +80,8 @@ def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Ca
     with closing(make_env(config, 1, config.seed, here=True)) as env:
         model = RecurrentPPO.load(folder.model, env=normalized_as_saved(env, config, folder.model), device="cpu")
         scores = {line.agent: line for line in result.scores}
+        seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
+        sampled = play(model, config, config.eval.n_episodes, seed, deterministic=False)
         long_figures, state = _play_longer(model, run, spec.long_episodes)
         evaluations = [row for row in result.rows if row.kind == "eval"]
         return Record(
@@ -101,7 +103,7 @@ def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Ca
             memoryless_return=run.task.facts.memoryless_return,
             curve=[[row.step, row.mean_return] for row in evaluations],
             greedy=_of_score(scores[TRAINED], run.task.facts),
-            sampled=_figure(_play(model, config, config.eval.n_episodes, deterministic=False), run.task.facts),
+            sampled=_figure(sampled, run.task.facts),
             emptied=_of_score(scores[EMPTIED], run.task.facts),
             oracle=_play_oracle(run),
             longer=long_figures,
@@ -115,26 +117,16 @@ def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Ca
 def _play_longer(model: RecurrentPPO, run: PlannedRun, n_episodes: int) -> tuple[dict[str, Figure], StateHealth]:
     """Figures at each multiple of the training length, and the state's health at the greatest."""
     figures: dict[str, Figure] = {}
+    seed = environment_seed(run.config.seed, Purpose.FINAL_EVALUATION)
     for factor in LENGTHS:
         watched = WatchedModel(model)
         if run.task.in_a_row:
-            played = _play(watched, run.config, n_episodes, in_a_row=factor)
+            played = play(watched, run.config, n_episodes, seed, wrap=partial(EpisodesInARow, count=factor))
             figures[str(factor)] = _figure(played._replace(returns=played.returns / factor), run.task.facts)
         else:
             config, facts = lengthened(run.config, run.task, factor)
-            figures[str(factor)] = _figure(_play(watched, config, n_episodes), facts)
+            figures[str(factor)] = _figure(play(watched, config, n_episodes, seed), facts)
     return figures, watched.health(factor)
-
-
-def _play(
-    model: Any, config: TrainConfig, n_episodes: int, *, deterministic: bool = True, in_a_row: int = 1
-) -> EvaluationResult:
-    seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
-    with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
-        env = normalized_like(env, model.get_vec_normalize_env())
-        if in_a_row > 1:
-            env = EpisodesInARow(env, in_a_row)
-        return evaluate(model, env, n_episodes, deterministic=deterministic, seed=seed)
 
 
 def _play_oracle(run: PlannedRun) -> Figure | None:
@@ -146,9 +138,8 @@ def _play_oracle(run: PlannedRun) -> Figure | None:
 
 
 def _figure(result: EvaluationResult, facts: TaskFacts) -> Figure:
-    n = len(result.returns)
-    mean, error = float(result.returns.mean()), float(result.returns.std() / max(n - 1, 1) ** 0.5)
-    return Figure(mean, error, score(mean, facts), n)
+    mean = result.mean_return
+    return Figure(mean, result.standard_error, score(mean, facts), len(result.returns))
 
 
 def _of_score(line: Score, facts: TaskFacts) -> Figure:
