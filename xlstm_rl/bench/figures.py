@@ -85,9 +85,12 @@ def _panels(
         panel.set_visible(False)
     if tasks:
         panels[0].set_ylabel(labels[1])
-        drawn = [panel for panel in panels if panel.get_legend_handles_labels()[0]]
-        if drawn:
-            drawn[0].legend(fontsize="x-small")
+        # not every agent is in every panel
+        lines = {name: line for panel in panels for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+        known = [name for name in names.values() if name in lines]
+        if known:
+            shown = [lines[name] for name in known]
+            figure.legend(shown, known, fontsize="small", loc="outside upper center", ncols=min(len(known), 5))
     else:
         figure.suptitle("no task has such figures", fontsize="medium")
     _save(figure, path)
