@@ -101,10 +101,7 @@ def train(
     """
     console = console or Console(quiet=True)
     check_device(config.device)
-    with (
-        torch_threads(config.threads),
-        closing(_training_env(config)) as env,
-    ):
+    with torch_threads(config.threads), closing(_training_env(config)) as env:
         model = make_model(config, normalized(env, config))
         folder = RunFolder.create(run_dir, config, versions=suite_versions(config.env.id), numbered=numbered)
         _say(console, f"run folder {folder.path}")
