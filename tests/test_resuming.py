@@ -24,7 +24,9 @@ from xlstm_rl import cli
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.callbacks import EpisodeRecorder
 from xlstm_rl.configs import ConfigError, TrainConfig, load, load_file
+from xlstm_rl.finished import open_run
 from xlstm_rl.report import read_returns
+from xlstm_rl.run_folder import RunFolder
 from xlstm_rl.training import RunResult, TrainingStoppedError, evaluate_run, resume, train
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +140,27 @@ def test_run_shorter_than_the_checkpoints_are_apart_can_be_made_longer(tmp_path:
     resume(tmp_path / "run", ["total_steps=288"])
     assert rows(tmp_path / "run") == rows(whole)
     assert weights(tmp_path / "run" / "model.zip") == weights(whole / "model.zip")
+
+
+def test_killed_resumption_leaves_its_newest_checkpoint_as_the_model(
+    run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(Path(shutil.copytree(run.folder, tmp_path / "run")))
+
+    save = RunFolder.save
+
+    def killed_at_the_end(self: RunFolder, model: RecurrentPPO, path: Path) -> None:
+        if path == self.model:
+            raise KeyboardInterrupt
+        save(self, model, path)
+
+    monkeypatch.setattr(RunFolder, "save", killed_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        resume(folder.path, ["total_steps=672"])
+    monkeypatch.undo()
+    assert folder.latest_model() == folder.list_checkpoints()[-1]
+    with open_run(folder.path) as opened:
+        assert opened.model.num_timesteps == 672
 
 
 def test_finished_run_without_checkpoints_is_not_overwritten(tmp_path: Path) -> None:
@@ -282,7 +305,8 @@ def test_full_disk_is_told_without_a_traceback(
 
     monkeypatch.setattr("os.fsync", full)
     run_dir = tmp_path / "run"
-    monkeypatch.setattr("xlstm_rl.run_folder.RunFolder.write_config", lambda *_: None)
+    # the disk is full once the folder is there
+    monkeypatch.setattr("xlstm_rl.run_folder.write_whole", Path.write_bytes)
     assert cli.main(["train", "cartpole-no-velocity", *SMALL, "--run-dir", str(run_dir)]) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error

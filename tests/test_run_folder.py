@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from xlstm_rl.configs import ConfigError, load
@@ -47,6 +49,15 @@ def test_folder_that_cannot_be_written_is_refused(numbered: bool, tmp_path: Path
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"file/run cannot be written: Not a directory; choose another --run-dir"):
         RunFolder.create(tmp_path / "file" / "run", load("tmaze"), numbered=numbered)
+
+
+def test_configuration_that_yaml_cannot_hold_claims_no_folder(tmp_path: Path) -> None:
+    config = load("tmaze")
+    kwargs = {**config.env.kwargs, "corridor_length": np.int64(5)}
+    config = dataclasses.replace(config, env=dataclasses.replace(config.env, kwargs=kwargs))
+    with pytest.raises(ConfigError, match="cannot be written as YAML"):
+        RunFolder.create(tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_folder_with_too_long_a_name_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -13,6 +14,7 @@ from rich.console import Console
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.agents.archive import write_whole
 from xlstm_rl.building import evaluation_device, make_env, normalized_as_saved, torch_threads
 from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.export import Check, ExportError, check_onnx, export_onnx
@@ -92,14 +94,14 @@ def _rendering(config: TrainConfig) -> TrainConfig:
         with closing(gymnasium.make(env.id, **kwargs)) as tried:
             tried.reset(seed=0)
             tried.render()
-    # what it takes to draw may be missing, or the environment knows no such mode
-    except (ImportError, TypeError, ValueError, NotImplementedError, gymnasium.error.Error):
+    # what it takes to draw may be missing, a display for instance, or the environment knows no such mode
+    except Exception:
         return config
     return dataclasses.replace(config, env=env)
 
 
 def inspect_run(
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     best: bool = False,
     max_steps: int = 300,
@@ -121,7 +123,8 @@ def inspect_run(
     Raises:
         ConfigError: as for `open_run`.
     """
-    paths = (RunFolder(run_dir).inspection, RunFolder(run_dir).video)
+    folder = RunFolder(Path(run_dir))
+    paths = (folder.inspection, folder.video)
     picture, video = (path.with_stem(f"{path.stem}-best") if best else path for path in paths)
     with open_run(run_dir, best=best, device="cpu", render=True) as run:
         run.env.seed(environment_seed(run.config.seed, Purpose.INSPECTION) if seed is None else seed)
@@ -139,7 +142,9 @@ def inspect_run(
     return episode
 
 
-def export_run(run_dir: Path, path: Path | None = None, *, best: bool = False, console: Console | None = None) -> Check:
+def export_run(
+    run_dir: Path | str, path: Path | str | None = None, *, best: bool = False, console: Console | None = None
+) -> Check:
     """Write the policy of a run as an ONNX file and compare it with torch for 200 steps.
 
     Args:
@@ -151,11 +156,14 @@ def export_run(run_dir: Path, path: Path | None = None, *, best: bool = False, c
     Raises:
         ConfigError: as for `open_run`; a package is missing, the file cannot be written, or what it computes differs.
     """
-    path = path or RunFolder(run_dir).policy
-    with open_run(run_dir, best=best, device="cpu") as run:
+    path = RunFolder(Path(run_dir)).policy if path is None else Path(path)
+    with open_run(run_dir, best=best, device="cpu") as run, TemporaryDirectory() as scratch:
+        unchecked = Path(scratch) / "policy.onnx"
         try:
-            export_onnx(run.model, path)
-            check = check_onnx(run.model, path)
+            export_onnx(run.model, unchecked)
+            check = check_onnx(run.model, unchecked)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, unchecked.read_bytes())
         except (ExportError, OSError) as error:
             raise ConfigError(f"{run_dir} cannot be exported to {path}: {error}") from error
     if console is not None:

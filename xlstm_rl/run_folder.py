@@ -17,6 +17,7 @@ import numpy
 import sb3_contrib
 import stable_baselines3
 import torch
+import yaml
 
 from xlstm_rl._version import __version__
 from xlstm_rl.agents.archive import write_whole
@@ -30,9 +31,9 @@ class RunFolder:
 
     `config.yaml` the resolved configuration, `versions.json` what it ran with, `returns.csv`, `curve.png`,
     `tensorboard/` events, `checkpoints/` to resume from, `best.zip` the model of the best evaluation during training,
-    `model.zip` the last model, each model with a `.normalizer.json` beside it when observations or rewards are
-    normalised. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked into
-    (`inspection-best` that of the best model), `lock` the process that trains, or trained last.
+    `model.zip` the last model of a run that ended, each model with a `.normalizer.json` beside it when observations or
+    rewards are normalised. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked
+    into (`inspection-best` that of the best model), `lock` the process that trains, or trained last.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,16 +64,20 @@ class RunFolder:
             numbered: if `path` is taken, take the first free one of `path`-2, `path`-3 and so on.
 
         Raises:
-            ConfigError: the folder is in use, and not `numbered`, for nothing is ever overwritten; or it cannot be
-                written.
+            ConfigError: the folder is in use, and not `numbered`, for nothing is ever overwritten; it cannot be
+                written; or the configuration holds values that YAML cannot.
         """
+        try:
+            dump(config)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the configuration cannot be written as YAML: {error}; give plain values") from error
         try:
             folder = cls._claim_numbered(path) if numbered else cls._claim(path)
             if folder is None:
                 raise ConfigError(f"run folder {path} exists already and is kept; choose another --run-dir")
             folder.write_config(config)
             noted = {**_versions(config), **(versions or {})}
-            folder.versions.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+            write_whole(folder.versions, (json.dumps(noted, indent=2) + "\n").encode())
         except OSError as error:
             raise ConfigError(
                 f"run folder {path} cannot be written: {error.strerror}; choose another --run-dir"
@@ -160,13 +165,22 @@ class RunFolder:
         return self.checkpoints / f"step_{model.checkpoint_step:010d}.zip"
 
     def save_checkpoint(self, model: Any, keep: int, notes: Mapping[str, Any]) -> Path:
-        """Write a checkpoint to resume from and remove all but the last `keep`; see `RecurrentPPO.save_checkpoint`."""
+        """Write a checkpoint to resume from, and remove `model.zip` and all checkpoints but the last `keep`.
+
+        Args:
+            model: after a rollout; see `RecurrentPPO.save_checkpoint`.
+            keep: number of checkpoints.
+            notes: given back with the model.
+        """
         path = self._checkpoint(model)
         _save_normalizer(model, path)
         model.save_checkpoint(path, notes)
         for old in self.list_checkpoints()[:-keep]:
             old.unlink()
             normalizer_path(old).unlink(missing_ok=True)
+        # that of a run before it was resumed is older than the checkpoint
+        for outdated in (self.model, normalizer_path(self.model)):
+            outdated.unlink(missing_ok=True)
         return path
 
 

@@ -75,7 +75,7 @@ class RunResult(NamedTuple):
 
 def train(
     config: TrainConfig,
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     numbered: bool = False,
     stop_when: StopWhen | None = None,
@@ -103,14 +103,14 @@ def train(
     check_device(config.device)
     with torch_threads(config.threads), closing(_training_env(config)) as env:
         model = make_model(config, normalized(env, config))
-        folder = RunFolder.create(run_dir, config, versions=suite_versions(config.env.id), numbered=numbered)
+        folder = RunFolder.create(Path(run_dir), config, versions=suite_versions(config.env.id), numbered=numbered)
         _say(console, f"run folder {folder.path}")
         with folder.training():
             return _run(model, config, folder, Returns(folder.returns), {}, stop_when, console)
 
 
 def resume(
-    run_dir: Path,
+    run_dir: Path | str,
     overrides: Sequence[str] = (),
     *,
     stop_when: StopWhen | None = None,
@@ -136,7 +136,7 @@ def resume(
     for override in overrides:
         if not override.startswith("total_steps="):
             raise ConfigError(f"{override!r} cannot be changed when resuming; total_steps=N can")
-    folder = RunFolder(run_dir)
+    folder = RunFolder(Path(run_dir))
     config = folder.load_config(overrides)
     check_device(config.device)
     with torch_threads(config.threads), folder.training(), closing(_training_env(config)) as env:
@@ -164,7 +164,7 @@ def resume(
 
 
 def evaluate_run(
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     n_episodes: int | None = None,
     seed: int | None = None,
@@ -189,7 +189,8 @@ def evaluate_run(
     with open_run(run_dir, best=best, device=device, console=console) as run:
         config = run.config
         seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION) if seed is None else seed
-        return final_scores(run.model, config, read_facts(config.env), n_episodes or config.eval.n_episodes, seed)
+        n_episodes = config.eval.n_episodes if n_episodes is None else n_episodes
+        return final_scores(run.model, config, read_facts(config.env), n_episodes, seed)
 
 
 def final_scores(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.env_util import make_vec_env
@@ -34,6 +35,12 @@ def test_number_starts_the_schedule_and_a_function_replaces_it() -> None:
     assert (schedule(1.0), schedule(0.5), schedule(0.0)) == (4e-4, 2e-4, 0.0)
     assert general_settings(learning_rate=4e-4, lr_schedule="constant")["learning_rate"] == 4e-4
     assert general_settings(learning_rate=abs)["learning_rate"] is abs
+
+
+def test_numbers_may_be_those_of_numpy() -> None:
+    settings = general_settings(n_steps=np.int64(8), gamma=np.float32(0.5))
+    assert (settings["n_steps"], type(settings["n_steps"])) == (8, int)
+    assert (settings["gamma"], type(settings["gamma"])) == (0.5, float)
 
 
 def test_policy_kwargs_are_merged() -> None:

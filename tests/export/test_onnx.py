@@ -23,9 +23,9 @@ from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes,
 from tests.conftest import assert_close
 from xlstm_rl.agents import MemoryInputs, RecurrentPPO
 from xlstm_rl.agents.action_masks import mask_parts
+from xlstm_rl.agents.actor_critic import evaluating
 from xlstm_rl.export import ExportError, check_onnx, export_onnx
 from xlstm_rl.export.front import as_seen, entries, front_of
-from xlstm_rl.export.onnx_file import evaluating
 from xlstm_rl.export.step_graph import observation_name
 
 SMALL_XLSTM: dict[str, Any] = {"hidden_size": 8, "num_heads": 2}
@@ -304,12 +304,40 @@ def test_check_notices_other_weights(exported: tuple[RecurrentPPO, Runner], tmp_
         check_onnx(model, tmp_path / "policy.onnx")
 
 
-def test_exporting_leaves_the_agent_as_it_was() -> None:
+def test_exporting_leaves_the_agent_and_its_environment_as_they_were(tmp_path: Path) -> None:
     model = model_of("none", "discrete")
     model.policy.set_training_mode(True)
-    with evaluating(model.policy):
-        assert not model.policy.training
+    model.observation_space.seed(3)
+    expected = model.observation_space.sample()
+    model.observation_space.seed(3)
+    export_onnx(model, str(tmp_path / "policy.onnx"))
+    check_onnx(model, str(tmp_path / "policy.onnx"), n_steps=2)
     assert model.policy.training
+    np.testing.assert_array_equal(model.observation_space.sample(), expected)
+
+
+class WholeActions(RandomEpisodes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space = spaces.Box(0, 10, (2,), np.int64)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return super().step(np.round(action).astype(np.int64))
+
+
+def test_actions_are_the_floats_that_the_environment_was_trained_with(tmp_path: Path) -> None:
+    model = agent(env=make_vec_env(WholeActions, 2))
+    with torch.no_grad():
+        model.policy.action_net.bias.fill_(3.3)  # type: ignore[operator]
+    export_onnx(model, tmp_path / "policy.onnx")
+    assert check_onnx(model, tmp_path / "policy.onnx", n_steps=20).largest_error < 1e-4
+
+
+def test_policy_in_double_precision_is_checked(tmp_path: Path) -> None:
+    model = model_of("m", "discrete")
+    model.policy.double()
+    export_onnx(model, tmp_path / "policy.onnx")
+    assert check_onnx(model, tmp_path / "policy.onnx", n_steps=20).largest_error < 1e-4
 
 
 def test_missing_package_is_named_with_its_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,15 @@ from gymnasium import spaces
 from matplotlib.figure import Figure
 from PIL import Image
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 from torch import Tensor
 
 from tests.agents.masked_env import MaskedEpisodes
 from tests.agents.small_agents import agent
 from tests.agents.spaces_for_tests import RandomEpisodes, vec_env
 from tests.conftest import assert_close
-from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.agents import RecurrentPPO, VecMemoryInputs
+from xlstm_rl.agents.normalization import normalizer_statistics
 from xlstm_rl.inspection import draw_episode, picture, read_weights, record_episode, write_gif
 from xlstm_rl.inspection.reads import horizons
 from xlstm_rl.kernels import MLSTMCall, SLSTMCall, mlstm_sequence, recorded_calls, slstm_sequence
@@ -140,6 +141,28 @@ def test_observations_are_shown_as_the_environment_gave_them() -> None:
     model = small(env=env, steps=64)
     env.training = False
     episode = record_episode(model, env, max_steps=5)
+    assert set(np.unique(episode.observations)) <= {0.0, 1.0}
+
+
+def test_recording_leaves_statistics_and_policy_alone_and_learning_begins_anew() -> None:
+    env = VecNormalize(make_vec_env("xlstm_rl/RepeatPrevious-v0", 1))
+    model = small(env=env, steps=64)
+    model.learn(64)
+    model.policy.set_training_mode(True)
+    statistics = normalizer_statistics(env)
+    record_episode(model, env, max_steps=5)
+    assert normalizer_statistics(env) == statistics
+    assert env.training and model.policy.training
+    assert model._last_obs is None
+    model.learn(64, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("wrap", [VecMemoryInputs, lambda env: VecFrameStack(env, 4)])
+def test_observations_are_those_that_an_inner_normalisation_saw(wrap: Any) -> None:
+    env = wrap(VecNormalize(make_vec_env("xlstm_rl/RepeatPrevious-v0", 1)))
+    policy = "MultiInputXLSTMPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpXLSTMPolicy"
+    episode = record_episode(small(env=env, policy=policy), env, max_steps=5)
+    assert len(episode.labels) == episode.observations.shape[1]
     assert set(np.unique(episode.observations)) <= {0.0, 1.0}
 
 

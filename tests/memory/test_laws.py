@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xlstm_rl.memory import MemoryCore, laws, make_memory, zeros_where
+from xlstm_rl.memory import MemoryCore, laws, leaves, make_memory, zeros_where
 from xlstm_rl.memory.laws import check_memory_laws
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "recurrent_std": 1.0}
@@ -107,6 +107,40 @@ def test_gates_at_one_hundred_give_finite_values_and_gradients(blocks: str, dtyp
     y.square().sum().backward()
     assert y.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in core.parameters())
+
+
+@pytest.mark.parametrize("label", CORES)
+@pytest.mark.parametrize(("batch_size", "steps"), [(0, 4), (0, 1), (3, 0), (0, 0)])
+def test_nothing_at_all_is_a_sequence_too(label: str, batch_size: int, steps: int) -> None:
+    core = perturbed(*CORES[label], torch.float32)
+    state = core.initial_state(batch_size)
+    y, after = core(torch.randn(batch_size, steps, 5), state, torch.zeros(batch_size, steps, dtype=torch.bool))
+    if y.requires_grad:  # torch's own RNNs without rows give a constant
+        y.sum().backward()
+    assert y.shape == (batch_size, steps, core.output_size)
+    assert [leaf.shape for leaf in leaves(after)] == [leaf.shape for leaf in leaves(state)]
+    assert all(p.grad is None or not p.grad.any() for p in core.parameters())
+
+
+@pytest.mark.parametrize("label", CORES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_autocast_changes_little(label: str, dtype: torch.dtype) -> None:
+    core = perturbed(*CORES[label], torch.float32).eval()
+    x, reset = torch.randn(3, 9, 5), torch.rand(3, 9) < 0.2
+    expected, _ = core(x, core.initial_state(3), reset)
+    with torch.autocast("cpu", dtype):
+        y, _ = core(x, core.initial_state(3), reset)
+        y.float().square().sum().backward()
+    assert (y - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_memory_keeps_its_dtype_under_autocast() -> None:
+    core = perturbed("xlstm", SMALL | {"blocks": "ms"}, torch.float32)
+    x = torch.randn(3, 9, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = core(x, core.initial_state(3))
+    torch.testing.assert_close(y, core(x, core.initial_state(3))[0])
 
 
 class Accumulator(MemoryCore):
@@ -243,3 +277,24 @@ def test_broken_laws_are_caught_where_python_leaves_assertions_out() -> None:
 def test_core_that_breaks_a_law_is_caught(broken: type[Accumulator], law: str) -> None:
     with pytest.raises(AssertionError, match=law):
         check_memory_laws(broken())
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 7), (3, 1)])
+def test_sizes_that_show_nothing_are_refused(batch_size: int, steps: int) -> None:
+    with pytest.raises(ValueError, match="must be at least 2"):
+        check_memory_laws(Accumulator(), batch_size=batch_size, steps=steps)
+
+
+def test_tolerance_of_zero_is_one() -> None:
+    core = perturbed("xlstm", SMALL | {"blocks": "m"}, torch.float32)
+    with pytest.raises(AssertionError):
+        check_memory_laws(core, steps=20, tolerance=0.0)
+
+
+def test_reset_is_checked_even_where_no_episode_starts() -> None:
+    core = perturbed("xlstm", SMALL | {"blocks": "m"}, torch.float32)
+    x, state = torch.randn(2, 5, 5), core.initial_state(2)
+    with pytest.raises(TypeError, match=r"reset has dtype torch.float32; allowed is torch.bool"):
+        core(x, state, torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"reset has shape \(7,\); allowed is \(2, 5\)"):
+        core(x, state, torch.zeros(7, dtype=torch.bool))

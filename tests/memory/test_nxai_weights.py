@@ -107,6 +107,14 @@ def test_weights_of_another_stack_are_refused(blocks: str, width: int, message: 
         load_nxai_weights(our_core(blocks, width, 4), weights)
 
 
+def test_weights_of_the_cuda_backend_are_refused_by_name() -> None:
+    weights = nxai_stack("s", 32, 4, False, conv=4, seed=6).state_dict()
+    name = "blocks.0.xlstm.slstm_cell._recurrent_kernel_"
+    weights[name] = weights[name].transpose(1, 2)  # [heads, in, gate * out]
+    with pytest.raises(ValueError, match=f"{name}.*backend='vanilla'"):
+        load_nxai_weights(our_core("s", 32, 4), weights)
+
+
 def test_weights_that_are_no_stack_are_refused() -> None:
     with pytest.raises(ValueError, match="no state_dict of an NX-AI"):
         load_nxai_weights(our_core("m", 32, 4), {"weight": torch.zeros(1)})

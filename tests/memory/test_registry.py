@@ -72,6 +72,9 @@ class NoWidth(Memoryless):
         {"num_heads": 0},
         {"slstm_num_heads": 3},
         {"slstm_num_heads": 0},
+        {"num_heads": 64, "blocks": "s"},
+        {"num_heads": 64, "blocks": "m", "proj_factor": 1.0},
+        {"slstm_num_heads": 64},
         {"proj_factor": 0.0},
         {"conv_kernel": -1},
         {"slstm_conv_kernel": -1},
@@ -188,3 +191,14 @@ def test_matching_refuses_a_size_of_its_own_and_too_few_parameters() -> None:
         make_memory("lstm", 3, match_parameters=1000, hidden_size=8)
     with pytest.raises(ValueError, match="match_parameters=10 is less than the smallest"):
         make_memory("lstm", 3, match_parameters=10)
+
+
+class OfOneSize(Memoryless):
+    def __init__(self, input_size: int, hidden_size: int = 8) -> None:
+        super().__init__(input_size, hidden_size=8)
+
+
+def test_memory_that_does_not_grow_cannot_match_parameters() -> None:
+    register_memory("of-one-size", OfOneSize)
+    with pytest.raises(ValueError, match="match_parameters=1000 cannot be met"):
+        make_memory("of-one-size", 3, match_parameters=1000)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -291,6 +292,18 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
             actions = actions + space.start
         return np.asarray(actions, dtype=space.dtype)
+
+
+@contextmanager
+def evaluating(policy: MemoryActorCritic) -> Iterator[None]:
+    """Without gradients and dropout; the policy is left as it was."""
+    training = policy.training
+    policy.set_training_mode(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        policy.set_training_mode(training)
 
 
 def _from_zero(obs: Any, space: spaces.Space[Any]) -> Any:

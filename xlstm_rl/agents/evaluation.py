@@ -12,12 +12,13 @@ import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
 from xlstm_rl.agents.action_masks import masks_actions, read_masks, sample_allowed
 from xlstm_rl.agents.faults import SKIPPED
 from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.masked_evaluation import MaskedModel
+from xlstm_rl.agents.normalization import statistics_kept
 
 
 class EvaluationResult(NamedTuple):
@@ -74,7 +75,7 @@ def evaluate(
         ValueError: `n_episodes` is below 1, or the model is collecting a rollout in `env`.
     """
     env = _as_vec_env(env)
-    own = _plays_in(model, env)
+    own = plays_in(model, env)
     if own and getattr(model, "_rollout_start", None) is not None and model._last_obs is not None:
         raise ValueError(
             "env is the one in which the model is collecting a rollout: evaluate in another one, between rollouts, or "
@@ -145,7 +146,7 @@ def _as_vec_env(env: Any) -> VecEnv:
     return env
 
 
-def _plays_in(model: Any, env: VecEnv) -> bool:
+def plays_in(model: Any, env: VecEnv) -> bool:
     """Whether the model learns in any of these environments."""
     own = getattr(model, "env", None)
     return isinstance(own, VecEnv) and not _innermost(own).isdisjoint(_innermost(env))
@@ -170,7 +171,7 @@ def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> Evalu
     totals, lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, int)
     finished: list[tuple[float, int, bool | None]] = []
     normalizer = unwrap_vec_normalize(env)
-    with nullcontext() if normalizer is None else _not_training(normalizer):
+    with statistics_kept(normalizer):
         obs, state = env.reset(), None
         episode_start = np.ones(env.num_envs, bool)
         while (counts < quota).any():
@@ -184,15 +185,6 @@ def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> Evalu
                     counts[row] += 1
                 totals[row], lengths[row] = 0.0, 0
     return _result(finished)
-
-
-@contextmanager
-def _not_training(normalizer: VecNormalize) -> Iterator[None]:
-    training, normalizer.training = normalizer.training, False
-    try:
-        yield
-    finally:
-        normalizer.training = training
 
 
 def _outcome(info: dict[str, Any], total: float, length: int) -> tuple[float, int, bool | None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,19 @@ def load_normalizer(text: str, env: VecEnv) -> VecNormalize:
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"these are no normalisation statistics: {error!r}; save them with dump_normalizer") from error
     return normalizer
+
+
+@contextmanager
+def statistics_kept(normalizer: VecNormalize | None) -> Iterator[None]:
+    """The statistics stay as they are while episodes are played that are no training; None has none."""
+    if normalizer is None:
+        yield
+        return
+    training, normalizer.training = normalizer.training, False
+    try:
+        yield
+    finally:
+        normalizer.training = training
 
 
 def normalizer_statistics(normalizer: VecNormalize) -> dict[str, Any]:

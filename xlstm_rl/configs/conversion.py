@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 import types
 from collections.abc import Hashable, Mapping
@@ -152,10 +153,10 @@ def _convert_one(kind: Any, value: Any) -> Any:
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value
-    elif kind is float and isinstance(value, (int, float)):
+    elif kind is float and isinstance(value, numbers.Real):
         return float(value)
-    elif kind is int and isinstance(value, (int, float)) and float(value).is_integer():
-        return int(value)
+    elif kind is int and isinstance(value, numbers.Real) and float(value).is_integer():
+        return int(float(value)) if not isinstance(value, numbers.Integral) else int(value)
     elif kind is str and isinstance(value, str):
         return value
     raise TypeError

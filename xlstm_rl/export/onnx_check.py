@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import obs_as_tensor
 
 from xlstm_rl.agents.action_masks import mask_parts
+from xlstm_rl.agents.actor_critic import evaluating
 from xlstm_rl.export.front import SINGLE, as_seen, entries, front_of
-from xlstm_rl.export.onnx_file import ExportError, evaluating, masks_wanted, memory_policy, require
+from xlstm_rl.export.onnx_file import ExportError, masks_wanted, memory_policy, require
 from xlstm_rl.export.step_graph import MASK, NEXT, RESET, observation_name
 from xlstm_rl.memory import leaf_names, leaves
 
@@ -44,7 +46,7 @@ class _Given(NamedTuple):
 
 
 def check_onnx(
-    model: BaseAlgorithm, path: Path, *, action_masks: bool | None = None, n_steps: int = 200, seed: int = 0
+    model: BaseAlgorithm, path: Path | str, *, action_masks: bool | None = None, n_steps: int = 200, seed: int = 0
 ) -> Check:
     """Run an exported policy in onnxruntime beside torch with random observations, resets and masks.
 
@@ -69,8 +71,10 @@ def check_onnx(
     policy, env = memory_policy(model), model.get_env()
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     outputs = [output.name for output in session.get_outputs()]
-    fed = {node.name: np.zeros((ROWS, *node.shape[1:]), np.float32) for node in session.get_inputs()}
     state = policy.initial_state(ROWS)
+    inputs = {node.name for node in session.get_inputs()}
+    named = zip(leaf_names(state), leaves(state), strict=True)
+    fed: dict[str, Any] = {name: leaf.numpy(force=True) for name, leaf in named if name in inputs}
     space = front_of(env, policy.observation_space).space
     masked = policy.action_space if masks_wanted(model, action_masks) else None
     worst, seconds = 0.0, []
@@ -108,6 +112,8 @@ def check_onnx(
 
 def _draw(space: spaces.Space[Any], masked: spaces.Space[Any] | None, n_steps: int, seed: int) -> Iterator[_Given]:
     """Random steps; the first starts episodes everywhere."""
+    # the generator of the environment's own space is none of our business
+    space = copy.deepcopy(space)
     space.seed(seed)
     rng = np.random.default_rng(seed)
     for index in range(n_steps):

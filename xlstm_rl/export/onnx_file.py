@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import logging
@@ -18,7 +19,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from xlstm_rl._version import __version__
 from xlstm_rl.agents.action_masks import mask_parts, masks_actions
-from xlstm_rl.agents.actor_critic import MemoryActorCritic
+from xlstm_rl.agents.actor_critic import MemoryActorCritic, evaluating
 from xlstm_rl.agents.archive import write_whole
 from xlstm_rl.agents.description import KIND, describe
 from xlstm_rl.agents.memory_inputs import KEYS
@@ -36,7 +37,7 @@ class ExportError(ValueError):
     """A policy cannot be exported here; the message says why and names the remedy."""
 
 
-def export_onnx(model: BaseAlgorithm, path: Path, *, action_masks: bool | None = None) -> dict[str, Any]:
+def export_onnx(model: BaseAlgorithm, path: Path | str, *, action_masks: bool | None = None) -> dict[str, Any]:
     """Write one step of an agent as an ONNX file: observation, state and reset flag in, action and next state out.
 
     The graph includes the normalisation and the transposition of images done by the vector environment of the agent
@@ -61,6 +62,7 @@ def export_onnx(model: BaseAlgorithm, path: Path, *, action_masks: bool | None =
     step = PolicyStep(policy, front, masked=masks_wanted(model, action_masks))
     metadata = _describe(step, front)
     content = _trace(step, front, metadata)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)
     return metadata
@@ -101,23 +103,11 @@ def require(*packages: str) -> None:
         raise ExportError(f"exporting needs the package {' and '.join(missing)}: {INSTALL}")
 
 
-@contextmanager
-def evaluating(policy: MemoryActorCritic) -> Iterator[None]:
-    """Without gradients and dropout; the policy is left as it was."""
-    training = policy.training
-    policy.set_training_mode(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        policy.set_training_mode(training)
-
-
 def _trace(step: PolicyStep, front: Front, metadata: dict[str, Any]) -> bytes:
     """The content of the ONNX file."""
     examples = _example_inputs(step, front)
-    step.eval()
     with evaluating(step.policy), _quiet_exporter():
+        step.eval()
         rows = tuple({0: torch.export.Dim.DYNAMIC} for _ in examples)
         program = torch.onnx.export(
             step,
@@ -151,7 +141,8 @@ def _free_names(program: torch.onnx.ONNXProgram, taken: set[str]) -> None:
 
 def _example_inputs(step: PolicyStep, front: Front) -> tuple[torch.Tensor, ...]:
     device = step.policy.device
-    samples = {observation_name(key): space for key, space in entries(front.space).items()}
+    # a copy: drawing moves the generator of a space
+    samples = {observation_name(key): space for key, space in entries(copy.deepcopy(front.space)).items()}
     examples = {
         name: torch.from_numpy(np.stack([np.asarray(space.sample(), space.dtype) for _ in range(_ROWS)]))
         for name, space in samples.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
@@ -115,4 +116,5 @@ def _to_box(output: Tensor, space: spaces.Box, *, squash: bool) -> Tensor:
     low, high = (torch.from_numpy(bound.copy()).to(output) for bound in (space.low, space.high))
     action = output.reshape(-1, *space.shape)
     action = low + 0.5 * (action.tanh() + 1.0) * (high - low) if squash else action.clamp(low, high)
-    return action.to(torch.from_numpy(space.low).dtype)
+    # whole numbers are not cut here either: the environment gets the floats that it was trained with
+    return action.to(torch.from_numpy(space.low).dtype) if np.issubdtype(space.dtype, np.floating) else action

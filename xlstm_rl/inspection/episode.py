@@ -13,7 +13,9 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
 from xlstm_rl.agents.action_masks import masks_actions, read_masks
-from xlstm_rl.agents.actor_critic import MemoryActorCritic
+from xlstm_rl.agents.actor_critic import MemoryActorCritic, evaluating
+from xlstm_rl.agents.evaluation import plays_in
+from xlstm_rl.agents.normalization import statistics_kept
 from xlstm_rl.kernels import KernelCall, MLSTMCall, recorded_calls
 from xlstm_rl.memory import leaf_names, leaves, map_leaves
 
@@ -59,7 +61,7 @@ def record_episode(model: BaseAlgorithm, env: VecEnv, *, max_steps: int, determi
 
     Args:
         model: an agent with an `XLSTMPolicy`.
-        env: one copy of the environment, wrapped as in training.
+        env: one copy of the environment, wrapped as in training; its normalisation statistics stay as they are.
         max_steps: the episode is cut there; reads and pictures grow with the square of it.
         deterministic: the mode of the policy instead of a sample.
 
@@ -71,8 +73,16 @@ def record_episode(model: BaseAlgorithm, env: VecEnv, *, max_steps: int, determi
         raise ValueError(f"policy {type(policy).__name__} has no memory core: inspect an agent with an XLSTMPolicy")
     if env.num_envs != 1 or max_steps < 1:
         raise ValueError(f"an episode needs 1 environment and a step, got {env.num_envs} and max_steps={max_steps}")
+    with evaluating(policy), statistics_kept(unwrap_vec_normalize(env)):
+        episode = _play(model, policy, env, max_steps, deterministic)
+    if plays_in(model, env):
+        # its episodes are over: the next `learn` begins new ones, with an empty memory
+        model._last_obs = None
+    return episode
+
+
+def _play(model: BaseAlgorithm, policy: MemoryActorCritic, env: VecEnv, max_steps: int, deterministic: bool) -> Episode:
     masked = masks_actions(env, env.action_space, getattr(model, "use_masking", False))
-    policy.set_training_mode(False)
     normalizer = unwrap_vec_normalize(env)
     draws = env.render_mode == "rgb_array"
     obs, reset, state = env.reset(), torch.ones(1, dtype=torch.bool, device=policy.device), policy.initial_state(1)
@@ -83,7 +93,7 @@ def record_episode(model: BaseAlgorithm, env: VecEnv, *, max_steps: int, determi
     while len(steps) < max_steps:
         masks = torch.as_tensor(read_masks(env, env.action_space), device=policy.device) if masked else None
         seen = _flat(env, obs)
-        with torch.no_grad(), recorded_calls() as recorded:
+        with recorded_calls() as recorded:
             latent_pi, latent_vf, state = policy.latents(obs_as_tensor(obs, policy.device), state, reset)  # type: ignore[arg-type]
             distribution = policy.action_distribution(latent_pi, masks)
             action = distribution.get_actions(deterministic=deterministic)
@@ -204,7 +214,9 @@ def _labels(env: VecEnv) -> list[str]:
 
 
 def _small_entries(env: VecEnv) -> dict[str, spaces.Space[Any]]:
-    """Of the observation; one that is no Dict has the key ""."""
-    space = env.observation_space
+    """Of the observation as `_flat` tells it; one that is no Dict has the key ""."""
+    normalizer = unwrap_vec_normalize(env)
+    # wrappers further out change neither what it saw nor what is drawn
+    space = (env if normalizer is None else normalizer).observation_space
     parts = dict(space.spaces) if isinstance(space, spaces.Dict) else {"": space}
     return {key: part for key, part in parts.items() if spaces.flatdim(part) <= LARGEST_ENTRY}

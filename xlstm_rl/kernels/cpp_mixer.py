@@ -43,7 +43,7 @@ def mlstm_mixer(
     B, T, columns = x.shape
     shapes = [(B, *shape) for shape in sizes.state_shapes()]
     reset = dense(reset)
-    if T == 0 or columns != 2 * sizes.N or not weights_fit(weights, sizes, x.dtype):
+    if 0 in (B, T) or columns != 2 * sizes.N or not weights_fit(weights, sizes, x.dtype):
         return None
     if not state_fits(x, (*state, window), shapes, reset, (B, T)):
         return None

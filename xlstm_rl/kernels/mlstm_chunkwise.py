@@ -56,7 +56,7 @@ def mlstm_chunkwise(
     # A product has a cheaper gradient than a quotient.
     hidden = read * torch.maximum(total.abs(), least_divisor(stabilizer).view(N, length, 1)).reciprocal()
     final = MLSTMState(last_cell.view(B, H, K, V), last_normalizer.view(B, H, K), after[..., -1].clone())
-    return _join(hidden, B, H, T), final
+    return _join(hidden, B, H, T, count), final
 
 
 class _Gates(NamedTuple):
@@ -94,10 +94,10 @@ def _split(x: Tensor, length: int, count: int) -> Tensor:
     return x.view(B, count, length, H, D).permute(0, 3, 1, 2, 4).reshape(B * H * count, length, D)
 
 
-def _join(x: Tensor, B: int, H: int, T: int) -> Tensor:
+def _join(x: Tensor, B: int, H: int, T: int, count: int) -> Tensor:
     """[B * H * C, L, D] -> [B, T, H, D], the padding dropped."""
     D = x.shape[-1]
-    x = x.view(B, H, -1, D)[:, :, :T]
+    x = x.view(B, H, x.shape[1] * count, D)[:, :, :T]
     return x.transpose(1, 2).contiguous()
 
 

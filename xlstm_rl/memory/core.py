@@ -134,7 +134,8 @@ def make_memory(name: str, input_size: int, *, match_parameters: int | None = No
     _check_names(name, config if match_parameters is None else {**config, "hidden_size": None})
     if match_parameters is not None:
         heads = [value for key, value in config.items() if key.endswith("num_heads") and isinstance(value, int)]
-        unit = math.lcm(UNIT, *(value for value in heads if value > 0))
+        # heads of one unit are no memories
+        unit = math.lcm(UNIT, *(2 * value for value in heads if value > 0))
         config["hidden_size"] = _matching_size(
             lambda size: factory(input_size, hidden_size=size, **config), match_parameters, unit
         )
@@ -160,6 +161,10 @@ def _matching_size(build: Callable[[int], MemoryCore], target: int, unit: int) -
 
     if distance(unit) > 0:
         raise ValueError(f"match_parameters={target} is less than the smallest memory of its kind has")
+    if distance(2 * unit) == distance(unit):
+        raise ValueError(
+            f"match_parameters={target} cannot be met: the parameters of this memory do not grow with hidden_size"
+        )
     low, high = unit, 2 * unit
     while distance(high) < 0:
         low, high = high, 2 * high

@@ -38,7 +38,10 @@ def check_memory_laws(
 
     Raises:
         AssertionError: a law is broken.
+        ValueError: there are too few rows or steps.
     """
+    if batch_size < 2 or steps < 2:
+        raise ValueError(f"batch_size={batch_size} and steps={steps} must be at least 2, or the laws say nothing")
     was_training = core.training
     core.eval()
     try:
@@ -57,7 +60,8 @@ class _Check:
         self.generator = torch.Generator().manual_seed(seed)
         like = _first_float([*core.parameters(), *leaves(core.initial_state(1))])
         self.dtype, self.device = like.dtype, like.device
-        self.tolerance = tolerance or (1e-10 if self.dtype == torch.float64 else 1e-5)
+        usual = 1e-10 if self.dtype == torch.float64 else 1e-5
+        self.tolerance = usual if tolerance is None else tolerance
         self.x = self._random(batch_size, steps, core.input_size)
         self.weight = self._random(batch_size, steps, core.output_size)
         drawn = torch.rand(batch_size, steps, generator=self.generator) < 0.3

@@ -86,8 +86,13 @@ def _mlstm_block(source: _Source, core: XLSTM) -> dict[str, Tensor]:
 
 def _slstm_block(source: _Source, core: XLSTM) -> dict[str, Tensor]:
     kernel = source.pop("xlstm.slstm_cell._recurrent_kernel_")
-    heads, _, head_width = kernel.shape
+    heads, rows, head_width = kernel.shape
     # vanilla backend: [head, gate * out, in]
+    if rows != 4 * head_width:
+        raise ValueError(
+            f"weight {source.prefix + 'xlstm.slstm_cell._recurrent_kernel_'!r} has shape {tuple(kernel.shape)}, not "
+            "[heads, 4 * width, width]: it is not of the vanilla backend; build the stack with backend='vanilla'"
+        )
     recurrent = kernel.reshape(heads, 4, head_width, head_width).transpose(0, 1)
     mapped = {
         "norm.weight": 1 + source.pop("xlstm_norm.weight"),

@@ -129,7 +129,8 @@ class _Layer(nn.Module):
         allowed = near & (entries[:, None, :] == episode[..., None])  # [B, T, window + T]
         bias = self.distance_bias[:, distance.clamp(0, self.window)]  # [H, T, window + T]
         bias = bias.masked_fill(~allowed[:, None], -torch.inf)  # [B, H, T, window + T]
-        q, k, v = (part.view(*part.shape[:2], self.num_heads, -1).transpose(1, 2) for part in (query, keys, values))
+        heads = (self.num_heads, query.shape[-1] // self.num_heads)
+        q, k, v = (part.view(*part.shape[:2], *heads).transpose(1, 2) for part in (query, keys, values))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(-2)
 
 

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from xlstm_rl.kernels.checks import check_reset
 from xlstm_rl.memory.checks import check_flag, check_number, check_pair, check_whole, check_word
 from xlstm_rl.memory.core import MemoryCore
+from xlstm_rl.memory.layers import round_up
 from xlstm_rl.memory.mlstm_block import MLSTMBlock, MLSTMBlockState
 from xlstm_rl.memory.slstm_block import SLSTMBlock, SLSTMBlockState
 
@@ -106,6 +108,7 @@ class XLSTMConfig:
         if self.slstm_forget_bias is not None:
             check_pair("slstm_forget_bias", self.slstm_forget_bias)
         self._check_numbers()
+        self._check_heads()
 
     def _check_numbers(self) -> None:
         for name in ("proj_factor", "norm_eps"):
@@ -115,6 +118,15 @@ class XLSTMConfig:
         check_number("dropout", self.dropout, least=0, below=1)
         if self.gate_soft_cap is not None:
             check_number("gate_soft_cap", self.gate_soft_cap, above=0)
+
+    def _check_heads(self) -> None:
+        for kind, heads, width in (("m", self.num_heads, self.inner_size), ("s", self.slstm_heads, self.hidden_size)):
+            if kind in self.blocks and heads == width:
+                name = "slstm_num_heads" if kind == "s" and self.slstm_num_heads is not None else "num_heads"
+                raise ValueError(
+                    f"{name}={heads} leaves every head of a {kind!r} block one unit, of which its norm leaves nothing: "
+                    "take fewer heads"
+                )
 
     @property
     def slstm_heads(self) -> int:
@@ -130,12 +142,12 @@ class XLSTMConfig:
     def inner_size(self) -> int:
         """Width inside mLSTM blocks: a multiple of `round_to`, `num_heads` and `qkv_block_size`."""
         multiple = math.lcm(self.round_to, self.num_heads, self.qkv_block_size)
-        return math.ceil(self.proj_factor * self.hidden_size / multiple) * multiple
+        return round_up(self.proj_factor * self.hidden_size, multiple)
 
     @property
     def ffn_size(self) -> int:
         """Width inside the feed-forward networks of sLSTM blocks; 0 when there are none."""
-        return math.ceil(self.ffn_factor * self.hidden_size / self.round_to) * self.round_to
+        return round_up(self.ffn_factor * self.hidden_size, self.round_to)
 
 
 class XLSTM(MemoryCore):
@@ -186,15 +198,32 @@ class XLSTM(MemoryCore):
     def forward(
         self, x: Tensor, state: XLSTMState, reset: Tensor | None = None, *, reuse_state: bool = False
     ) -> tuple[Tensor, XLSTMState]:
-        """See `MemoryCore.forward`; `reuse_state` as in `step`, where T is one."""
-        if reset is not None and _starts_nowhere(reset):
-            reset = None
+        """See `MemoryCore.forward`; `reuse_state` as in `step`, where T is one.
+
+        Under autocast to a dtype that no kernel takes on the device, the stack keeps that of its parameters.
+        """
+        device = x.device.type
+        if _casts_too_far(device):
+            dtype = next(self.parameters()).dtype
+            with torch.autocast(device, enabled=False):
+                return self.forward(x.to(dtype), state, reset, reuse_state=reuse_state)
+        if reset is not None:
+            check_reset(reset, *x.shape[:2])
+            if _starts_nowhere(reset):
+                reset = None
         x = self.input_projection(x)
         states = []
         for block, block_state in zip(self.blocks, state, strict=True):
             x, block_state = block(x, block_state, reset, reuse_state=reuse_state)
             states.append(block_state)
         return self.post_norm(x), tuple(states)
+
+
+def _casts_too_far(device: str) -> bool:
+    """Whether autocast is on, and to a dtype that the kernels of the device do not take."""
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return False
+    return device == "cpu" or torch.get_autocast_dtype(device) is not torch.bfloat16
 
 
 def _starts_nowhere(reset: Tensor) -> bool:
