@@ -107,6 +107,8 @@ def test_evaluation_of_the_folder_repeats_the_closing_one(run: RunResult) -> Non
 
 def test_evaluation_takes_number_and_seed_of_episodes(run: RunResult) -> None:
     assert evaluate_run(run.folder, n_episodes=3, seed=7)[0].episodes == 3
+    with pytest.raises(ConfigError, match="n_episodes=0 must be at least 1"):
+        evaluate_run(str(run.folder), n_episodes=0)
 
 
 def test_evaluation_falls_back_to_the_last_checkpoint(run: RunResult, tmp_path: Path) -> None:

@@ -184,12 +184,14 @@ def evaluate_run(
 
     Raises:
         ConfigError: this is no run folder, it holds no model, the model or its normalisation statistics are missing or
-            damaged, or this machine has no such device.
+            damaged, this machine has no such device, or `n_episodes` is below 1.
     """
     with open_run(run_dir, best=best, device=device, console=console) as run:
         config = run.config
         seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION) if seed is None else seed
         n_episodes = config.eval.n_episodes if n_episodes is None else n_episodes
+        if n_episodes < 1:
+            raise ConfigError(f"n_episodes={n_episodes} must be at least 1")
         return final_scores(run.model, config, read_facts(config.env), n_episodes, seed)
 
 
