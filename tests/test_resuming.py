@@ -131,6 +131,9 @@ def test_run_can_be_made_longer(run: RunResult, tmp_path: Path) -> None:
     assert "all 672 are done, and total_steps=N goes on for longer" in stream.getvalue()
     with pytest.raises(ConfigError, match=r"'seed=3' cannot be changed when resuming; total_steps=N can"):
         resume(tmp_path / "run", ["seed=3"])
+    with pytest.raises(ConfigError, match="total_steps=96 is below the 672 steps that are done"):
+        resume(tmp_path / "run", ["total_steps=96"])
+    assert load_file(tmp_path / "run" / "config.yaml").total_steps == 672
 
 
 def test_run_shorter_than_the_checkpoints_are_apart_can_be_made_longer(tmp_path: Path) -> None:

@@ -66,14 +66,14 @@ def _parser() -> argparse.ArgumentParser:
         "preset or id it names as base",
     )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as memory.hidden_size=128 seed=3")
-    train.add_argument("--run-dir", type=Path, help="a folder that does not exist yet; default runs/NAME-SEED-TIME")
+    train.add_argument("--run-dir", type=Path, help="a folder that does not exist yet; default runs/NAME-seedN-TIME")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, [total_steps=N]")
     train.set_defaults(run=partial(_train, train))
 
     evaluate = commands.add_parser("evaluate", help="evaluate a run", description="Evaluate the last model of a run.")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
     evaluate.add_argument("--episodes", type=positive, help="default: as configured")
-    evaluate.add_argument("--seed", type=natural, help="of the episodes")
+    evaluate.add_argument("--seed", type=natural, help="of the episodes; default: those that train ended with")
     evaluate.add_argument("--device", help="default: as trained, or the CPU where that device is missing")
     evaluate.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
     evaluate.set_defaults(run=_evaluate)

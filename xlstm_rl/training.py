@@ -149,6 +149,11 @@ def resume(
                     f"{config.checkpoint.every_steps}): train anew, into another folder"
                 )
             _say(console, f"{folder.path} has no checkpoint yet; it starts anew")
+        elif config.total_steps < resumed.model.num_timesteps and overrides:
+            raise ConfigError(
+                f"total_steps={config.total_steps:,} is below the {resumed.model.num_timesteps:,} steps that are done; "
+                "give more, or leave it out"
+            )
         if overrides:
             folder.write_config(config)
         if resumed is None:

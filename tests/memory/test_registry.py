@@ -24,6 +24,23 @@ def test_taken_name_is_refused() -> None:
         register_memory("xlstm", Memoryless)
 
 
+def test_definition_that_is_run_again_takes_the_place_of_the_one_before() -> None:
+    source = """
+class Mine(Memoryless):
+    pass
+register_memory("run-again", Mine)
+"""
+    for _ in range(2):
+        namespace: dict[str, Any] = {"Memoryless": Memoryless, "register_memory": register_memory, "__name__": "cell"}
+        exec(source, namespace)
+    assert type(make_memory("run-again", 3, hidden_size=8)) is namespace["Mine"]
+
+
+def test_what_cannot_be_called_is_no_factory() -> None:
+    with pytest.raises(TypeError, match="factory=3 must be callable"):
+        register_memory("three", 3)  # type: ignore[arg-type]
+
+
 def test_odd_name_is_refused() -> None:
     with pytest.raises(ValueError, match="must be made of letters"):
         register_memory("my core", Memoryless)

@@ -160,7 +160,7 @@ def load_model(
         elif env.num_envs != data.get("n_envs"):
             raise CheckpointError(
                 f"{contents.name}: the episodes of {data.get('n_envs')!r:.50} environments cannot go on in "
-                f"{env.num_envs}: hand over as many, or load with force_reset=True"
+                f"{env.num_envs}: hand over as many, or start new episodes with load(path, env)"
             )
         data["n_envs"] = env.num_envs
     try:

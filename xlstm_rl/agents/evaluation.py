@@ -68,7 +68,8 @@ def evaluate(
         deterministic: the mode of the policy instead of a sample.
         empty_state_every_step: take the memory away: every observation is presented as the first of an episode.
         seed: of the environments and of what the policy samples, by torch's generators, which are afterwards as they
-            were; None leaves the random state of both.
+            were; None leaves the random state of both. Environment i has `seed + i`, as in training: episodes are
+            others than those of training where the two seeds are further apart than there are environments.
 
     Raises:
         TypeError: `env` is no environment.

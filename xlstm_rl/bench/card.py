@@ -89,7 +89,8 @@ def _state_of(results: Results, checks: Sequence[Check]) -> str:
     all_have_all = planned == len(results.tasks) * len(results.agents) * len(results.seeds)
     fewer = "" if all_have_all else "up to "
     verdict = f"{len(checks) - broken - unknown} of the {len(checks)} checks below hold"
-    verdict += (f", {broken} do not" if broken else "") + (f", {unknown} cannot be told" if unknown else "")
+    do = "does" if broken == 1 else "do"
+    verdict += (f", {broken} {do} not" if broken else "") + (f", {unknown} cannot be told" if unknown else "")
     return (
         f"{len(results.records)} of {planned} runs: {len(results.tasks)} tasks, {len(results.agents)} agents, "
         f"{fewer}{len(results.seeds)} seeds each; {verdict}. A score of 0 is the best policy without memory, 1 the "

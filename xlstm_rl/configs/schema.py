@@ -69,7 +69,10 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         if self.name not in memory_names():
-            raise ConfigError(f"memory.name={self.name!r} is no memory; {nearest(self.name, memory_names())}")
+            raise ConfigError(
+                f"memory.name={self.name!r} is no memory; {nearest(self.name, memory_names())}; one of yours is "
+                "known with the module that registers it: your_module:Env-v0"
+            )
         width = self.settings.get("hidden_size")
         try:
             make_memory(self.name, width if isinstance(width, int) else 64, **self.settings)

@@ -95,13 +95,24 @@ def register_memory(name: str, factory: MemoryFactory) -> None:
         factory: called as `factory(input_size, **config)`; a `MemoryCore` subclass will do.
 
     Raises:
-        ValueError: the name is taken by another factory, or is no plain name.
+        TypeError: the factory cannot be called.
+        ValueError: the name is taken by another factory, or is no plain name. The same definition run again, as in a
+            notebook, takes the place of the one before.
     """
     if not name.replace("-", "").replace("_", "").isalnum():
         raise ValueError(f"memory name {name!r} must be made of letters, digits, '-' and '_'")
-    if _REGISTRY.get(name, factory) is not factory:
+    if not callable(factory):
+        raise TypeError(
+            f"factory={factory!r} must be callable: a MemoryCore subclass, or a function that returns a core"
+        )
+    if _origin(_REGISTRY.get(name, factory)) != _origin(factory):
         raise ValueError(f"memory {name!r} is already registered; choose another name")
     _REGISTRY[name] = factory
+
+
+def _origin(factory: MemoryFactory) -> tuple[Any, Any]:
+    """What stays the same when a cell of a notebook is run again."""
+    return getattr(factory, "__module__", factory), getattr(factory, "__qualname__", factory)
 
 
 def memory_names() -> list[str]:
