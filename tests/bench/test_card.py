@@ -207,6 +207,9 @@ def test_task_that_is_another_one_on_the_other_side_is_left_out_and_named(change
     assert "Left out" not in compare(before, before)
     with pytest.raises(ConfigError, match="no agent, task and seed in common.*task t is another one: E-v0"):
         compare(card(), card(*(dataclasses.replace(r, **change) for r in sound())))
+    elsewhere = card(*others, tasks=("u",))
+    with pytest.raises(ConfigError, match="in common; the tasks are t; u$"):
+        compare(card(*sound(), tasks=("t",)), elsewhere)
 
 
 def test_bounds_may_differ_in_their_last_digit() -> None:

@@ -37,9 +37,9 @@ def compare(before: Results, after: Results, agents: tuple[str, str] | None = No
     sections = [section for one, two in pairs if (section := _compare(before, one, after, two, tasks)) is not None]
     if not sections:
         others = "".join(f"; task {task} is another one: {how}" for task, how in differing.items())
-        raise ConfigError(
-            f"{before.name} and {after.name} have no agent, task and seed in common; give --agents A B{others}"
-        )
+        shared = set(before.tasks) & set(after.tasks)
+        remedy = "give --agents A B" if shared else f"the tasks are {', '.join(before.tasks)}; {', '.join(after.tasks)}"
+        raise ConfigError(f"{before.name} and {after.name} have no agent, task and seed in common; {remedy}{others}")
     if differing:
         said = [f"{task} is not the same task on both sides: {how}." for task, how in differing.items()]
         sections.append(Section("Left out", said))
