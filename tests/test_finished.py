@@ -18,7 +18,8 @@ from PIL import Image
 from rich.console import Console
 
 from xlstm_rl import cli
-from xlstm_rl.configs import load
+from xlstm_rl.configs import ConfigError, load
+from xlstm_rl.export import ExportError
 from xlstm_rl.finished import export_run, inspect_run, open_run
 from xlstm_rl.training import train
 
@@ -75,6 +76,30 @@ runpy.run_path({str(EXAMPLES / "play_onnx.py")!r}, run_name="__main__")
             total, steps = total + float(reward[0]), steps + 1
     assert f"return {total:.2f} after {steps} steps" in done.stdout
     assert "ms a step, state" in done.stdout
+
+
+def test_refused_export_leaves_the_file_of_before(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ExportError("action of the exported policy is off by 1.0e+00 in step 0")
+
+    path = tmp_path / "policy.onnx"
+    path.write_bytes(b"good")
+    monkeypatch.setattr("xlstm_rl.finished.check_onnx", refuse)
+    with pytest.raises(ConfigError, match="off by 1.0e"):
+        export_run(run, path)
+    assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
+
+
+def test_inspection_goes_without_pictures_where_drawing_fails(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def render(self: Any) -> None:
+        raise RuntimeError("No available video device")
+
+    folder = shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setattr("gymnasium.envs.classic_control.CartPoleEnv.render", render)
+    assert not inspect_run(str(folder), max_steps=3).frames
+    assert (folder / "inspection.png").is_file()
 
 
 def test_example_is_short() -> None:
