@@ -194,7 +194,8 @@ def _installed(package: str) -> bool:
 
 def step_contenders(B: int, width: int) -> dict[str, Run]:
     """One step of every block without gradients, by label."""
-    x, reset = torch.randn(B, 1, width), torch.zeros(B, 1, dtype=torch.bool)
+    x, reset = torch.randn(B, 1, width), torch.zeros(B, dtype=torch.bool)
+    row = x[:, 0]
     lstm = nn.LSTM(width, width, batch_first=True)
     carried = (torch.randn(1, B, width), torch.randn(1, B, width))
     runs: dict[str, Run] = {LSTM: lambda: lstm(x, carried)}
@@ -202,10 +203,10 @@ def step_contenders(B: int, width: int) -> dict[str, Run]:
         memory: Any = make_memory("xlstm", width, hidden_size=width, blocks=kind, num_heads=HEADS)
         state = memory(torch.randn(B, 3, width), memory.initial_state(B))[1]
         block, block_state = memory.blocks[0], state[0]
-        runs[f"{label}, old state kept"] = lambda block=block, state=block_state: block(x, state, reset)  # type: ignore[misc]
+        runs[f"{label}, old state kept"] = lambda block=block, state=block_state: block.step(row, state, reset)  # type: ignore[misc]
         # as rollouts step
-        runs[label] = lambda block=block, state=block_state: block(x, state, reset, reuse_state=True)  # type: ignore[misc]
-        runs[f"{label}, core.step"] = lambda memory=memory, state=state: memory.step(x[:, 0], state, reset[:, 0])  # type: ignore[misc]
+        runs[label] = lambda block=block, state=block_state: block.step(row, state, reset, reuse_state=True)  # type: ignore[misc]
+        runs[f"{label}, core.step"] = lambda memory=memory, state=state: memory.step(row, state, reset)  # type: ignore[misc]
     if _installed("xlstm"):
         for kind, label in (("m", "NX-AI mLSTM block"), ("s", "NX-AI sLSTM block")):
             block = _nxai_block(width, kind)

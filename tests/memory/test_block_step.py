@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -18,7 +19,9 @@ from tests.conftest import assert_close
 from xlstm_rl.kernels import cpp_extension
 from xlstm_rl.kernels.cpp_blocks import block_step
 from xlstm_rl.kernels.recording import recorded_calls
-from xlstm_rl.memory import MemoryCore, leaves, make_memory, map_leaves, mlstm_block, slstm_block
+from xlstm_rl.memory import MemoryCore, leaves, make_memory, map_leaves
+from xlstm_rl.memory import block as block_module
+from xlstm_rl.memory import xlstm as xlstm_module
 
 pytestmark = pytest.mark.skipif(cpp_extension.extension().module is None, reason="the compiled kernels are not built")
 
@@ -57,7 +60,7 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def call(core: MemoryCore, *arguments: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
-            for module in (mlstm_block, slstm_block):
+            for module in (block_module, xlstm_module):
                 patch.setattr(module, "can_step", lambda x: False)
             return core(*arguments, **options)
 
@@ -75,8 +78,7 @@ def compiled_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             taken.append(kind[0])
         return result
 
-    for module in (mlstm_block, slstm_block):
-        monkeypatch.setattr(module, "block_step", watched)
+    monkeypatch.setattr(block_module, "block_step", watched)
     return taken
 
 
@@ -95,6 +97,61 @@ def test_compiled_step_equals_torch(
         compiled_steps.clear()
         assert_close(core(x, state, reset), in_torch(core, x, state, reset))
         assert compiled_steps == list(blocks)
+
+
+@torch.no_grad()
+@every_block
+@pytest.mark.parametrize("reset", (None, torch.tensor([True, False, False])))
+def test_step_equals_a_sequence_of_one(blocks: str, reset: Tensor | None, compiled_steps: list[str]) -> None:
+    core = perturbed(blocks)
+    x, state = random(3, 5), core(random(3, 3, 5), core.initial_state(3))[1]
+    y, new = core.step(x, state, reset)
+    assert compiled_steps == list(blocks)
+    expected, expected_state = core(x.unsqueeze(1), state, None if reset is None else reset.unsqueeze(1))
+    assert_close((y, new), (expected.squeeze(1), expected_state))
+    assert [type(block) for block in new] == [type(block) for block in expected_state]
+
+
+@torch.no_grad()
+@every_block
+def test_hooks_are_called_at_every_step(blocks: str) -> None:
+    core: Any = perturbed(blocks)
+    x, state, called = random(3, 5), core.initial_state(3), []
+    core.step(x, state)
+    for module in (core, *core.blocks):
+        module.register_forward_hook(lambda module, inputs, output: called.append((module, output[0].shape)))
+    core.step(x, state)
+    assert called == [*((block, (3, 1, 24)) for block in core.blocks), (core, (3, 1, 24))]
+
+
+@torch.no_grad()
+@every_block
+def test_hooks_of_all_modules_are_called_at_every_step(blocks: str) -> None:
+    core: Any = perturbed(blocks)
+    x, state, called = random(3, 5), core.initial_state(3), []
+    handle = register_module_forward_pre_hook(lambda module, inputs: called.append(module))
+    try:
+        core.step(x, state)
+    finally:
+        handle.remove()
+    assert set(called) >= {core, *core.blocks}
+
+
+@torch.no_grad()
+@every_block
+@pytest.mark.parametrize(
+    ("reset", "error", "match"),
+    [
+        (torch.zeros(3), TypeError, "dtype torch.float32"),
+        (torch.zeros(2, dtype=torch.bool), ValueError, r"\(2, 1\); allowed is \(3, 1\)"),
+    ],
+)
+def test_step_refuses_a_reset_that_does_not_fit(blocks: str, reset: Tensor, error: type[Exception], match: str) -> None:
+    core: Any = perturbed(blocks)
+    with pytest.raises(error, match=match):
+        core.step(random(3, 5), core.initial_state(3), reset)
+    with pytest.raises(error, match=match):
+        core.blocks[0].step(random(3, 24), core.initial_state(3)[0], reset)
 
 
 @torch.no_grad()

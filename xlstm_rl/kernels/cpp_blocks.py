@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
-from xlstm_rl.kernels.cpp_extension import compiled, readable, why_not
+# By their names alone: acting looks them up at every step of every block.
+from torch import Tensor, empty_like, get_num_threads, is_autocast_enabled, is_grad_enabled
+
+from xlstm_rl.kernels.cpp_extension import compiled, extension, readable, why_not_now
 from xlstm_rl.kernels.cpp_sequence import dense
 from xlstm_rl.kernels.states import ForgetActivation
 
@@ -210,9 +212,13 @@ def _plan(constants: bytes, fields: Iterable[str], sizes: MLSTMSizes | SLSTMSize
 
 
 def can_step(x: Tensor) -> bool:
-    """Whether blocks may take compiled steps from x [B, T, D]: T is one, and no gradient is asked for."""
+    """Whether blocks may take compiled steps from x: no gradient is asked for, and the compiled kernels are there."""
     return (
-        x.shape[1] == 1 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and why_not(x) is None
+        not is_grad_enabled()
+        and x.is_cpu
+        and not is_autocast_enabled("cpu")
+        and why_not_now() is None
+        and extension().module is not None
     )
 
 
@@ -229,28 +235,28 @@ def block_step(
     Args:
         kind: of the block.
         plan: of the block.
-        x: [B, 1, D]; ask `can_step` first.
+        x: [B, D] or [B, 1, D]; ask `can_step` first.
         state: leaves of the state of the cell and, last, the window that the convolution saw.
-        reset: [B, 1] bool or None.
+        reset: bool [B], or [B, 1] if x has an axis of time, or None.
         reuse_state: write the new state over the old one, where a cache holds one but not two of them.
 
     Returns:
-        Output [B, 1, D] and the leaves of the new state, which are `state` itself if it was written over; or None where
+        Output like x and the leaves of the new state, which are `state` itself if it was written over; or None where
         tensors do not fit together as expected here.
     """
-    step, threads = getattr(compiled(), kind), torch.get_num_threads()
-    y, new = torch.empty_like(x), None if reuse_state else _beside(state)
+    step, threads = getattr(compiled(), kind), get_num_threads()
+    y, new = empty_like(x), None if reuse_state else _beside(state)
     if step(threads, x, *plan, state, reset, y, new):
         return y, state if new is None else new
     if all(tensor is None or tensor.is_contiguous() for tensor in (x, reset, *state)):
         return None
     x, reset, state = x.contiguous(), dense(reset), tuple(leaf.contiguous() for leaf in state)
-    y, new = torch.empty_like(x), _beside(state)
+    y, new = empty_like(x), _beside(state)
     return (y, new) if step(threads, x, *plan, state, reset, y, new) else None
 
 
 def _beside(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(leaf) for leaf in state)
+    return tuple(map(empty_like, state))
 
 
 def weights_fit(weights: MLSTMWeights, sizes: MLSTMSizes, dtype: torch.dtype) -> bool:

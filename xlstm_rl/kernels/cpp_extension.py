@@ -12,13 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from xlstm_rl.kernels.recording import recording
 
 SWITCH = "XLSTM_RL_NATIVE"
 # What the module calls the order of its arguments; a build of other sources has another number.
-INTERFACE = 4
+INTERFACE = 5
 _DTYPES = (torch.float32, torch.float64)
+# Looked up once: acting asks them at every step of every block.
+_tracing_state = torch._C._get_tracing_state
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class Extension(NamedTuple):
@@ -48,19 +53,22 @@ def extension() -> Extension:
     return _missing(reason)
 
 
-def why_not(tensor: Tensor) -> str | None:
-    """Why the compiled kernels cannot compute with tensors like this one, or None if they can."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+def why_not_now() -> str | None:
+    """Why the compiled kernels cannot compute here and now, whatever the tensors, or None if they can."""
+    if is_compiling() or _tracing_state() is not None or _transforms_active() or _dispatch_modes() > 0:
         return "the compiled kernels cannot be traced, compiled or transformed by torch.func"
     if forward_ad._current_level >= 0:
         return "the compiled kernels have no forward-mode derivatives"
     if recording():
         return "calls of the kernels are recorded, and the compiled blocks do without them"
+    return None
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """Why the compiled kernels cannot compute with tensors like this one, or None if they can."""
+    reason = why_not_now()
+    if reason is not None:
+        return reason
     if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
         return f"the compiled kernels take plain tensors, not {type(tensor).__name__}"
     if not tensor.is_cpu:

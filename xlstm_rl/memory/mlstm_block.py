@@ -9,23 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import MLSTMState, mlstm_sequence
-from xlstm_rl.kernels.cpp_blocks import (
-    KeptPlan,
-    MLSTMOptions,
-    MLSTMSizes,
-    MLSTMWeights,
-    Place,
-    StepPlan,
-    block_step,
-    can_step,
-    mlstm_plan,
-)
+from xlstm_rl.kernels.cpp_blocks import MLSTMOptions, MLSTMSizes, MLSTMWeights, Place, StepPlan, mlstm_plan
 from xlstm_rl.kernels.cpp_mixer import can_mix, mlstm_mixer
+from xlstm_rl.memory.block import Block
 from xlstm_rl.memory.layers import (
     BlockLinear,
     CausalConv,
     HeadNorm,
-    drops,
     has_no_more_than_weights,
     init_small,
     init_wang,
@@ -45,13 +35,15 @@ class MLSTMBlockState(NamedTuple):
     """The last inputs of the convolution, [B, conv_kernel - 1, inner]."""
 
 
-class MLSTMBlock(nn.Module):
+class MLSTMBlock(Block):
     """Residual block around an mLSTM cell: norm, up-projection, conv, q, k, v, cell, norm, skip, gate, down-projection.
 
     Args:
         config: the stack's configuration.
         index: position in the stack (unused: every mLSTM block starts alike).
     """
+
+    kind = "mlstm_block_step"
 
     def __init__(self, config: XLSTMConfig, index: int) -> None:
         super().__init__()
@@ -87,7 +79,6 @@ class MLSTMBlock(nn.Module):
         )
         self._sizes = MLSTMSizes(width, inner, heads, config.qkv_block_size, config.conv_kernel)
         self._layer_types = tuple(map(type, self._modules.values()))
-        self._kept_plan = KeptPlan()
 
     def initial_state(self, batch_size: int) -> MLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -105,7 +96,7 @@ class MLSTMBlock(nn.Module):
         self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None, *, reuse_state: bool = False
     ) -> tuple[Tensor, MLSTMBlockState]:
         """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state; `reuse_state`: see `MemoryCore.step`."""
-        if can_step(x) and not drops(self._modules["dropout"]):
+        if x.shape[1] == 1:
             stepped = self._compiled_step(x, state, reset, reuse_state)
             if stepped is not None:
                 return stepped
@@ -154,22 +145,6 @@ class MLSTMBlock(nn.Module):
             return None
         hidden, cell, window = mixed
         return hidden, MLSTMBlockState(cell, window)
-
-    def _compiled_step(
-        self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None, reuse_state: bool
-    ) -> tuple[Tensor, MLSTMBlockState] | None:
-        plan = self._kept_plan.get(tuple(self._modules.values()), self._make_plan)
-        if plan is None:
-            return None
-        leaves = (*state.cell, state.window)
-        stepped = block_step("mlstm_block_step", plan, x, leaves, reset, reuse_state)
-        if stepped is None:
-            return None
-        y, new = stepped
-        if new is leaves:
-            return y, state
-        *cell, window = new
-        return y, MLSTMBlockState(MLSTMState(*cell), window)
 
     def _weights(self) -> MLSTMWeights | None:
         """The weights, or None if layers were replaced or parametrized, so that weights alone do not tell."""

@@ -9,22 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import SLSTMState, slstm_sequence
-from xlstm_rl.kernels.cpp_blocks import (
-    KeptPlan,
-    Place,
-    SLSTMOptions,
-    SLSTMSizes,
-    StepPlan,
-    block_step,
-    can_step,
-    slstm_plan,
-)
+from xlstm_rl.kernels.cpp_blocks import Place, SLSTMOptions, SLSTMSizes, StepPlan, slstm_plan
+from xlstm_rl.memory.block import Block
 from xlstm_rl.memory.layers import (
     BlockLinear,
     CausalConv,
     GatedFeedForward,
     HeadNorm,
-    drops,
     has_no_more_than_weights,
     init_small,
     parameters_of,
@@ -42,13 +33,15 @@ class SLSTMBlockState(NamedTuple):
     """The last inputs of the convolution, [B, conv_kernel - 1, width]."""
 
 
-class SLSTMBlock(nn.Module):
+class SLSTMBlock(Block):
     """Residual block around an sLSTM cell: norm, conv, gates, cell, norm; then norm and feed-forward.
 
     Args:
         config: the stack's configuration.
         index: position in the stack, which sets the forget biases' power law.
     """
+
+    kind = "slstm_block_step"
 
     def __init__(self, config: XLSTMConfig, index: int) -> None:
         super().__init__()
@@ -75,7 +68,6 @@ class SLSTMBlock(nn.Module):
         self._options = SLSTMOptions(config.norm_eps, config.forget_activation)
         self._sizes = SLSTMSizes(width, heads, config.ffn_size, config.slstm_conv)
         self._layer_types = tuple(map(type, self._layers()))
-        self._kept_plan = KeptPlan()
 
     def initial_state(self, batch_size: int) -> SLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -88,7 +80,7 @@ class SLSTMBlock(nn.Module):
         self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None, *, reuse_state: bool = False
     ) -> tuple[Tensor, SLSTMBlockState]:
         """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state; `reuse_state`: see `MemoryCore.step`."""
-        if can_step(x) and not drops(self._modules["dropout"]):
+        if x.shape[1] == 1:
             stepped = self._compiled_step(x, state, reset, reuse_state)
             if stepped is not None:
                 return stepped
@@ -106,22 +98,6 @@ class SLSTMBlock(nn.Module):
         if self.ffn is not None and self.ffn_norm is not None:
             x = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return x, SLSTMBlockState(cell, window)
-
-    def _compiled_step(
-        self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None, reuse_state: bool
-    ) -> tuple[Tensor, SLSTMBlockState] | None:
-        plan = self._kept_plan.get(self._layers(), self._make_plan)
-        if plan is None:
-            return None
-        leaves = (*state.cell, state.window)
-        stepped = block_step("slstm_block_step", plan, x, leaves, reset, reuse_state)
-        if stepped is None:
-            return None
-        y, new = stepped
-        if new is leaves:
-            return y, state
-        *cell, window = new
-        return y, SLSTMBlockState(SLSTMState(*cell), window)
 
     def _layers(self) -> tuple[nn.Module | None, ...]:
         """All layers, those of the feed-forward network last."""

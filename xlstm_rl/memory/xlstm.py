@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_rl.kernels.checks import check_reset
+from xlstm_rl.kernels.cpp_blocks import can_step
+from xlstm_rl.memory.block import is_hooked
 from xlstm_rl.memory.checks import check_flag, check_number, check_pair, check_whole, check_word
 from xlstm_rl.memory.core import MemoryCore
 from xlstm_rl.memory.layers import round_up
@@ -192,8 +194,16 @@ class XLSTM(MemoryCore):
         self, x: Tensor, state: XLSTMState, reset: Tensor | None = None, *, reuse_state: bool = False
     ) -> tuple[Tensor, XLSTMState]:
         """See `MemoryCore.step`."""
-        y, state = self(x.unsqueeze(1), state, None if reset is None else reset.unsqueeze(1), reuse_state=reuse_state)
-        return y.squeeze(1), state
+        if is_hooked(self) or not can_step(x):
+            reset = None if reset is None else reset.unsqueeze(1)
+            y, state = self(x.unsqueeze(1), state, reset, reuse_state=reuse_state)
+            return y.squeeze(1), state
+        x = self.input_projection(x)
+        states = []
+        for block, block_state in zip(self.blocks, state, strict=True):
+            x, block_state = block.step(x, block_state, reset, reuse_state=reuse_state)  # type: ignore[operator]
+            states.append(block_state)
+        return self.post_norm(x), tuple(states)
 
     def forward(
         self, x: Tensor, state: XLSTMState, reset: Tensor | None = None, *, reuse_state: bool = False

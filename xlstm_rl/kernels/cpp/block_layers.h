@@ -44,31 +44,37 @@ void linear(const T* weight, const T* bias, int64_t out, int64_t in, Features<T>
   if (bias) transform(to, out, [&](Vec<T> y, int64_t f, int64_t) { return y + bias[f]; });
 }
 
-// Layer norm over `features` features, without weight; `factors`, if wanted, are what the centred features were scaled
-// with. `x` and `to` may be one.
-template <class T> void normalize(Features<T> x, T epsilon, int64_t features, Features<T> to, T* factors = nullptr) {
+// The sum of term(feature) over features; four sums take turns, or each addition would wait for the one before.
+template <class T, class Term> INLINE Vec<T> sum_features(int64_t features, const Term& term) {
+  Vec<T> sums[4] = {};
+  int64_t f = 0;
+  for (; f + 4 <= features; f += 4)
+    for (int n = 0; n < 4; n++) sums[n] += term(f + n);
+  for (; f < features; f++) sums[0] += term(f);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Layer norm over `features` features, with a weight for each or none, and no bias. `factors`, if wanted, are what the
+// centred features were scaled with. `x` and `to` may be one.
+template <class T>
+void layer_norm(Features<T> x, const T* weight, T epsilon, int64_t features, Features<T> to, T* factors = nullptr) {
   for (int64_t b = 0; b < x.width; b += WIDTH<T>) {
-    Vec<T> mean{}, variance{};
-    for (int64_t f = 0; f < features; f++) mean += load(x.data + f * x.width + b);
-    mean /= T(features);
-    for (int64_t f = 0; f < features; f++) {
-      Vec<T> d = load(x.data + f * x.width + b) - mean;
-      variance += d * d;
-    }
+    const auto feature = [&](int64_t f) { return load(x.data + f * x.width + b); };
+    const Vec<T> mean = sum_features<T>(features, feature) / T(features);
+    const Vec<T> variance = sum_features<T>(features, [&](int64_t f) {
+      const Vec<T> d = feature(f) - mean;
+      return d * d;
+    });
     T deviation[WIDTH<T>];
     store(deviation, variance / T(features) + epsilon);
     for (T& d : deviation) d = std::sqrt(d);
     const Vec<T> factor = T(1) / load(deviation);
     if (factors) store(factors + b, factor);
-    for (int64_t f = 0; f < features; f++)
-      store(to.data + f * to.width + b, (load(x.data + f * x.width + b) - mean) * factor);
+    for (int64_t f = 0; f < features; f++) {
+      const Vec<T> normal = (feature(f) - mean) * factor;
+      store(to.data + f * to.width + b, weight ? normal * weight[f] : normal);
+    }
   }
-}
-
-// Layer norm with a weight for each feature and no bias; `x` and `to` may be one.
-template <class T> void layer_norm(Features<T> x, const T* weight, T epsilon, int64_t features, Features<T> to) {
-  normalize(x, epsilon, features, to);
-  transform(to, features, [&](Vec<T> y, int64_t f, int64_t) { return y * weight[f]; });
 }
 
 // Outputs of one group of SIZE features, which are held in registers; `next`: distance of the outputs of two projections.

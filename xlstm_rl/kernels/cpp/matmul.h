@@ -21,10 +21,16 @@ template <class T> struct Rows {
 // What is known to be zero, or not wanted, above or below the diagonal.
 enum class Triangle { none, lower_result, lower_left, upper_left };
 
-// A block of the result that stays in registers. With DENSE rows of the left factor lie next to each other, and
-// their addresses are constants from one pointer; else three rows share a pointer, as many as addressing reaches.
-template <class T, int M, int N, bool DENSE>
+// How factors lie: `dense`, columns of the left one without gaps; `narrow`, rows of the right one without gaps, and just
+// as wide as a block; or neither.
+enum class Layout { any, dense, narrow };
+
+// A block of the result that stays in registers. In the dense layout, rows of the left factor have constant addresses
+// from one pointer; else three rows share a pointer, as many as addressing reaches. In the narrow one those of the right
+// factor have, so that pointers need to be moved but once in four columns.
+template <class T, int M, int N, Layout LAYOUT>
 INLINE void block_product(int64_t K, Left<T> a, Rows<const T> b, Rows<T> c, bool accumulate) {
+  constexpr bool DENSE = LAYOUT == Layout::dense;
   constexpr int W = WIDTH<T>, GROUPS = DENSE ? 1 : (M + 2) / 3;
   Vec<T> total[M][N];
   for (int i = 0; i < M; i++)
@@ -32,51 +38,61 @@ INLINE void block_product(int64_t K, Left<T> a, Rows<const T> b, Rows<T> c, bool
   const T* left[GROUPS];
   for (int g = 0; g < GROUPS; g++) left[g] = a.data + 3 * g * a.row;
   const T* right = b.data;
-  for (int64_t k = 0; k < K; k++) {
-    Vec<T> columns[N];
-    for (int j = 0; j < N; j++) columns[j] = load(right + j * W);
-    for (int i = 0; i < M; i++) {
-      Vec<T> factor = fill(DENSE ? left[0][i] : left[i / 3][i % 3 * a.row]);
-      for (int j = 0; j < N; j++) total[i][j] += factor * columns[j];
+  const int64_t right_row = LAYOUT == Layout::narrow ? N * W : b.row;
+  auto add_columns = [&](int count) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int k = 0; k < count; k++) {
+      Vec<T> columns[N];
+      for (int j = 0; j < N; j++) columns[j] = load(right + k * right_row + j * W);
+      for (int i = 0; i < M; i++) {
+        Vec<T> factor = fill(DENSE ? left[0][i] : left[i / 3][i % 3 * a.row + k]);
+        for (int j = 0; j < N; j++) total[i][j] += factor * columns[j];
+      }
     }
-    for (int g = 0; g < GROUPS; g++) left[g] += DENSE ? a.column : 1;
-    right += b.row;
-  }
+    for (int g = 0; g < GROUPS; g++) left[g] += DENSE ? a.column : count;
+    right += count * right_row;
+  };
+  int64_t k = 0;
+  if (LAYOUT == Layout::narrow)
+    for (; k + 4 <= K; k += 4) add_columns(4);
+  for (; k < K; k++) add_columns(1);
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) store(c.data + i * c.row + j * W, total[i][j]);
 }
 
-template <class T, int M, int N, bool DENSE>
+template <class T, int M, int N, Layout LAYOUT>
 INLINE int64_t block_rows(int64_t i, int64_t first_column, int64_t K, Left<T> a, Rows<const T> b, Rows<T> c,
                           bool accumulate, Triangle triangle) {
   if (triangle == Triangle::lower_result && first_column > i + M - 1) return i + M;
   int64_t begin = triangle == Triangle::upper_left ? i : 0;
   int64_t end = triangle == Triangle::lower_left ? std::min(K, i + M) : K;
-  block_product<T, M, N, DENSE>(end - begin, {a.data + i * a.row + begin * a.column, a.row, a.column},
+  block_product<T, M, N, LAYOUT>(end - begin, {a.data + i * a.row + begin * a.column, a.row, a.column},
                          {b.data + begin * b.row, b.row}, {c.data + i * c.row, c.row}, accumulate);
   return i + M;
 }
 
-template <class T, int M, int N, bool DENSE>
+template <class T, int M, int N, Layout LAYOUT>
 void block_columns_of(int64_t rows, int64_t first_column, int64_t K, Left<T> a, Rows<const T> b, Rows<T> c,
                    bool accumulate, Triangle triangle) {
   int64_t i = 0;
   b.data += first_column;
   c.data += first_column;
-  while (i + M <= rows) i = block_rows<T, M, N, DENSE>(i, first_column, K, a, b, c, accumulate, triangle);
+  while (i + M <= rows) i = block_rows<T, M, N, LAYOUT>(i, first_column, K, a, b, c, accumulate, triangle);
   // Fewer rows at a time would wait for the sums before.
   if (M > 8)
-    while (i + 8 <= rows) i = block_rows<T, 8, N, DENSE>(i, first_column, K, a, b, c, accumulate, triangle);
+    while (i + 8 <= rows) i = block_rows<T, 8, N, LAYOUT>(i, first_column, K, a, b, c, accumulate, triangle);
   if (M > 4)
-    while (i + 4 <= rows) i = block_rows<T, 4, N, DENSE>(i, first_column, K, a, b, c, accumulate, triangle);
-  while (i + 2 <= rows) i = block_rows<T, 2, N, DENSE>(i, first_column, K, a, b, c, accumulate, triangle);
-  while (i < rows) i = block_rows<T, 1, N, DENSE>(i, first_column, K, a, b, c, accumulate, triangle);
+    while (i + 4 <= rows) i = block_rows<T, 4, N, LAYOUT>(i, first_column, K, a, b, c, accumulate, triangle);
+  while (i + 2 <= rows) i = block_rows<T, 2, N, LAYOUT>(i, first_column, K, a, b, c, accumulate, triangle);
+  while (i < rows) i = block_rows<T, 1, N, LAYOUT>(i, first_column, K, a, b, c, accumulate, triangle);
 }
 
 template <class T, int M, int N>
 void block_columns(int64_t rows, int64_t first_column, int64_t K, Left<T> a, Rows<const T> b, Rows<T> c,
                    bool accumulate, Triangle triangle) {
-  auto run = a.row == 1 ? block_columns_of<T, M, N, true> : block_columns_of<T, M, N, false>;
+  auto run = a.row == 1 ? block_columns_of<T, M, N, Layout::dense> : block_columns_of<T, M, N, Layout::any>;
+  if constexpr (N <= 2)
+    if (a.row != 1 && b.row == N * WIDTH<T>) run = block_columns_of<T, M, N, Layout::narrow>;
   run(rows, first_column, K, a, b, c, accumulate, triangle);
 }
 
@@ -116,6 +132,27 @@ template <class T> void transpose_square(const T* from, int64_t from_row, T* to,
   for (int i = 0; i < W; i++) store(to + i * to_row, rows[i]);
 }
 
+// Every other element of a and then of b, from `first` on.
+template <class T, size_t... I> INLINE Vec<T> every_other(Vec<T> a, Vec<T> b, int first, std::index_sequence<I...>) {
+  return Vec<T>{(I < sizeof...(I) / 2 ? a : b)[(2 * int(I) + first) % int(sizeof...(I))]...};
+}
+
+// As many rows as a vector holds, of four columns without a gap, as the taps of most convolutions lie.
+template <class T> void transpose_four(const T* from, T* to, int64_t to_row) {
+  constexpr int W = WIDTH<T>;
+  constexpr auto all = std::make_index_sequence<W>{};
+  Vec<T> in[4], even[2], odd[2];
+  for (int i = 0; i < 4; i++) in[i] = load(from + i * W);
+  for (int i = 0; i < 2; i++) {
+    even[i] = every_other<T>(in[2 * i], in[2 * i + 1], 0, all);
+    odd[i] = every_other<T>(in[2 * i], in[2 * i + 1], 1, all);
+  }
+  for (int i = 0; i < 2; i++) {
+    store(to + 2 * i * to_row, every_other<T>(even[0], even[1], i, all));
+    store(to + (2 * i + 1) * to_row, every_other<T>(odd[0], odd[1], i, all));
+  }
+}
+
 // to [columns, rows] = from [rows, columns].
 template <class T>
 void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row) {
@@ -123,6 +160,10 @@ void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T
   for (int64_t first = 0; first < rows; first += W) {
     const int64_t end = std::min(rows, first + W);
     int64_t j = 0;
+    if (end == first + W && columns == 4 && from_row == 4) {
+      transpose_four(from + first * from_row, to + first, to_row);
+      continue;
+    }
     if (end == first + W)
       for (; j + W <= columns; j += W)
         transpose_square(from + first * from_row + j, from_row, to + j * to_row + first, to_row);

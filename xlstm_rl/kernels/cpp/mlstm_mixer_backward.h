@@ -168,7 +168,7 @@ void mixer_leave_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, co
   tile.mixed(x, trace, mixed);
   T* d_mixed = work.mixed_of(x, tile);
   for (int64_t h = 0; h < x.H; h++) {
-    normalize(normal.at(h * K), T(x.epsilon), K, normal.at(h * K), factors);
+    layer_norm<T>(normal.at(h * K), nullptr, T(x.epsilon), K, normal.at(h * K), factors);
     for (int64_t f = h * K; f < (h + 1) * K; f++) {
       Vec<T> by_skip{};
       for (int64_t t = 0; t < width; t += WIDTH<T>) {

@@ -199,18 +199,22 @@ template <class T, class Plan> bool take_step(Arguments& in, const Tensor& x, Bl
   PyObject* new_state = in.object();
   step.B = x.dimensions ? x.sizes[0] : 0;
   step.x = reinterpret_cast<const T*>(x.data);
-  const Shape of_x{3, 0, {-1, 1, step.plan.D, 0}}, of_reset{2, 1, {-1, 1, 0, 0}};
+  // With an axis of time or without.
+  const bool timed = x.dimensions == 3;
+  const Shape of_x = timed ? Shape{3, 0, {-1, 1, step.plan.D, 0}} : Shape{2, 0, {-1, step.plan.D, 0, 0}};
+  const Shape of_reset = timed ? Shape{2, 1, {-1, 1, 0, 0}} : Shape{1, 1, {-1, 0, 0, 0}};
   const T* weights[WEIGHTS];
   T *old_leaves[LEAVES], *new_leaves[LEAVES];
+  const bool over = new_state == Py_None;
   const bool fits = x.fits(KIND<T>, of_x, step.B) && find(y, of_x, step.B, step.y) &&
                     find(reset, of_reset, step.B, step.reset, Kind::boolean) &&
                     find_all(state, of_state, step.B, old_leaves) &&
-                    find_all(new_state == Py_None ? state : new_state, of_state, step.B, new_leaves) &&
+                    (over || find_all(new_state, of_state, step.B, new_leaves)) &&
                     find_held(holders, names, of_weights, weights);
   if (fits) {
     std::memcpy(&static_cast<Weights&>(step.plan), weights, sizeof(weights));
     std::memcpy(&step.state, old_leaves, sizeof(old_leaves));
-    std::memcpy(&step.new_state, new_leaves, sizeof(new_leaves));
+    std::memcpy(&step.new_state, over ? old_leaves : new_leaves, sizeof(new_leaves));
   }
   return fits;
 }
@@ -341,6 +345,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cpp", nullptr, -1, methods, nu
 PyMODINIT_FUNC INITIALISER(MODULE_NAME)(void) {
   PyObject* module = PyModule_Create(&xlstm::definition);
   // Raised with every change of the order of arguments, so that a stale build is found out.
-  if (module) PyModule_AddIntConstant(module, "INTERFACE", 4);
+  if (module) PyModule_AddIntConstant(module, "INTERFACE", 5);
   return module;
 }

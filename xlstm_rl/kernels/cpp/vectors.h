@@ -9,6 +9,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 
 namespace xlstm {
@@ -88,16 +92,30 @@ template <class T, int BYTES> INLINE T sum_of_bytes(const void* x) {
 }
 template <class T> INLINE T sum(Vec<T> x) { return sum_of_bytes<T, VECTOR_BYTES>(&x); }
 
-// Written so that a NaN in `a` stays one.
-template <class V> INLINE V larger(V a, V b) { return a < b ? b : a; }
-template <class V> INLINE V smaller(V a, V b) { return b < a ? b : a; }
+// Written so that a NaN in `a` stays one: the instructions give back their second operand then.
+template <class V> INLINE V larger(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_max_ps((__m512)b, (__m512)a);
+#endif
+  return a < b ? b : a;
+}
+template <class V> INLINE V smaller(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_min_ps((__m512)b, (__m512)a);
+#endif
+  return b < a ? b : a;
+}
 template <class T> INLINE Vec<T> magnitude(Vec<T> x) { return x < 0 ? -x : x; }
 
 // exp within 2 ulp; exactly zero where the result would be denormal, the largest finite result where it would overflow.
 template <class T> Vec<T> exponential(Vec<T> x);
 template <> INLINE Vec<float> exponential<float>(Vec<float> x) {
+#if defined(__AVX512F__)
+  x = smaller(larger(x, fill(-100.0f)), fill(88.37f));
+#else
   Int<float> vanishes = x < -87.33f;
   x = smaller(larger(x, fill(-87.33f)), fill(88.37f));
+#endif
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
   Vec<float> shifted = x * 1.44269504f + 12582912.f;
   Vec<float> n = shifted - 12582912.f;
@@ -109,9 +127,14 @@ template <> INLINE Vec<float> exponential<float>(Vec<float> x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   Int<float> power = ((Int<float>)shifted - 0x4B400000 + 127) << 23;
   return keep_where<float>(~vanishes, p * (Vec<float>)power);
+#endif
 }
 template <> INLINE Vec<double> exponential<double>(Vec<double> x) {
   Int<double> vanishes = x < -708.3;
@@ -130,7 +153,18 @@ template <> INLINE Vec<double> exponential<double>(Vec<double> x) {
   return keep_where<double>(~vanishes, p * (Vec<double>)power);
 }
 
-template <class T> INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exponential<T>(-x)); }
+// 1 / x for normal x within 1 ulp; zero for the largest ones, whose inverses are denormal. The divider takes as long for
+// a vector as all of an exponential.
+template <class T> INLINE Vec<T> inverse(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    Vec<T> estimate = (Vec<T>)_mm512_rcp14_ps((__m512)x);
+    return estimate + estimate * (T(1) - x * estimate);
+  }
+#endif
+  return T(1) / x;
+}
+template <class T> INLINE Vec<T> sigmoid(Vec<T> x) { return inverse<T>(T(1) + exponential<T>(-x)); }
 template <class T> INLINE Vec<T> silu(Vec<T> x) { return x * sigmoid<T>(x); }
 // The derivative of silu, given the sigmoid.
 template <class T> INLINE Vec<T> silu_slope(Vec<T> x, Vec<T> open) { return open * (T(1) + x * (T(1) - open)); }
