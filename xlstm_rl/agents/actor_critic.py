@@ -232,7 +232,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters, and so of features, memory states and what the networks give."""
-        return next(self.parameters()).dtype
+        return self.value_net.weight.dtype
 
     def extract_features(self, obs: Any, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
         """Features [N, F] in the dtype of the parameters; Stable-Baselines3 makes observations float32.
@@ -310,8 +310,8 @@ def _from_zero(obs: Any, space: spaces.Space[Any]) -> Any:
     """Observations whose whole numbers start at 0, as Stable-Baselines3 takes those of all spaces to do."""
     if isinstance(space, spaces.Dict):
         return {key: _from_zero(obs[key], part) for key, part in space.spaces.items()}
-    start = getattr(space, "start", 0)
-    return obs - torch.as_tensor(start, device=obs.device) if np.any(start) else obs
+    start = getattr(space, "start", None)
+    return obs if start is None or not np.any(start) else obs - torch.as_tensor(start, device=obs.device)
 
 
 def within_bounds(obs: Any, space: spaces.Space[Any]) -> Any:
