@@ -1,5 +1,8 @@
 """The sLSTM as a scan over time with its backward pass written by hand, everything but the recurrence in one batch."""
 
+import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -107,34 +110,49 @@ def _run(
         factors=gates.new_empty(T if keep else 1, 2, H, B, D),
         stabilizer=gates.new_empty(H, B, D),
     )
-    memory, factors = [list(x.unbind(0)) if keep else [x[0]] * (T + 1) for x in (trace.memory, trace.factors)]
-    hiddens, pre_activations = trace.hidden.unbind(0), trace.gates.view(T, H, B, 4 * D).unbind(0)
-    memory[0][0].copy_(state.cell.transpose(0, 1))
-    memory[0][1].copy_(state.normalizer.transpose(0, 1))
-    hiddens[0].copy_(state.hidden.transpose(0, 1))
+    trace.memory[0, 0].copy_(state.cell.transpose(0, 1))
+    trace.memory[0, 1].copy_(state.normalizer.transpose(0, 1))
+    trace.hidden[0].copy_(state.hidden.transpose(0, 1))
     # Minus infinity makes the forget factor of an empty unit exactly zero.
-    stabilizer = state.stabilizer.transpose(0, 1).masked_fill(memory[0][1] == 0, float("-inf"))
+    stabilizer = state.stabilizer.transpose(0, 1).masked_fill(trace.memory[0, 1] == 0, float("-inf"))
     weight = _recurrent_matrix(recurrent)
-    starts = _starts(reset, T)
     write_and_decay = gates.new_empty(2, H, B, D)
     cell_input = gates.new_empty(H, B, D)
+    if keep:
+        before, after, factors = _steps(trace.memory[:-1]), _steps(trace.memory[1:]), _steps(trace.factors)
+    else:
+        before, after, factors = (itertools.repeat(x[0], T) for x in (trace.memory, trace.memory, trace.factors))
+    pre_activations = _steps(trace.gates.view(T, H, B, 4 * D))
+    hiddens = (_steps(trace.hidden[:-1]), _steps(trace.hidden[1:]))
 
-    for t in range(T):
-        hidden, mask = hiddens[t], starts[t]
+    for g, hidden, new_hidden, memory, new_memory, factor, mask in zip(
+        pre_activations, *hiddens, before, after, factors, _starts(reset, T), strict=True
+    ):
         if mask is not None:
             hidden = hidden.masked_fill(mask, 0.0)
             stabilizer = stabilizer.masked_fill(mask, float("-inf"))
-        g = torch.baddbmm(pre_activations[t], hidden, weight, out=pre_activations[t])
+        torch.baddbmm(g, hidden, weight, out=g)
         input_gate, forget_gate, z, output_gate = g.chunk(4, -1)
         torch.add(log_forget(forget_gate, forget_activation), stabilizer, out=write_and_decay[1])
         write_and_decay[0].copy_(input_gate)
         stabilizer = torch.maximum(write_and_decay[0], write_and_decay[1])
-        write, forget = torch.sub(write_and_decay, stabilizer, out=factors[t]).exp_().unbind(0)
-        cell, normalizer = torch.mul(memory[t], forget, out=memory[t + 1]).unbind(0)
+        write, forget = torch.sub(write_and_decay, stabilizer, out=factor).exp_().unbind(0)
+        cell, normalizer = torch.mul(memory, forget, out=new_memory).unbind(0)
         cell.addcmul_(write, torch.tanh(z, out=cell_input))
         normalizer.add_(write)
-        torch.div(cell, normalizer, out=hiddens[t + 1]).mul_(torch.sigmoid(output_gate))
+        torch.div(cell, normalizer, out=new_hidden).mul_(torch.sigmoid(output_gate))
     return trace._replace(stabilizer=stabilizer)
+
+
+def _steps(x: Tensor, *, backward: bool = False) -> Iterator[Tensor]:
+    """The steps of x [T, ...], from the last on if `backward`.
+
+    A few at a time: Python's garbage collector would look at the views of all steps again and again.
+    """
+    pieces = torch.split(x, 256)
+    for piece in reversed(pieces) if backward else pieces:
+        steps = piece.unbind(0)
+        yield from reversed(steps) if backward else steps
 
 
 def _recurrent_matrix(recurrent: Tensor) -> Tensor:
@@ -143,15 +161,17 @@ def _recurrent_matrix(recurrent: Tensor) -> Tensor:
     return recurrent.permute(1, 3, 0, 2).reshape(H, D, 4 * D)
 
 
-def _starts(reset: Tensor | None, T: int) -> list[Tensor | None]:
+def _starts(reset: Tensor | None, T: int, *, backward: bool = False) -> Iterator[Tensor | None]:
     """Per step the mask [1, B, 1] of rows that start an episode, or None where it is known that no row does."""
     if reset is None:
-        return [None] * T
-    masks = reset.t()[:, None, :, None].unbind(0)
+        return itertools.repeat(None, T)
+    masks = _steps(reset.t()[:, None, :, None], backward=backward)
     if reset.device.type != "cpu":
         # Asking which steps are free of resets would wait for the device.
-        return list(masks)
-    return [mask if start else None for mask, start in zip(masks, reset.any(0).tolist(), strict=True)]
+        return masks
+    any_start = reset.any(0)
+    known = (any_start.flip(0) if backward else any_start).tolist()
+    return (mask if start else None for mask, start in zip(masks, known, strict=True))
 
 
 def _hidden(trace: _Trace) -> Tensor:
@@ -205,23 +225,23 @@ class _Scan(torch.autograd.Function):
         d_memory = torch.stack((d_cell.transpose(0, 1), d_normalizer.transpose(0, 1)))  # [2, H, B, D]
         d_feedback = d_last.transpose(0, 1)
         weight = _recurrent_matrix(recurrent).transpose(1, 2).contiguous()
-        starts = _starts(reset, T)
-        outer = d_hidden.permute(1, 2, 0, 3).contiguous().unbind(0)
-        flat_gates, split_gates = d_gates.view(T, H, B, 4 * D).unbind(0), d_gates.unbind(0)
-        from_hidden, from_cell, from_normalizer, from_output = (slope.unbind(0) for slope in slopes)
-        forget = trace.factors[:, 1].unbind(0)
+        walk = functools.partial(_steps, backward=True)
+        outer = walk(d_hidden.permute(1, 2, 0, 3).contiguous())
+        gradients = (walk(d_gates.view(T, H, B, 4 * D)), walk(d_gates))
+        starts = _starts(reset, T, backward=True)
 
-        for t in range(T - 1, -1, -1):
-            d_h = outer[t] + d_feedback
-            d_memory = torch.addcmul(d_memory, from_hidden[t], d_h)
-            torch.mul(d_memory[0, :, :, None], from_cell[t], out=split_gates[t][:, :, :3])
-            split_gates[t][:, :, :2].addcmul_(d_memory[1, :, :, None], from_normalizer[t])
-            torch.mul(d_h, from_output[t], out=split_gates[t][:, :, 3])
-            d_feedback = torch.bmm(flat_gates[t], weight)
-            mask = starts[t]
+        for outside, flat, split, from_hidden, from_cell, from_normalizer, from_output, forget, mask in zip(
+            outer, *gradients, *map(walk, slopes), walk(trace.factors[:, 1]), starts, strict=True
+        ):
+            d_h = outside + d_feedback
+            d_memory = torch.addcmul(d_memory, from_hidden, d_h)
+            torch.mul(d_memory[0, :, :, None], from_cell, out=split[:, :, :3])
+            split[:, :, :2].addcmul_(d_memory[1, :, :, None], from_normalizer)
+            torch.mul(d_h, from_output, out=split[:, :, 3])
+            d_feedback = torch.bmm(flat, weight)
             if mask is not None:
                 d_feedback = d_feedback.masked_fill_(mask, 0.0)
-            d_memory = d_memory * forget[t]
+            d_memory = d_memory * forget
 
         d_cell, d_normalizer = d_memory.transpose(1, 2).unbind(0)
         d_recurrent = _recurrent_gradient(trace.hidden[:-1], d_gates, reset)
