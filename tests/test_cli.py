@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from xlstm_rl import cli
-from xlstm_rl.configs import load_file, preset_names
+from xlstm_rl.configs import load, load_file, preset_names
 from xlstm_rl.memory import memory_names
 
 ROOT = Path(__file__).parents[1]
@@ -40,9 +40,19 @@ def test_list_shows_presets_environments_and_memories(
     assert ", ".join(memory_names()) in text
 
 
+@pytest.mark.parametrize("name", ["tmaze", "CartPole-v1"])
+def test_show_prints_what_train_would_use(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", name, "memory.hidden_size=32", "seed=3"]) == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    expected = load(name, ["memory.hidden_size=32", "seed=3"])
+    assert load(str(tmp_path / "shown.yaml")) == expected
+    assert (expected.memory.settings["hidden_size"], expected.seed) == (32, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["show", "tmze"], "did you mean 'tmaze'?"),
         (["train", "tmze"], "did you mean 'tmaze'?"),
         (["train", "CartPole"], "did you mean 'CartPole-v1'?"),
         (["train", "MyEnv-v0"], "your_module:MyEnv-v0"),

@@ -1,4 +1,4 @@
-"""The command `xlstm-rl`: train, evaluate, export, inspect, bench, list."""
+"""The command `xlstm-rl`: train, evaluate, export, inspect, bench, list, show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from xlstm_rl._version import __version__
 from xlstm_rl.arguments import natural, positive
 from xlstm_rl.bench.commands import add_parser as add_bench_parser
-from xlstm_rl.configs import ConfigError, load, preset_names
+from xlstm_rl.configs import ConfigError, dump, load, preset_names
 from xlstm_rl.run_folder import default_run_path
 
 # What a shell reports for a program that a signal ended, less the signal's number.
@@ -58,14 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train an agent and evaluate it", description="Train an agent.")
-    train.add_argument(
-        "name",
-        nargs="?",
-        metavar="PRESET_OR_ENV_ID",
-        help="a preset, any gymnasium id (your_module:Env-v0 for one of yours), or a .yaml file, which starts from the "
-        "preset or id it names as base",
+    name_help = (
+        "a preset, any gymnasium id (your_module:Env-v0 for one of yours), or a .yaml file, which starts from the "
+        "preset or id it names as base"
     )
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as memory.hidden_size=128 seed=3")
+    overrides_help = "such as memory.hidden_size=128 seed=3"
+    train.add_argument("name", nargs="?", metavar="PRESET_OR_ENV_ID", help=name_help)
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
     train.add_argument("--run-dir", type=Path, help="a folder that does not exist yet; default runs/NAME-seedN-TIME")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, [total_steps=N]")
     train.set_defaults(run=partial(_train, train))
@@ -97,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
         "list", help="presets, environments, memories, benchmarks", description="What there is."
     )
     listing.set_defaults(run=_list)
+
+    show = commands.add_parser(
+        "show", help="the settings that train would use", description="Print what train would use, as YAML it can read."
+    )
+    show.add_argument("name", metavar="PRESET_OR_ENV_ID", help=name_help)
+    show.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+    show.set_defaults(run=_show)
     return parser
 
 
@@ -182,6 +188,11 @@ def _list(options: argparse.Namespace) -> int:
     console.print(benchmarks)
     console.print(f"memories: {', '.join(memory_names())}", highlight=False)
     console.print(f"of other packages: {', '.join(suite_ids())}", highlight=False)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    print(dump(load(options.name, options.overrides)), end="")
     return 0
 
 

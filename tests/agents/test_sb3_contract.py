@@ -412,6 +412,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "n_steps": ({"n_steps": 0}, "n_steps=0 must be at least 1"),
     "batch_size": ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     "n_epochs": ({"n_epochs": 0}, "n_epochs=0 must be at least 1"),
+    "part of a step": ({"n_steps": 1.5}, "n_steps=1.5 must be a whole number of at least 1"),
+    "gamma": ({"gamma": 2}, "gamma=2 must be a finite number of at least 0 and at most 1"),
+    "gae_lambda": ({"gae_lambda": -0.1}, "gae_lambda=-0.1 must be a finite number of at least 0 and at most 1"),
+    "clip_range": ({"clip_range": 0}, "clip_range=0 must be a finite number greater than 0"),
+    "clip_range_vf": ({"clip_range_vf": -1.0}, "clip_range_vf=-1.0 must be a finite number greater than 0"),
+    "vf_coef": ({"vf_coef": "half"}, "vf_coef='half' must be a finite number of at least 0"),
+    "max_grad_norm": ({"max_grad_norm": 0.0}, r"max_grad_norm=0.0 must be above 0; float\('inf'\) is no bound"),
     "long sequence": ({"seq_len": 9}, "seq_len=9 must be between 1 and n_steps=8"),
     "sequence over batch": ({"seq_len": 8, "batch_size": 7}, "seq_len=8 is more than batch_size=7"),
     "floor": ({"advantage_floor": 1.5}, "advantage_floor=1.5"),
@@ -438,7 +445,7 @@ def test_wrong_argument_is_named(case: str) -> None:
     settings: dict[str, Any] = {"policy": "MlpXLSTMPolicy", "n_steps": 8, "batch_size": 24, "policy_kwargs": SMALL}
     settings |= arguments
     env = vec_env(observation=settings.pop("observation", "vector"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         RecurrentPPO(settings.pop("policy"), env, **settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -41,6 +42,7 @@ from xlstm_rl.agents.stopwatch import Stopwatch
 from xlstm_rl.agents.training_state import mark_point
 from xlstm_rl.agents.truncation import value_of_cut_episodes
 from xlstm_rl.memory import take
+from xlstm_rl.memory.checks import check_number, check_whole
 
 
 class RecurrentPPO(SavedAlgorithm):
@@ -90,7 +92,8 @@ class RecurrentPPO(SavedAlgorithm):
         rollout_buffer_kwargs: further arguments of its constructor.
 
     Raises:
-        TypeError: `policy_kwargs` or `memory_kwargs` hold what the policy or the memory does not know.
+        TypeError: `policy_kwargs` or `memory_kwargs` hold what the policy or the memory does not know, or a setting is
+            of the wrong kind.
         ValueError: a setting does not fit; the message names it and the remedy.
     """
 
@@ -184,9 +187,17 @@ class RecurrentPPO(SavedAlgorithm):
             self._setup_model()
 
     def _check_sizes(self) -> None:
-        for name in ("n_steps", "batch_size", "n_epochs"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("n_steps", "batch_size", "n_epochs", "seq_len"):
+            if getattr(self, name) is not None or name in ("n_steps", "n_epochs"):
+                check_whole(name, getattr(self, name), 1)
+        for name in ("gamma", "gae_lambda"):
+            check_number(name, getattr(self, name), least=0, most=1)
+        check_number("vf_coef", self.vf_coef, least=0)
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be above 0; float('inf') is no bound")
+        for name in ("clip_range", "clip_range_vf"):
+            if isinstance(getattr(self, name), Real):
+                check_number(name, getattr(self, name), above=0)
         check_advantage_floor(self.advantage_floor)
         if self.grad_spike_factor is not None and self.grad_spike_factor <= 1:
             raise ValueError(f"grad_spike_factor={self.grad_spike_factor} must be above 1, or None for no bound")
@@ -194,7 +205,7 @@ class RecurrentPPO(SavedAlgorithm):
             raise ValueError(f"on_nonfinite={self.on_nonfinite!r} must be 'stop' or 'skip'")
         if self.seq_len is None:
             return
-        if not 1 <= self.seq_len <= self.n_steps:
+        if self.seq_len > self.n_steps:
             raise ValueError(f"seq_len={self.seq_len} must be between 1 and n_steps={self.n_steps}, or None")
         if self.batch_size is not None and self.seq_len > self.batch_size:
             raise ValueError(

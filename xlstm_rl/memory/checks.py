@@ -21,7 +21,13 @@ def check_whole(name: str, value: object, least: int) -> None:
 
 
 def check_number(
-    name: str, value: object, *, least: float | None = None, above: float | None = None, below: float | None = None
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
 ) -> None:
     """Refuse what is no finite number, or lies outside of the bounds.
 
@@ -31,19 +37,21 @@ def check_number(
         least: smallest allowed value, None for no such bound.
         above: largest value too small, None for no such bound.
         below: smallest value too large, None for no such bound.
+        most: largest allowed value, None for no such bound.
 
     Raises:
         TypeError: it is no number.
         ValueError: it is infinite, NaN or out of bounds.
     """
-    bounds = {"of at least": least, "greater than": above, "less than": below}
+    bounds = {"of at least": least, "greater than": above, "less than": below, "at most": most}
     allowed = ["a finite number", *(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)]
     message = f"{name}={value!r} must be {' '.join(allowed[:2])}{''.join(f' and {part}' for part in allowed[2:])}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(message)
     number = float(value)
     too_small = (least is not None and number < least) or (above is not None and number <= above)
-    if not math.isfinite(number) or too_small or (below is not None and number >= below):
+    too_large = (below is not None and number >= below) or (most is not None and number > most)
+    if not math.isfinite(number) or too_small or too_large:
         raise ValueError(message)
 
 
