@@ -55,6 +55,13 @@ def medians(runs: Mapping[str, Run | Training], rounds: int, seconds: float) -> 
     return {label: statistics.median(values) for label, values in times.items()}
 
 
+def _in_turn(cases: Mapping[str, Mapping[str, Training]], rounds: int, seconds: float) -> dict[str, Medians]:
+    """Medians by case and label with all cases in turn, so that what changes meanwhile changes all of them."""
+    together = {f"{case}/{label}": run for case, runs in cases.items() for label, run in runs.items()}
+    measured = medians(together, rounds, seconds)
+    return {case: {label: measured[f"{case}/{label}"] for label in runs} for case, runs in cases.items()}
+
+
 def kept_bytes(training: Training) -> int:
     """Bytes that one forward pass keeps for its backward pass, input and parameters left out."""
     known = {source.untyped_storage().data_ptr() for source in training.sources}
@@ -117,7 +124,7 @@ def main() -> None:
         result["step"] = rows
     if "growth" in tables:
         trainings = {T: layer_contenders(1, T, 64) for T in GROWTH}
-        times = {f"T={T}": medians(trainings[T], max(3, args.rounds // 2), args.seconds) for T in GROWTH}
+        times = _in_turn({f"T={T}": trainings[T] for T in GROWTH}, max(3, args.rounds // 2), args.seconds)
         show("Growth with the sequence, B=1 D=64, forward and backward", times, {f"T={T}": T for T in GROWTH})
         kept = {f"T={T}": {label: kept_bytes(run) / T for label, run in trainings[T].items()} for T in GROWTH}
         print("\nBytes per step kept for the backward pass")
