@@ -1,7 +1,11 @@
 """The compiled mixer of an mLSTM block equals the same layers in torch operations, gradients and all."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,3 +137,13 @@ def test_second_derivatives_are_refused() -> None:
     x = random(1, 4, 5).requires_grad_()
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(core(x, core.initial_state(1))[0].sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("capability", ("default", "avx2"))
+def test_builds_for_lesser_processors_pass_as_well(capability: str) -> None:
+    files = [Path(__file__), Path(__file__).with_name("test_block_step.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "equals", *map(str, files)]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run(command, cwd=files[0].parents[2], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
