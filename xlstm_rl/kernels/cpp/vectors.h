@@ -95,13 +95,13 @@ template <class T> INLINE T sum(Vec<T> x) { return sum_of_bytes<T, VECTOR_BYTES>
 // Written so that a NaN in `a` stays one: the instructions give back their second operand then.
 template <class V> INLINE V larger(V a, V b) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_max_ps((__m512)b, (__m512)a);
+  if constexpr (sizeof(a[0]) == sizeof(float)) return (V)_mm512_max_ps((__m512)b, (__m512)a);
 #endif
   return a < b ? b : a;
 }
 template <class V> INLINE V smaller(V a, V b) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_min_ps((__m512)b, (__m512)a);
+  if constexpr (sizeof(a[0]) == sizeof(float)) return (V)_mm512_min_ps((__m512)b, (__m512)a);
 #endif
   return b < a ? b : a;
 }
