@@ -22,6 +22,8 @@ from xlstm_rl.kernels.recording import recorded_calls
 from xlstm_rl.memory import MemoryCore, leaves, make_memory, map_leaves
 from xlstm_rl.memory import block as block_module
 from xlstm_rl.memory import xlstm as xlstm_module
+from xlstm_rl.memory.mlstm_block import MLSTMBlock
+from xlstm_rl.memory.xlstm import XLSTM
 
 pytestmark = pytest.mark.skipif(cpp_extension.extension().module is None, reason="the compiled kernels are not built")
 
@@ -124,6 +126,78 @@ def test_hooks_are_called_at_every_step(blocks: str) -> None:
         module.register_forward_hook(lambda module, inputs, output: called.append((module, output[0].shape)))
     core.step(x, state)
     assert called == [*((block, (3, 1, 24)) for block in core.blocks), (core, (3, 1, 24))]
+
+
+class Louder(XLSTM):
+    """A memory whose forward pass does more."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        y, state = super().forward(*arguments, **options)
+        return 2 * y, state
+
+
+class LouderBlock(MLSTMBlock):
+    """A block whose forward pass does more."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        y, state = super().forward(*arguments, **options)
+        return 2 * y, state
+
+
+class Wrapper(nn.Module):
+    """Around a block, as adapters are."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        y, state = self.block(*arguments, **options)
+        return 2 * y, state
+
+
+def _another_memory(core: Any) -> Any:
+    return _with_weights(Louder(5, core.config).double(), core)
+
+
+def _another_block(core: Any) -> Any:
+    core.blocks[0] = _with_weights(LouderBlock(core.config, 0).double(), core.blocks[0])
+    return core
+
+
+def _wrapped_block(core: Any) -> Any:
+    core.blocks[0] = Wrapper(core.blocks[0])
+    return core
+
+
+def _patched_block(core: Any) -> Any:
+    forward = core.blocks[0].forward
+    core.blocks[0].forward = lambda *arguments, **options: (2 * forward(*arguments, **options)[0], arguments[1])
+    return core
+
+
+def _patched_memory(core: Any) -> Any:
+    forward = core.forward
+    core.forward = lambda *arguments, **options: (2 * forward(*arguments, **options)[0], arguments[1])
+    return core
+
+
+def _with_weights(new: Any, old: Any) -> Any:
+    new.load_state_dict(old.state_dict())
+    return new
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [_another_memory, _another_block, _wrapped_block, _patched_block, _patched_memory])
+def test_step_is_that_of_a_changed_forward_pass(change: Callable[[Any], Any]) -> None:
+    core = perturbed("ms")
+    x, state = random(3, 5), core(random(3, 3, 5), core.initial_state(3))[1]
+    plain, _ = core.step(x, state)
+    changed = change(core)
+    y, new = changed.step(x, state)
+    expected, expected_state = changed(x.unsqueeze(1), state)
+    assert_close((y, new), (expected.squeeze(1), expected_state))
+    assert not torch.allclose(y, plain)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch.nn.modules.module as of_all_modules
@@ -20,6 +21,8 @@ class Block(nn.Module):
 
     kind: ClassVar[Kind]
     """The compiled step."""
+    state_types: ClassVar[tuple[Callable[..., Any], Callable[..., Any]]]
+    """Of the block and of its cell."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +46,8 @@ class Block(nn.Module):
             TypeError: `reset` is not bool.
             ValueError: `reset` has another shape.
         """
-        if not is_hooked(self):
+        # A subclass of a kind of blocks may have another forward pass.
+        if type(self).__base__ is Block and is_bare(self):
             stepped = self._compiled_step(x, state, reset, reuse_state)
             if stepped is not None:
                 return stepped
@@ -70,7 +74,8 @@ class Block(nn.Module):
         y, new = stepped
         if new is leaves:
             return y, state
-        return y, type(state)(type(cell)(*new[:-1]), new[-1])
+        of_block, of_cell = self.state_types
+        return y, of_block(of_cell(*new[:-1]), new[-1])
 
     def _layers(self) -> tuple[nn.Module | None, ...]:
         """All layers, those that others hold among them."""
@@ -81,9 +86,9 @@ class Block(nn.Module):
         raise NotImplementedError
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module runs more than its forward pass: then a step has to go through that call."""
-    return bool(
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module runs the forward pass of its class and no hooks: else a step has to be such a call."""
+    return "forward" not in module.__dict__ and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or of_all_modules._global_forward_hooks

@@ -44,6 +44,7 @@ class MLSTMBlock(Block):
     """
 
     kind = "mlstm_block_step"
+    state_types = (MLSTMBlockState, MLSTMState)
 
     def __init__(self, config: XLSTMConfig, index: int) -> None:
         super().__init__()

@@ -42,6 +42,7 @@ class SLSTMBlock(Block):
     """
 
     kind = "slstm_block_step"
+    state_types = (SLSTMBlockState, SLSTMState)
 
     def __init__(self, config: XLSTMConfig, index: int) -> None:
         super().__init__()

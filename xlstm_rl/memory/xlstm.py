@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xlstm_rl.kernels.checks import check_reset
 from xlstm_rl.kernels.cpp_blocks import can_step
-from xlstm_rl.memory.block import is_hooked
+from xlstm_rl.memory.block import Block, is_bare
 from xlstm_rl.memory.checks import check_flag, check_number, check_pair, check_whole, check_word
 from xlstm_rl.memory.core import MemoryCore
 from xlstm_rl.memory.layers import round_up
@@ -194,7 +194,7 @@ class XLSTM(MemoryCore):
         self, x: Tensor, state: XLSTMState, reset: Tensor | None = None, *, reuse_state: bool = False
     ) -> tuple[Tensor, XLSTMState]:
         """See `MemoryCore.step`."""
-        if is_hooked(self) or not can_step(x):
+        if not self._steps_by_blocks(x):
             reset = None if reset is None else reset.unsqueeze(1)
             y, state = self(x.unsqueeze(1), state, reset, reuse_state=reuse_state)
             return y.squeeze(1), state
@@ -204,6 +204,15 @@ class XLSTM(MemoryCore):
             x, block_state = block.step(x, block_state, reset, reuse_state=reuse_state)  # type: ignore[operator]
             states.append(block_state)
         return self.post_norm(x), tuple(states)
+
+    def _steps_by_blocks(self, x: Tensor) -> bool:
+        """Whether a step from x may be that of every block, as no subclass, wrapper or hook would be left out."""
+        return (
+            can_step(x)
+            and type(self) is XLSTM
+            and is_bare(self)
+            and all(isinstance(block, Block) for block in self.blocks)
+        )
 
     def forward(
         self, x: Tensor, state: XLSTMState, reset: Tensor | None = None, *, reuse_state: bool = False
