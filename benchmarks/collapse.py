@@ -66,7 +66,7 @@ def check_settings(jobs: Sequence[Job]) -> None:
 
 def run(job: Job) -> dict[str, Any]:
     """Train; returns what the result file holds."""
-    from xlstm_rl.training import train
+    from xlstm_rl.runs.train import train
 
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:

@@ -37,17 +37,17 @@ import yaml
 
 from benchmarks.tuning_spaces import MEMORIES, SHARED, suggest
 from xlstm_rl.agents.archive import write_whole
-from xlstm_rl.arguments import natural, positive
 from xlstm_rl.bench.plan import Task, plan_runs
 from xlstm_rl.bench.spec import AgentSpec, BenchSpec, TaskSpec, load_spec
 from xlstm_rl.bench.worker import leave_with_the_parent
-from xlstm_rl.building import make_env, make_model
 from xlstm_rl.configs import ConfigError, PolicyConfig, PPOConfig, TrainConfig, dump, load
+from xlstm_rl.configs.arguments import natural, positive
 from xlstm_rl.configs.errors import nearest
-from xlstm_rl.file_lock import LockedError, exclusive
 from xlstm_rl.memory import make_memory
-from xlstm_rl.report import Row
-from xlstm_rl.training import TRAINED, TrainingStoppedError, train
+from xlstm_rl.runs.build import make_env, make_model
+from xlstm_rl.runs.lock import LockedError, exclusive
+from xlstm_rl.runs.returns import Row
+from xlstm_rl.runs.train import TRAINED, TrainingStoppedError, train
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

@@ -23,12 +23,24 @@ PACKAGE = ROOT / "xlstm_rl"
 LINKS = ("kernels", "agents", "envs", "configs")
 # Each may import those before it.
 ORDER = (
-    *("_version", "kernels", "memory", "agents", "export", "inspection", "configs", "report"),
-    *("file_lock", "run_folder", "seeding", "building", "finished", "callbacks", "interruption", "training"),
-    *("arguments", "bench", "cli", "__main__"),
+    "_version",
+    "kernels",
+    "memory",
+    "agents",
+    "export",
+    "inspection",
+    "configs",
+    "runs",
+    "bench",
+    "cli",
+    "__main__",
 )
 # Meet environments only to register them, to wrap them or to read their facts; agents meet them through gymnasium.
-READ_ENVS = {"__init__", "building", "training", "bench", "cli"}
+READ_ENVS = {"__init__", "runs", "bench", "cli"}
+LOOSE = {"__init__.py", "__main__.py", "_version.py", "cli.py"}
+# Folders of many small files of one kind; others are rooms that should be seen at a glance.
+WIDE = {"kernels", "envs"}
+WIDEST = 14
 FILES = sorted(PACKAGE.rglob("*.py"))
 OLDEST_PYTHON = (3, 10)
 
@@ -41,6 +53,15 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
             assert node.level == 0, f"relative import in line {node.lineno}"
             module = node.module or ""
             yield from ([f"xlstm_rl.{alias.name}" for alias in node.names] if module == "xlstm_rl" else [module])
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """The modules that a file imports, also where they are imported as names of their folder."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
 
 
 def part_of(file: Path) -> str:
@@ -71,6 +92,10 @@ def test_imports_go_downwards(file: Path) -> None:
         return
     allowed = set(ORDER[: ORDER.index(here) + 1]) | ({"envs"} if here in READ_ENVS else set())
     assert parts <= allowed, f"{here} must not import {sorted(parts - allowed)}"
+
+
+def test_loose_modules_are_the_front_door_only() -> None:
+    assert {file.name for file in PACKAGE.glob("*.py")} == LOOSE
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if part_of(f) == "envs"], ids=lambda f: f.name)

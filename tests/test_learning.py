@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from xlstm_rl.configs import load
-from xlstm_rl.report import Score
-from xlstm_rl.training import train
+from xlstm_rl.runs.table import Score
+from xlstm_rl.runs.train import train
 
 
 def scores(tmp_path: Path, preset: str, *overrides: str) -> dict[str, Score]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 import xlstm_rl
@@ -16,3 +19,18 @@ def test_public_name_is_there_and_listed(name: str) -> None:
 def test_unknown_name_is_refused() -> None:
     with pytest.raises(AttributeError, match="xlstm_rl.*'nothing'"):
         _ = xlstm_rl.nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [("callbacks", "PeriodicCheckpoint"), ("finished", "open_run"), ("training", "train"), ("training", "resume")],
+)
+def test_moved_module_is_found_where_it_was_with_a_warning(name: str, attribute: str) -> None:
+    sys.modules.pop(f"xlstm_rl.{name}", None)
+    with pytest.warns(DeprecationWarning, match=rf"xlstm_rl\.{name} is now xlstm_rl\.runs"):
+        exec(f"from xlstm_rl.{name} import {attribute}")
+
+
+def test_unknown_module_is_not_found() -> None:
+    done = subprocess.run([sys.executable, "-c", "import xlstm_rl.nothing"], capture_output=True, text=True)
+    assert "No module named 'xlstm_rl.nothing'" in done.stderr

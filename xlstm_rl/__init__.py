@@ -4,7 +4,13 @@ Importing this package registers the `xlstm_rl/...-v0` tasks with gymnasium. The
 first use.
 """
 
+import sys
+import warnings
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import xlstm_rl.envs
@@ -25,8 +31,8 @@ if TYPE_CHECKING:
     )
     from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
     from xlstm_rl.configs import general_settings
-    from xlstm_rl.finished import open_run
     from xlstm_rl.memory.laws import check_memory_laws
+    from xlstm_rl.runs.open import open_run
 
 __all__ = [
     "CheckpointError",
@@ -54,8 +60,34 @@ _PLACES = {
     "GuardedSubprocVecEnv": "xlstm_rl.agents.subprocesses",
     "check_memory_laws": "xlstm_rl.memory.laws",
     "general_settings": "xlstm_rl.configs",
-    "open_run": "xlstm_rl.finished",
+    "open_run": "xlstm_rl.runs.open",
 }
+
+# Modules that the documentation of earlier versions named; importing them still works, with a warning.
+_MOVED = {
+    "xlstm_rl.callbacks": "xlstm_rl.runs.callbacks",
+    "xlstm_rl.finished": "xlstm_rl.runs.open",
+    "xlstm_rl.training": "xlstm_rl.runs.train",
+}
+
+
+class _MovedModules(Loader):
+    """Finds modules under the names they had before they moved."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        return ModuleSpec(name, cls()) if name in _MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """As the import system does it."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        place = _MOVED[module.__name__]
+        warnings.warn(f"{module.__name__} is now {place}", DeprecationWarning, stacklevel=2)
+        vars(module).update(vars(import_module(place)) | {"__name__": module.__name__, "__spec__": module.__spec__})
+
+
+sys.meta_path.append(_MovedModules)
 
 
 def __getattr__(name: str) -> Any:

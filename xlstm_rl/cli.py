@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from xlstm_rl._version import __version__
-from xlstm_rl.arguments import natural, positive
 from xlstm_rl.bench.commands import add_parser as add_bench_parser
 from xlstm_rl.configs import ConfigError, dump, load, preset_names
-from xlstm_rl.run_folder import default_run_path
+from xlstm_rl.configs.arguments import natural, positive
+from xlstm_rl.runs.folder import default_run_path
 
 # What a shell reports for a program that a signal ended, less the signal's number.
 SIGNAL_EXIT = 128
@@ -113,7 +113,7 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         parser.error("--resume goes on in the folder of the run, so --run-dir has no place")
     config = None if options.resume is not None else load(options.name, options.overrides)
     # Loaded only now, so that mistakes in the arguments are told at once.
-    from xlstm_rl.training import TrainingStoppedError, resume, train
+    from xlstm_rl.runs.train import TrainingStoppedError, resume, train
 
     try:
         if config is None:
@@ -129,8 +129,8 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from xlstm_rl.report import score_table
-    from xlstm_rl.training import evaluate_run
+    from xlstm_rl.runs.table import score_table
+    from xlstm_rl.runs.train import evaluate_run
 
     console = Console()
     scores = evaluate_run(
@@ -146,14 +146,14 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from xlstm_rl.finished import export_run
+    from xlstm_rl.runs.open import export_run
 
     export_run(options.run_dir, options.path, best=options.best, console=Console())
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from xlstm_rl.finished import inspect_run
+    from xlstm_rl.runs.open import inspect_run
 
     inspect_run(options.run_dir, best=options.best, max_steps=options.max_steps, seed=options.seed, console=Console())
     return 0

@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 from tests.agents.small_agents import agent
 from xlstm_rl.agents import subprocesses
-from xlstm_rl.agents.faults import SKIPPED
+from xlstm_rl.agents.nonfinite import SKIPPED
 from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv, WorkerError
 
 pytestmark = [

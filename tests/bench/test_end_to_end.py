@@ -14,7 +14,7 @@ from tests.bench.small_bench import SMALL
 from xlstm_rl import cli
 from xlstm_rl.bench.results import Results, read_results
 from xlstm_rl.configs import load_file
-from xlstm_rl.file_lock import exclusive
+from xlstm_rl.runs.lock import exclusive
 
 PNG = b"\x89PNG"
 

@@ -13,9 +13,9 @@ import pytest
 from xlstm_rl.bench import plan
 from xlstm_rl.bench.plan import plan_runs
 from xlstm_rl.bench.spec import load_spec, read_spec, spec_names
-from xlstm_rl.building import make_env, make_model
 from xlstm_rl.configs import ConfigError, load
 from xlstm_rl.envs import TaskFacts, TaskPurpose
+from xlstm_rl.runs.build import make_env, make_model
 
 OUT = Path("out")
 SMALL = "tasks: {parity: }\nagents: {mine: {tuning_runs: 3}}\n"

@@ -17,7 +17,7 @@ from xlstm_rl.configs import ConfigError
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A run whose result is there."""
     trained = SimpleNamespace(scores=[SimpleNamespace(mean_return=1.0)], rows=[])
-    monkeypatch.setattr("xlstm_rl.training.train", lambda config, folder: trained)
+    monkeypatch.setattr("xlstm_rl.runs.train.train", lambda config, folder: trained)
     monkeypatch.setattr(collapse, "RESULTS", tmp_path)
     job = Job("floor", 1)
     job.path.write_text(json.dumps(collapse.run(job)), encoding="utf-8")

@@ -16,11 +16,11 @@ import yaml
 from benchmarks import tune
 from benchmarks.tuning_spaces import MEMORIES, SHARED, Log
 from xlstm_rl.bench.plan import score
-from xlstm_rl.building import read_facts
 from xlstm_rl.configs import load, load_file
-from xlstm_rl.file_lock import exclusive
 from xlstm_rl.memory import make_memory
-from xlstm_rl.training import TrainingStoppedError, train
+from xlstm_rl.runs.build import read_facts
+from xlstm_rl.runs.lock import exclusive
+from xlstm_rl.runs.train import TrainingStoppedError, train
 
 SPEC = """
 tasks:

@@ -11,8 +11,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from xlstm_rl import RecurrentPPO, general_settings
-from xlstm_rl.building import make_env, make_model, normalized
 from xlstm_rl.configs import ConfigError, load
+from xlstm_rl.runs.build import make_env, make_model, normalized
 
 # A small memory and short rollouts, in both spellings.
 SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 64, "policy_kwargs": {"memory_kwargs": {"hidden_size": 16}}}

@@ -22,8 +22,8 @@ from tests.agents.small_agents import agent
 from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes, vec_env
 from tests.conftest import assert_close
 from xlstm_rl.agents import MemoryInputs, RecurrentPPO
-from xlstm_rl.agents.action_masks import mask_parts
 from xlstm_rl.agents.actor_critic import evaluating
+from xlstm_rl.agents.masks import mask_parts
 from xlstm_rl.export import ExportError, check_onnx, export_onnx
 from xlstm_rl.export.front import as_seen, entries, front_of
 from xlstm_rl.export.step_graph import observation_name

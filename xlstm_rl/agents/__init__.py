@@ -4,10 +4,10 @@ from xlstm_rl.agents.actor_critic import PolicyState
 from xlstm_rl.agents.archive import CheckpointError
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
 from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
+from xlstm_rl.agents.inputs import MemoryInputs, VecMemoryInputs
 from xlstm_rl.agents.losses import AdvantageScale, gae, ppo_loss
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.masked_evaluation import MaskedEvalCallback, MaskedModel
-from xlstm_rl.agents.memory_inputs import MemoryInputs, VecMemoryInputs
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
 from xlstm_rl.agents.ppo import RecurrentPPO
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, minibatches

@@ -24,7 +24,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
-from xlstm_rl.agents.action_masks import mask_logits, masked_distribution
+from xlstm_rl.agents.masks import mask_logits, masked_distribution
 from xlstm_rl.memory import MemoryCore, make_memory, map_leaves
 
 CriticMemory = Literal["shared", "separate", "none"]

@@ -14,10 +14,10 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
-from xlstm_rl.agents.action_masks import masks_actions, read_masks, sample_allowed
-from xlstm_rl.agents.faults import SKIPPED
 from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.masked_evaluation import MaskedModel
+from xlstm_rl.agents.masks import masks_actions, read_masks, sample_allowed
+from xlstm_rl.agents.nonfinite import SKIPPED
 from xlstm_rl.agents.normalization import statistics_kept
 
 

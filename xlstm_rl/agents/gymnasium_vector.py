@@ -12,7 +12,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
-from xlstm_rl.agents.faults import SKIPPED
+from xlstm_rl.agents.nonfinite import SKIPPED
 
 Indices = int | Iterable[int] | None
 

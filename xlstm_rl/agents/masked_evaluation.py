@@ -9,7 +9,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from xlstm_rl.agents.action_masks import masks_actions, read_masks, takes_masks
+from xlstm_rl.agents.masks import masks_actions, read_masks, takes_masks
 
 
 class MaskedModel:

@@ -17,9 +17,13 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from xlstm_rl.agents.action_masks import masks_actions, read_masks
 from xlstm_rl.agents.actor_critic import PolicyState
-from xlstm_rl.agents.faults import (
+from xlstm_rl.agents.gradient_clip import clip_gradients
+from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
+from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, check_advantage_floor, ppo_loss
+from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
+from xlstm_rl.agents.masks import masks_actions, read_masks
+from xlstm_rl.agents.nonfinite import (
     check_first_observations,
     check_step,
     explain_loss,
@@ -29,15 +33,11 @@ from xlstm_rl.agents.faults import (
     rewards_without_skipped,
     skipped_steps,
 )
-from xlstm_rl.agents.gradient_clip import clip_gradients
-from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
-from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, check_advantage_floor, ppo_loss
-from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
-from xlstm_rl.agents.memory_statistics import memory_statistics
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
 from xlstm_rl.agents.policy_arguments import check_policy_kwargs
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, first_steps, minibatches, stack_states
 from xlstm_rl.agents.saving import SavedAlgorithm
+from xlstm_rl.agents.statistics import memory_statistics
 from xlstm_rl.agents.stopwatch import Stopwatch
 from xlstm_rl.agents.training_state import mark_point
 from xlstm_rl.agents.truncation import value_of_cut_episodes

@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper, VecEnvStepReturn
 from stable_baselines3.common.vec_env.subproc_vec_env import _stack_obs, _worker
 
-from xlstm_rl.agents.faults import SKIPPED
+from xlstm_rl.agents.nonfinite import SKIPPED
 
 # For a worker to close its environment before it is killed.
 CLOSE_SECONDS = 5.0

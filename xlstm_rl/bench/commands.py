@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from xlstm_rl.arguments import positive
 from xlstm_rl.configs import ConfigError
-from xlstm_rl.file_lock import LockedError, exclusive
+from xlstm_rl.configs.arguments import positive
+from xlstm_rl.runs.lock import LockedError, exclusive
 
 INCOMPLETE = 3
 SOME_FAILED = 1

@@ -6,7 +6,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from xlstm_rl.agents.faults import SKIPPED
+from xlstm_rl.agents.nonfinite import SKIPPED
 
 # What environments and monitors say about a single episode.
 _OF_ONE_EPISODE = ("episode", "is_success")

@@ -19,12 +19,12 @@ from xlstm_rl.bench.episodes_in_a_row import EpisodesInARow
 from xlstm_rl.bench.plan import LENGTHS, PlannedRun, fingerprint, lengthened, score
 from xlstm_rl.bench.records import Figure, Record, StateHealth
 from xlstm_rl.bench.spec import BenchSpec
-from xlstm_rl.building import make_env, normalized_as_saved
 from xlstm_rl.envs import TaskFacts
-from xlstm_rl.report import Score
-from xlstm_rl.run_folder import RunFolder
-from xlstm_rl.seeding import Purpose, environment_seed
-from xlstm_rl.training import EMPTIED, TRAINED, RunResult, play
+from xlstm_rl.runs.build import make_env, normalized_as_saved
+from xlstm_rl.runs.folder import RunFolder
+from xlstm_rl.runs.seeds import Purpose, environment_seed
+from xlstm_rl.runs.table import Score
+from xlstm_rl.runs.train import EMPTIED, TRAINED, RunResult, play
 
 
 class WatchedModel:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_rl.bench.spec import AgentSpec, BenchSpec, TaskSpec
-from xlstm_rl.building import make_env, make_model, read_facts
 from xlstm_rl.configs import ConfigError, EnvConfig, MemoryConfig, TrainConfig, dump, load
 from xlstm_rl.envs import TaskFacts, TaskPurpose, longer, task_purpose
+from xlstm_rl.runs.build import make_env, make_model, read_facts
 
 # Times the training length, at which agents are measured.
 LENGTHS = (4, 16)

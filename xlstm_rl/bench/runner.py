@@ -21,8 +21,8 @@ from xlstm_rl.bench.results import read_record
 from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.bench.worker import DONE, INTERRUPTED, work
 from xlstm_rl.configs import ConfigError, load_file
-from xlstm_rl.interruption import Interruption
-from xlstm_rl.report import read_returns
+from xlstm_rl.runs.interruption import Interruption
+from xlstm_rl.runs.returns import read_returns
 
 POLL_SECONDS = 0.5
 LOG_LINES = 200

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from xlstm_rl.agents.archive import write_whole
 from xlstm_rl.bench.plan import PlannedRun, fingerprint
 from xlstm_rl.bench.spec import BenchSpec
-from xlstm_rl.report import Row
+from xlstm_rl.runs.returns import Row
 
 # Exit codes of a worker.
 DONE, FAILED, INTERRUPTED = 0, 1, 3
@@ -40,9 +40,9 @@ def _finish(run: PlannedRun, spec: BenchSpec) -> bool:
     """Whether the run came to its end and was measured."""
     # Loaded only here: the parent process trains nothing.
     from xlstm_rl.bench.measuring import measure
-    from xlstm_rl.building import torch_threads
-    from xlstm_rl.run_folder import RunFolder
-    from xlstm_rl.training import resume, train
+    from xlstm_rl.runs.build import torch_threads
+    from xlstm_rl.runs.folder import RunFolder
+    from xlstm_rl.runs.train import resume, train
 
     spent = _Spent(run)
     stop_when = spent.noting(_solved(run, spec))

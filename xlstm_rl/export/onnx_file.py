@@ -18,11 +18,11 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from xlstm_rl._version import __version__
-from xlstm_rl.agents.action_masks import mask_parts, masks_actions
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, evaluating
 from xlstm_rl.agents.archive import write_whole
 from xlstm_rl.agents.description import KIND, describe
-from xlstm_rl.agents.memory_inputs import KEYS
+from xlstm_rl.agents.inputs import KEYS
+from xlstm_rl.agents.masks import mask_parts, masks_actions
 from xlstm_rl.export.front import Front, Normalize, entries, front_of
 from xlstm_rl.export.step_graph import MASK, NEXT, RESET, PolicyStep, distribution_parameters, observation_name
 

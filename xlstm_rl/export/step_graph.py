@@ -10,8 +10,8 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from torch import Tensor, nn
 
-from xlstm_rl.agents.action_masks import mask_logits, mask_parts
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState
+from xlstm_rl.agents.masks import mask_logits, mask_parts
 from xlstm_rl.export.front import SINGLE, Front
 from xlstm_rl.memory import leaf_names, leaves, map_leaves
 

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.configs import ConfigError, TrainConfig, dump, load, load_file
-from xlstm_rl.report import read_returns
-from xlstm_rl.training import RunResult, evaluate_run, resume, train
+from xlstm_rl.runs.returns import read_returns
+from xlstm_rl.runs.train import RunResult, evaluate_run, resume, train
 
 TINY = [
     "total_steps=256",

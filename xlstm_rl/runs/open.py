@@ -15,13 +15,13 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.archive import write_whole
-from xlstm_rl.building import evaluation_device, make_env, normalized_as_saved, torch_threads
+from xlstm_rl.runs.build import evaluation_device, make_env, normalized_as_saved, torch_threads
 from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.export import Check, ExportError, check_onnx, export_onnx
 from xlstm_rl.export.onnx_check import ROWS
 from xlstm_rl.inspection import Episode, draw_episode, record_episode, write_gif
-from xlstm_rl.run_folder import RunFolder
-from xlstm_rl.seeding import Purpose, environment_seed
+from xlstm_rl.runs.folder import RunFolder
+from xlstm_rl.runs.seeds import Purpose, environment_seed
 
 DEFAULT_FPS = 10
 

@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv
-from xlstm_rl.building import make_env, normalized
+from xlstm_rl.runs.build import make_env, normalized
 from xlstm_rl.configs import load
 from xlstm_rl.envs import TaskVectorEnv
 

@@ -20,7 +20,7 @@ from xlstm_rl.agents import CheckpointError, RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
 from xlstm_rl.agents.subprocesses import WorkerError
 from xlstm_rl.agents.training_state import Resumed, resume_model
-from xlstm_rl.building import (
+from xlstm_rl.runs.build import (
     check_device,
     make_env,
     make_model,
@@ -29,7 +29,7 @@ from xlstm_rl.building import (
     read_facts,
     torch_threads,
 )
-from xlstm_rl.callbacks import (
+from xlstm_rl.runs.callbacks import (
     EpisodeRecorder,
     PeriodicCheckpoint,
     PeriodicEvaluation,
@@ -38,12 +38,14 @@ from xlstm_rl.callbacks import (
 )
 from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.envs import TaskFacts, suite_versions
-from xlstm_rl.finished import open_run
-from xlstm_rl.interruption import Interruption
-from xlstm_rl.report import LiveView, Returns, Row, Score, read_returns, score_table
-from xlstm_rl.report.curve import plot_curve
-from xlstm_rl.run_folder import RunFolder
-from xlstm_rl.seeding import Purpose, environment_seed
+from xlstm_rl.runs.open import open_run
+from xlstm_rl.runs.interruption import Interruption
+from xlstm_rl.runs.live import LiveView
+from xlstm_rl.runs.returns import Returns, Row, read_returns
+from xlstm_rl.runs.table import Score, score_table
+from xlstm_rl.runs.curve import plot_curve
+from xlstm_rl.runs.folder import RunFolder
+from xlstm_rl.runs.seeds import Purpose, environment_seed
 
 StopWhen = Callable[[Sequence[Row]], bool]
 

@@ -22,14 +22,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from xlstm_rl import cli
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.callbacks import EpisodeRecorder
+from xlstm_rl.runs.callbacks import EpisodeRecorder
 from xlstm_rl.configs import ConfigError, TrainConfig, load, load_file
-from xlstm_rl.finished import open_run
-from xlstm_rl.report import read_returns
-from xlstm_rl.run_folder import RunFolder
-from xlstm_rl.training import RunResult, TrainingStoppedError, evaluate_run, resume, train
+from xlstm_rl.runs.open import open_run
+from xlstm_rl.runs.returns import read_returns
+from xlstm_rl.runs.folder import RunFolder
+from xlstm_rl.runs.train import RunResult, TrainingStoppedError, evaluate_run, resume, train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Rollouts of 96 steps, checkpoints and evaluations at other steps, statistics and schedules that change.
 SMALL = [
     *("env.n_envs=3", "ppo.n_steps=32", "ppo.batch_size=48", "ppo.n_epochs=2", "memory.hidden_size=8"),
@@ -309,7 +309,7 @@ def test_full_disk_is_told_without_a_traceback(
     monkeypatch.setattr("os.fsync", full)
     run_dir = tmp_path / "run"
     # the disk is full once the folder is there
-    monkeypatch.setattr("xlstm_rl.run_folder.write_whole", Path.write_bytes)
+    monkeypatch.setattr("xlstm_rl.runs.folder.write_whole", Path.write_bytes)
     assert cli.main(["train", "cartpole-no-velocity", *SMALL, "--run-dir", str(run_dir)]) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xlstm_rl.report.returns import Row
+from xlstm_rl.runs.returns import Row
 
 
 def plot_curve(rows: Sequence[Row], path: Path, title: str, references: Mapping[str, float]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from xlstm_rl.configs import ConfigError, load
-from xlstm_rl.run_folder import RunFolder, default_run_path
+from xlstm_rl.runs.folder import RunFolder, default_run_path
 
 
 def test_default_name_tells_preset_and_seed() -> None:

@@ -20,10 +20,10 @@ from rich.console import Console
 from xlstm_rl import cli
 from xlstm_rl.configs import ConfigError, load
 from xlstm_rl.export import ExportError
-from xlstm_rl.finished import export_run, inspect_run, open_run
-from xlstm_rl.training import train
+from xlstm_rl.runs.open import export_run, inspect_run, open_run
+from xlstm_rl.runs.train import train
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_refused_export_leaves_the_file_of_before(run: Path, tmp_path: Path, mon
 
     path = tmp_path / "policy.onnx"
     path.write_bytes(b"good")
-    monkeypatch.setattr("xlstm_rl.finished.check_onnx", refuse)
+    monkeypatch.setattr("xlstm_rl.runs.open.check_onnx", refuse)
     with pytest.raises(ConfigError, match="off by 1.0e"):
         export_run(run, path)
     assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]

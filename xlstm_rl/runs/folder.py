@@ -23,7 +23,7 @@ from xlstm_rl._version import __version__
 from xlstm_rl.agents.archive import write_whole
 from xlstm_rl.agents.normalization import dump_normalizer
 from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
-from xlstm_rl.file_lock import LockedError, exclusive
+from xlstm_rl.runs.lock import LockedError, exclusive
 
 
 class RunFolder:

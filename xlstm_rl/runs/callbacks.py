@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from xlstm_rl.report import LiveView, Returns, Row
+from xlstm_rl.runs.live import LiveView
+from xlstm_rl.runs.returns import Returns, Row
 
 # Episodes that the live view averages over, as SB3's own log does.
 RECENT = 100

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_rl.file_lock import LockedError, exclusive
+from xlstm_rl.runs.lock import LockedError, exclusive
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from xlstm_rl.file_lock import exclusive
+from xlstm_rl.runs.lock import exclusive
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -19,14 +19,14 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO
-from xlstm_rl.agents.memory_inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
+from xlstm_rl.agents.inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
 from xlstm_rl.agents.normalization import load_normalizer
 from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
 from xlstm_rl.configs.schema import agent_arguments
 from xlstm_rl.envs import Resumable, TaskFacts, task_facts
-from xlstm_rl.run_folder import normalizer_path
-from xlstm_rl.seeding import Purpose, environment_seed
+from xlstm_rl.runs.folder import normalizer_path
+from xlstm_rl.runs.seeds import Purpose, environment_seed
 
 OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
 # What impossible settings lead to in constructors that do not check them.
