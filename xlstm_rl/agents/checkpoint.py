@@ -167,7 +167,7 @@ def load_model(
         model = cls(data["policy_class"], env, device=device, _init_setup_model=False)  # type: ignore[arg-type]
         vars(model).update(data)
         vars(model).update(arguments)
-        model._check_sizes()
+        model.check_settings()
         model._setup_model()
     except _BUILD_ERRORS as error:
         raise CheckpointError(

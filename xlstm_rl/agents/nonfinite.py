@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from xlstm_rl.agents.normalization import normalizer_statistics, restore_statistics
-
-if TYPE_CHECKING:
-    from xlstm_rl.agents.losses import PPOLoss
-    from xlstm_rl.agents.ppo import RecurrentPPO
-
 # In the info of a step that did not happen, because the environment was lost or only reset in it; tells why.
 SKIPPED = "skipped_step"
-# Attempts at first observations without NaN.
-RESETS = 10
-
-Collect = TypeVar("Collect", bound=Callable[..., bool])
 
 
 def check_step(
@@ -105,78 +93,3 @@ def rewards_without_skipped(rewards: np.ndarray, values: np.ndarray, infos: Sequ
 def skipped_steps(infos: Sequence[dict[str, Any]]) -> np.ndarray:
     """Where the step did not happen, bool [n_envs]."""
     return np.array([SKIPPED in info for info in infos], bool)
-
-
-def explain_loss(loss: PPOLoss, place: str, error: FloatingPointError) -> str:
-    """What is not finite in an update."""
-    wrong = [name for name, part in loss._asdict().items() if not bool(part.isfinite())]
-    return f"{'the gradient alone' if not wrong else 'the loss (' + ', '.join(wrong) + ')'} in {place}: {error}"
-
-
-def leaves_broken_rollouts(collect: Collect) -> Collect:
-    """Make `collect_rollouts` begin new episodes after a rollout that an exception has ended.
-
-    One with NaN or infinity in it is dropped, and training goes on, where `on_nonfinite` says so.
-    """
-
-    @wraps(collect)
-    def collect_or_leave(model: RecurrentPPO, *args: Any, **kwargs: Any) -> bool:
-        statistics = read_statistics(model)
-        try:
-            return collect(model, *args, **kwargs)
-        except FloatingPointError as error:
-            if model.on_nonfinite == "stop":
-                model._last_obs = None
-                raise FloatingPointError(
-                    f"{error}; mend what it comes from, or drop such rollouts with on_nonfinite='skip'"
-                ) from error
-            warnings.warn(f"{error}; the rollout is dropped, all environments start new episodes", stacklevel=2)
-            model.rollout_buffer.reset()
-            model._rollout_start = None
-            _begin_finite_episodes(model, statistics)
-            return True
-        except BaseException:
-            # the memory may have seen an observation that the next `learn` would show it again
-            model._last_obs = None
-            raise
-
-    return cast(Collect, collect_or_leave)
-
-
-def read_statistics(model: RecurrentPPO) -> dict[str, Any] | None:
-    """Running statistics of the environment, to bring back what NaN has spoilt; None where they are not needed."""
-    normalizer = model.get_vec_normalize_env()
-    return None if normalizer is None or model.on_nonfinite == "stop" else normalizer_statistics(normalizer)
-
-
-def mend_first_observations(model: RecurrentPPO, statistics: dict[str, Any] | None) -> None:
-    """Begin other episodes if the first observations have NaN or infinity in them.
-
-    Args:
-        model: about to learn.
-        statistics: what `read_statistics` gave before the environment was reset.
-
-    Raises:
-        FloatingPointError: all resets give such.
-    """
-    assert model.env is not None, "a model about to learn has one"
-    try:
-        check_first_observations(model.env, model._last_obs)
-    except FloatingPointError as error:
-        warnings.warn(f"{error}; all environments start other episodes", stacklevel=4)
-        _begin_finite_episodes(model, statistics)
-
-
-def _begin_finite_episodes(model: RecurrentPPO, statistics: dict[str, Any] | None) -> None:
-    assert model.env is not None, "a rollout was collected from it"
-    normalizer = model.get_vec_normalize_env()
-    for attempt in range(RESETS):
-        if normalizer is not None and statistics is not None:
-            restore_statistics(normalizer, statistics)
-        model._begin_episodes()
-        try:
-            return check_first_observations(model.env, model._last_obs)
-        except FloatingPointError as error:
-            if attempt == RESETS - 1:
-                model._last_obs = None
-                raise FloatingPointError(f"{error}, after {RESETS} resets in a row: mend the environment") from error

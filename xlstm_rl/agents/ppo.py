@@ -3,49 +3,26 @@
 from __future__ import annotations
 
 import time
-import warnings
+from functools import partial
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from gymnasium.vector import VectorEnv
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, explained_variance, obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance
 
-from xlstm_rl.agents.actor_critic import PolicyState
-from xlstm_rl.agents.gradient_clip import clip_gradients
-from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, check_advantage_floor, ppo_loss
-from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
-from xlstm_rl.agents.masks import masks_actions, read_masks
-from xlstm_rl.agents.nonfinite import (
-    check_first_observations,
-    check_step,
-    explain_loss,
-    leaves_broken_rollouts,
-    mend_first_observations,
-    read_statistics,
-    rewards_without_skipped,
-    skipped_steps,
-)
-from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
-from xlstm_rl.agents.policy_arguments import check_policy_kwargs
+from xlstm_rl.agents.on_policy import RecurrentOnPolicyAlgorithm
+from xlstm_rl.agents.policy import XLSTMPolicy
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, first_steps, minibatches, stack_states
-from xlstm_rl.agents.saving import SavedAlgorithm
 from xlstm_rl.agents.statistics import memory_statistics
-from xlstm_rl.agents.stopwatch import Stopwatch
-from xlstm_rl.agents.training_state import mark_point
-from xlstm_rl.agents.truncation import value_of_cut_episodes
 from xlstm_rl.memory import take
 from xlstm_rl.memory.checks import check_number, check_whole
 
 
-class RecurrentPPO(SavedAlgorithm):
+class RecurrentPPO(RecurrentOnPolicyAlgorithm):
     """Proximal policy optimisation for policies with memory (Schulman et al. 2017, arXiv 1707.06347).
 
     A drop-in replacement for `sb3_contrib.RecurrentPPO`. The rollout is cut into chunks of `seq_len` steps; a
@@ -97,17 +74,6 @@ class RecurrentPPO(SavedAlgorithm):
         ValueError: a setting does not fit; the message names it and the remedy.
     """
 
-    policy: XLSTMPolicy
-    rollout_buffer: ChunkedRolloutBuffer  # type: ignore[assignment]
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpXLSTMPolicy": XLSTMPolicy,
-        "CnnXLSTMPolicy": CnnXLSTMPolicy,
-        "MultiInputXLSTMPolicy": MultiInputXLSTMPolicy,
-        "MlpLstmPolicy": LSTMPolicy,
-        "CnnLstmPolicy": CnnLSTMPolicy,
-        "MultiInputLstmPolicy": MultiInputLSTMPolicy,
-    }
-
     def __init__(
         self,
         policy: str | type[XLSTMPolicy],
@@ -144,19 +110,32 @@ class RecurrentPPO(SavedAlgorithm):
         rollout_buffer_class: type[ChunkedRolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.refresh_state = refresh_state
+        self.advantage_floor = advantage_floor
+        self._advantage_scale = AdvantageScale()
         super().__init__(
             policy,
-            env,  # type: ignore[arg-type]
-            learning_rate=learning_rate,
-            n_steps=n_steps,
+            env,
+            learning_rate,
+            n_steps,
             gamma=gamma,
             gae_lambda=gae_lambda,
-            ent_coef=ent_coef,  # type: ignore[arg-type]
+            ent_coef=ent_coef,
             vf_coef=vf_coef,
             max_grad_norm=max_grad_norm,
+            grad_spike_factor=grad_spike_factor,
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
-            rollout_buffer_class=rollout_buffer_class,  # type: ignore[arg-type]
+            seq_len=seq_len,
+            use_masking=use_masking,
+            on_nonfinite=on_nonfinite,
+            rollout_buffer_class=rollout_buffer_class,
             rollout_buffer_kwargs=rollout_buffer_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -164,50 +143,21 @@ class RecurrentPPO(SavedAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
-            _init_setup_model=False,
-            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
+            _init_setup_model=_init_setup_model,
         )
-        self.batch_size = batch_size
-        self.n_epochs = n_epochs
-        self.clip_range = clip_range
-        self.clip_range_vf = clip_range_vf
-        self.normalize_advantage = normalize_advantage
-        self.target_kl = target_kl
-        self.seq_len = seq_len
-        self.refresh_state = refresh_state
-        self.advantage_floor = advantage_floor
-        self._advantage_scale = AdvantageScale()
-        self.grad_spike_factor = grad_spike_factor
-        self.use_masking = use_masking
-        self._gradient_norm: float | None = None
-        self.on_nonfinite = on_nonfinite
-        self._last_state: PolicyState | None = None
-        self._check_sizes()
-        if _init_setup_model:
-            self._setup_model()
 
-    def _check_sizes(self) -> None:
-        for name in ("n_steps", "batch_size", "n_epochs", "seq_len"):
-            if getattr(self, name) is not None or name in ("n_steps", "n_epochs"):
-                check_whole(name, getattr(self, name), 1)
-        for name in ("gamma", "gae_lambda"):
-            check_number(name, getattr(self, name), least=0, most=1)
-        check_number("vf_coef", self.vf_coef, least=0)
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be above 0; float('inf') is no bound")
+    def check_settings(self) -> None:
+        """Refuse settings that do not fit; see the constructor."""
+        super().check_settings()
+        check_whole("n_epochs", self.n_epochs, 1)
         for name in ("clip_range", "clip_range_vf"):
             if isinstance(getattr(self, name), Real):
                 check_number(name, getattr(self, name), above=0)
         check_advantage_floor(self.advantage_floor)
-        if self.grad_spike_factor is not None and self.grad_spike_factor <= 1:
-            raise ValueError(f"grad_spike_factor={self.grad_spike_factor} must be above 1, or None for no bound")
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise ValueError(f"on_nonfinite={self.on_nonfinite!r} must be 'stop' or 'skip'")
-        if self.seq_len is None:
+        if self.batch_size is None:
             return
-        if self.seq_len > self.n_steps:
-            raise ValueError(f"seq_len={self.seq_len} must be between 1 and n_steps={self.n_steps}, or None")
-        if self.batch_size is not None and self.seq_len > self.batch_size:
+        check_whole("batch_size", self.batch_size, 1)
+        if self.seq_len is not None and self.seq_len > self.batch_size:
             raise ValueError(
                 f"seq_len={self.seq_len} is more than batch_size={self.batch_size}, and a minibatch is made of whole "
                 "chunks: raise batch_size or lower seq_len"
@@ -218,157 +168,11 @@ class RecurrentPPO(SavedAlgorithm):
         """Steps of a training sequence: `seq_len`, or what stands for None."""
         return self.seq_len or min(self.n_steps, self.batch_size or self.n_steps)
 
-    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
-        if policy_name not in self.policy_aliases:
-            raise ValueError(f"policy {policy_name!r} is unknown; known are {list(self.policy_aliases)}")
-        return self.policy_aliases[policy_name]
-
     def _setup_model(self) -> None:
-        check_policy_kwargs(self.policy_class, self.policy_kwargs)
-        self._setup_lr_schedule()
-        self.set_random_seed(self.seed)
-        self._setup_rollout_buffer()
-        self.policy = self.policy_class(  # type: ignore[assignment]
-            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
-        )
-        if not isinstance(self.policy, XLSTMPolicy):
-            raise ValueError(
-                f"policy {type(self.policy).__name__} has no memory core: use one of {sorted(self.policy_aliases)} "
-                "or a subclass of xlstm_rl.XLSTMPolicy"
-            )
-        self.policy = self.policy.to(self.device)
-        self._last_state = self.policy.initial_state(self.n_envs)
+        super()._setup_model()
         for name in ("clip_range", "clip_range_vf"):
             if getattr(self, name) is not None:
                 setattr(self, name, FloatSchedule(getattr(self, name)))
-
-    def _setup_rollout_buffer(self) -> None:
-        buffer_class: Any = self.rollout_buffer_class or ChunkedRolloutBuffer
-        if not issubclass(buffer_class, ChunkedRolloutBuffer):
-            raise ValueError(f"rollout_buffer_class {buffer_class.__name__} must subclass ChunkedRolloutBuffer")
-        self.rollout_buffer = buffer_class(
-            self.n_steps,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
-            n_envs=self.n_envs,
-            seq_len=self.chunk_length,
-            **self.rollout_buffer_kwargs,
-        )
-
-    @staticmethod
-    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        env = GymnasiumVecEnv(env) if isinstance(env, VectorEnv) else env
-        return SavedAlgorithm._wrap_env(env, verbose, monitor_wrapper)
-
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """Use another environment from the next `learn` on, with as many or other numbers of copies."""
-        env = self._wrap_env(env, self.verbose)
-        if not force_reset and env.num_envs != self.n_envs:
-            raise ValueError(
-                f"force_reset=False goes on with the {self.n_envs} running episodes, but env has {env.num_envs} "
-                "copies: set force_reset=True"
-            )
-        check_for_correct_spaces(env, self.observation_space, self.action_space)
-        self._rollout_start = None
-        # the parent class wants as many as before
-        self.n_envs = env.num_envs
-        super().set_env(env, force_reset)
-        if getattr(self, "policy", None) is not None and self.rollout_buffer.n_envs != self.n_envs:
-            self._setup_rollout_buffer()
-            self._last_state = self.policy.initial_state(self.n_envs)
-
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        self._rollout_start = None
-        fresh = self._last_obs is None
-        before = read_statistics(self)
-        result = super()._setup_learn(*args, **kwargs)
-        if fresh or self._last_state is None:
-            self._last_state = self.policy.initial_state(self.n_envs)
-        if self.on_nonfinite == "skip":
-            mend_first_observations(self, before)
-        return result
-
-    def _begin_episodes(self) -> None:
-        """All environments begin new episodes, with empty memories."""
-        assert self.env is not None, "learn() has refused to go without one"
-        self._last_obs = self.env.reset()  # type: ignore[assignment]
-        self._last_episode_starts = np.ones(self.n_envs, bool)
-        self._last_state = self.policy.initial_state(self.n_envs)
-
-    @leaves_broken_rollouts
-    def collect_rollouts(  # type: ignore[override]
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: ChunkedRolloutBuffer, n_rollout_steps: int
-    ) -> bool:
-        """Act for `n_rollout_steps` steps in every environment and fill the buffer.
-
-        Returns:
-            False if the callback stopped training.
-
-        Raises:
-            ValueError: the buffer is made for another number of steps.
-        """
-        if n_rollout_steps != rollout_buffer.buffer_size:
-            raise ValueError(
-                f"n_steps={n_rollout_steps} was set after the rollout buffer was made for {rollout_buffer.buffer_size} "
-                "steps: give n_steps to the constructor, or save the agent and load(path, env, n_steps=...)"
-            )
-        self.policy.set_training_mode(False)
-        rollout_buffer.reset()
-        callback.on_rollout_start()
-        if self._last_obs is None:
-            # a callback has evaluated in these environments
-            self._begin_episodes()
-        assert self._last_obs is not None and self._last_state is not None, "learn() sets them"
-        self._rollout_start = mark_point(self)
-        clock = Stopwatch()
-        check_first_observations(env, self._last_obs)
-        if self.use_sde:
-            self.policy.reset_noise(env.num_envs)
-        state = self._last_state
-        masked, masks, action_masks = masks_actions(env, self.action_space, self.use_masking), None, None
-        for n_steps in range(n_rollout_steps):
-            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-                self.policy.reset_noise(env.num_envs)
-            rollout_buffer.add_state(state)
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-            if masked:
-                action_masks = read_masks(env, self.action_space)
-                masks = torch.as_tensor(action_masks, device=self.device)
-            with clock.timing("act"), torch.inference_mode():
-                episode_starts = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
-                step = self.policy.act(obs_tensor, state, episode_starts, action_masks=masks, reuse_state=True)
-            state, values, log_probs = step.state, step.values.cpu().numpy(), step.log_prob.cpu().numpy()
-            actions = step.actions.cpu().numpy()
-            clipped_actions = self.policy.to_env_actions(actions)
-            with clock.timing("env"):
-                new_obs, rewards, dones, infos = env.step(clipped_actions)
-            self.num_timesteps += env.num_envs
-            check_step(env, new_obs, rewards, infos, step=n_steps, total=self.num_timesteps)
-            rewards = rewards_without_skipped(rewards, values, infos)
-            last_obs, starts = self._last_obs, self._last_episode_starts
-            # before callbacks, which may save the agent or end training: the memory has been written over already
-            self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state  # type: ignore[assignment]
-            callback.update_locals(locals())
-            if not callback.on_step():
-                return False
-            self._update_info_buffer(infos, dones)
-            rollout_buffer.add(last_obs, actions, rewards, starts, values, log_probs, action_masks)  # type: ignore[arg-type]
-            truncation = value_of_cut_episodes(self.policy, dones, infos, state)
-            rollout_buffer.add_outcome(dones, truncation.mask, truncation.values, skipped_steps(infos))
-        with torch.inference_mode():
-            episode_starts = torch.as_tensor(dones, dtype=torch.bool, device=self.device)
-            last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, episode_starts)  # type: ignore[arg-type]
-        rollout_buffer.check_finite()
-        rollout_buffer.compute_returns_and_advantage(last_values.cpu().numpy())
-        self._rollout_start = None
-        for name, seconds in clock.seconds.items():
-            self.logger.record(f"time/{name}_seconds", seconds)
-        callback.update_locals(locals())
-        callback.on_rollout_end()
-        return True
 
     def train(self) -> None:
         """Update the policy on the rollout."""
@@ -397,7 +201,8 @@ class RecurrentPPO(SavedAlgorithm):
                     if self.verbose >= 1:
                         print(f"Early stopping at epoch {epoch}: KL {loss.approx_kl:.3f}, target {self.target_kl}")
                     break
-                skipped += not self._step(loss, f"minibatch {minibatch} of epoch {epoch}")
+                place = f"minibatch {minibatch} of epoch {epoch}"
+                skipped += not self.gradient_step(loss.total, partial(loss.explain, place))
             self._n_updates += 1
             if not keep_going:
                 break
@@ -410,26 +215,6 @@ class RecurrentPPO(SavedAlgorithm):
         self.logger.record("time/train_seconds", time.perf_counter() - begun)
         if self.on_nonfinite == "skip":
             self.logger.record("train/skipped_updates", skipped)
-
-    def _step(self, loss: PPOLoss, place: str) -> bool:
-        """One step of the optimiser; whether it was done."""
-        self.policy.optimizer.zero_grad()
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        try:
-            self._gradient_norm = clip_gradients(
-                self.policy.parameters(),
-                max_norm=self.max_grad_norm,
-                spike_factor=self.grad_spike_factor,
-                running_norm=self._gradient_norm,
-            )
-        except FloatingPointError as error:
-            explained = explain_loss(loss, place, error)
-            if self.on_nonfinite == "stop":
-                raise FloatingPointError(explained) from error
-            warnings.warn(f"{explained}; this update is skipped", stacklevel=2)
-            return False
-        self.policy.optimizer.step()
-        return True
 
     def _loss(self, batch: RolloutChunks) -> PPOLoss:
         progress = self._current_progress_remaining
@@ -481,29 +266,3 @@ class RecurrentPPO(SavedAlgorithm):
         record("train/clip_range", self.clip_range(self._current_progress_remaining))  # type: ignore[operator]
         if self.clip_range_vf is not None:
             record("train/clip_range_vf", self.clip_range_vf(self._current_progress_remaining))  # type: ignore[operator]
-
-    def predict(
-        self,
-        observation: Any,
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-        action_masks: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Choose actions; see `XLSTMPolicy.predict`."""
-        return self.policy.predict(observation, state, episode_start, deterministic, action_masks)
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "RecurrentPPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> RecurrentPPO:
-        """Train for `total_timesteps` environment steps, rounded up to whole rollouts."""
-        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-        # a rollout that a callback broke off is over once all callbacks have seen the end
-        self._rollout_start = None
-        return self

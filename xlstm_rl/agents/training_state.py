@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 
@@ -50,7 +51,7 @@ class Resumed(Generic[Model]):
     """Why all environments start new episodes; None if the running ones go on."""
 
 
-def mark_point(model: RecurrentPPO) -> TrainingPoint:
+def mark_point(model: OnPolicyAlgorithm) -> TrainingPoint:
     """Note the present, which must lie between two rollouts; the environments keep theirs until the next mark."""
     env = _env_of(model)
     if env.has_attr("mark_point"):
@@ -122,7 +123,7 @@ def _other_seed(seed: int, num_timesteps: int) -> int:
     return int(np.random.SeedSequence((seed, num_timesteps)).generate_state(1)[0]) // 2
 
 
-def _env_of(model: RecurrentPPO) -> VecEnv:
+def _env_of(model: OnPolicyAlgorithm) -> VecEnv:
     if model.env is None:
         raise ValueError("the agent has no environment: hand one to load, resume or set_env")
     return model.env

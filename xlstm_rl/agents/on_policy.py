@@ -1,0 +1,414 @@
+"""On-policy training of policies with memory: rollouts that carry it, and the step of the optimiser."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import check_for_correct_spaces, obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from xlstm_rl.agents.actor_critic import PolicyState
+from xlstm_rl.agents.gradient_clip import clip_gradients
+from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
+from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
+from xlstm_rl.agents.masks import masks_actions, read_masks
+from xlstm_rl.agents.nonfinite import check_first_observations, check_step, rewards_without_skipped, skipped_steps
+from xlstm_rl.agents.normalization import normalizer_statistics, restore_statistics
+from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
+from xlstm_rl.agents.policy_arguments import check_policy_kwargs
+from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
+from xlstm_rl.agents.saving import SavedAlgorithm
+from xlstm_rl.agents.training_state import mark_point
+from xlstm_rl.agents.truncation import value_of_cut_episodes
+from xlstm_rl.memory.checks import check_number, check_whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Attempts at first observations without NaN.
+RESETS = 10
+
+
+class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
+    """What on-policy algorithms for policies with memory share; a subclass says in `train` what it makes of a rollout.
+
+    `collect_rollouts` fills a `ChunkedRolloutBuffer`, every environment's memory state carried from step to step and
+    rollout to rollout; `gradient_step` is the one place where weights change. `RecurrentPPO` is the example.
+
+    Args:
+        policy: name among `policy_aliases`, or an `XLSTMPolicy` class.
+        env: environment, vector environment of Stable-Baselines3 or gymnasium, or id.
+        learning_rate: a number, or a function of the remaining progress from 1 to 0.
+        n_steps: steps per environment and rollout.
+        seq_len: steps of a training sequence (how far gradients reach back); None: the whole rollout.
+        grad_spike_factor: see `clip_gradients`; None for no such bound.
+        use_masking: choose among the actions that the `action_masks()` of the environment allow; None: where it has
+            that method.
+        on_nonfinite: what NaN or infinity does: "stop" raises FloatingPointError, "skip" warns and skips what they
+            touch.
+        rollout_buffer_class: a `ChunkedRolloutBuffer` class.
+        _init_setup_model: build the networks now.
+        **kwargs: of `OnPolicyAlgorithm` of Stable-Baselines3.
+
+    Raises:
+        TypeError: a setting is of the wrong kind, or `policy_kwargs` hold what the policy does not know.
+        ValueError: a setting does not fit; the message names it and the remedy.
+    """
+
+    policy: XLSTMPolicy
+    rollout_buffer: ChunkedRolloutBuffer  # type: ignore[assignment]
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpXLSTMPolicy": XLSTMPolicy,
+        "CnnXLSTMPolicy": CnnXLSTMPolicy,
+        "MultiInputXLSTMPolicy": MultiInputXLSTMPolicy,
+        "MlpLstmPolicy": LSTMPolicy,
+        "CnnLstmPolicy": CnnLSTMPolicy,
+        "MultiInputLstmPolicy": MultiInputLSTMPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[XLSTMPolicy],
+        env: GymEnv | VectorEnv[Any, Any, Any] | str,
+        learning_rate: float | Schedule,
+        n_steps: int,
+        *,
+        seq_len: int | None = None,
+        grad_spike_factor: float | None = None,
+        use_masking: bool | None = None,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        rollout_buffer_class: type[ChunkedRolloutBuffer] | None = None,
+        _init_setup_model: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,  # type: ignore[arg-type]
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            rollout_buffer_class=rollout_buffer_class,  # type: ignore[arg-type]
+            _init_setup_model=False,
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
+            **kwargs,
+        )
+        self.seq_len = seq_len
+        self.grad_spike_factor = grad_spike_factor
+        self.use_masking = use_masking
+        self.on_nonfinite = on_nonfinite
+        self._gradient_norm: float | None = None
+        self._last_state: PolicyState | None = None
+        self.check_settings()
+        if _init_setup_model:
+            self._setup_model()
+
+    def check_settings(self) -> None:
+        """Refuse settings that do not fit; see the constructor."""
+        check_whole("n_steps", self.n_steps, 1)
+        if self.seq_len is not None:
+            check_whole("seq_len", self.seq_len, 1)
+            if self.seq_len > self.n_steps:
+                raise ValueError(f"seq_len={self.seq_len} must be between 1 and n_steps={self.n_steps}, or None")
+        for name in ("gamma", "gae_lambda"):
+            check_number(name, getattr(self, name), least=0, most=1)
+        check_number("vf_coef", self.vf_coef, least=0)
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be above 0; float('inf') is no bound")
+        if self.grad_spike_factor is not None and self.grad_spike_factor <= 1:
+            raise ValueError(f"grad_spike_factor={self.grad_spike_factor} must be above 1, or None for no bound")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"on_nonfinite={self.on_nonfinite!r} must be 'stop' or 'skip'")
+
+    @property
+    def chunk_length(self) -> int:
+        """Steps of a training sequence: `seq_len`, or what stands for None."""
+        return self.seq_len or self.n_steps
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            raise ValueError(f"policy {policy_name!r} is unknown; known are {list(self.policy_aliases)}")
+        return self.policy_aliases[policy_name]
+
+    def _setup_model(self) -> None:
+        check_policy_kwargs(self.policy_class, self.policy_kwargs)
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self._setup_rollout_buffer()
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
+        )
+        if not isinstance(self.policy, XLSTMPolicy):
+            raise ValueError(
+                f"policy {type(self.policy).__name__} has no memory core: use one of {sorted(self.policy_aliases)} "
+                "or a subclass of xlstm_rl.XLSTMPolicy"
+            )
+        self.policy = self.policy.to(self.device)
+        self._last_state = self.policy.initial_state(self.n_envs)
+
+    def _setup_rollout_buffer(self) -> None:
+        buffer_class: Any = self.rollout_buffer_class or ChunkedRolloutBuffer
+        if not issubclass(buffer_class, ChunkedRolloutBuffer):
+            raise ValueError(f"rollout_buffer_class {buffer_class.__name__} must subclass ChunkedRolloutBuffer")
+        self.rollout_buffer = buffer_class(
+            self.n_steps,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+            seq_len=self.chunk_length,
+            **self.rollout_buffer_kwargs,
+        )
+
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        env = GymnasiumVecEnv(env) if isinstance(env, VectorEnv) else env
+        return SavedAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """Use another environment from the next `learn` on, with as many or other numbers of copies."""
+        env = self._wrap_env(env, self.verbose)
+        if not force_reset and env.num_envs != self.n_envs:
+            raise ValueError(
+                f"force_reset=False goes on with the {self.n_envs} running episodes, but env has {env.num_envs} "
+                "copies: set force_reset=True"
+            )
+        check_for_correct_spaces(env, self.observation_space, self.action_space)
+        self._rollout_start = None
+        # the parent class wants as many as before
+        self.n_envs = env.num_envs
+        super().set_env(env, force_reset)
+        if getattr(self, "policy", None) is not None and self.rollout_buffer.n_envs != self.n_envs:
+            self._setup_rollout_buffer()
+            self._last_state = self.policy.initial_state(self.n_envs)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self._rollout_start = None
+        fresh = self._last_obs is None
+        before = self._read_statistics()
+        result = super()._setup_learn(*args, **kwargs)
+        if fresh or self._last_state is None:
+            self._last_state = self.policy.initial_state(self.n_envs)
+        if self.on_nonfinite == "skip":
+            self._mend_first_observations(before)
+        return result
+
+    def collect_rollouts(  # type: ignore[override]
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: ChunkedRolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Act for `n_rollout_steps` steps in every environment and fill the buffer.
+
+        A rollout with NaN or infinity in it is dropped where `on_nonfinite` says so; `train` finds the buffer empty.
+
+        Returns:
+            False if the callback stopped training.
+
+        Raises:
+            ValueError: the buffer is made for another number of steps.
+            FloatingPointError: NaN or infinity; names the quantity, the environment and the step.
+        """
+        if n_rollout_steps != rollout_buffer.buffer_size:
+            raise ValueError(
+                f"n_steps={n_rollout_steps} was set after the rollout buffer was made for {rollout_buffer.buffer_size} "
+                "steps: give n_steps to the constructor, or save the agent and load(path, env, n_steps=...)"
+            )
+        statistics = self._read_statistics()
+        try:
+            return self._collect(env, callback, rollout_buffer)
+        except FloatingPointError as error:
+            if self.on_nonfinite == "stop":
+                self._last_obs = None
+                raise FloatingPointError(
+                    f"{error}; mend what it comes from, or drop such rollouts with on_nonfinite='skip'"
+                ) from error
+            warnings.warn(f"{error}; the rollout is dropped, all environments start new episodes", stacklevel=2)
+            rollout_buffer.reset()
+            self._rollout_start = None
+            self._begin_finite_episodes(statistics)
+            return True
+        except BaseException:
+            # the memory may have seen an observation that the next `learn` would show it again
+            self._last_obs = None
+            raise
+
+    def _collect(self, env: VecEnv, callback: BaseCallback, rollout_buffer: ChunkedRolloutBuffer) -> bool:
+        self.policy.set_training_mode(False)
+        rollout_buffer.reset()
+        callback.on_rollout_start()
+        if self._last_obs is None:
+            # a callback has evaluated in these environments
+            self._begin_episodes()
+        assert self._last_obs is not None and self._last_state is not None, "learn() sets them"
+        self._rollout_start = mark_point(self)
+        seconds: dict[str, float] = defaultdict(float)
+        check_first_observations(env, self._last_obs)
+        if self.use_sde:
+            self.policy.reset_noise(env.num_envs)
+        state = self._last_state
+        masked, masks, action_masks = masks_actions(env, self.action_space, self.use_masking), None, None
+        for n_steps in range(rollout_buffer.buffer_size):
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                self.policy.reset_noise(env.num_envs)
+            rollout_buffer.add_state(state)
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            if masked:
+                action_masks = read_masks(env, self.action_space)
+                masks = torch.as_tensor(action_masks, device=self.device)
+            with _timing(seconds, "act"), torch.inference_mode():
+                episode_starts = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
+                step = self.policy.act(obs_tensor, state, episode_starts, action_masks=masks, reuse_state=True)
+            state, values, log_probs = step.state, step.values.cpu().numpy(), step.log_prob.cpu().numpy()
+            actions = step.actions.cpu().numpy()
+            clipped_actions = self.policy.to_env_actions(actions)
+            with _timing(seconds, "env"):
+                new_obs, rewards, dones, infos = env.step(clipped_actions)
+            self.num_timesteps += env.num_envs
+            check_step(env, new_obs, rewards, infos, step=n_steps, total=self.num_timesteps)
+            rewards = rewards_without_skipped(rewards, values, infos)
+            last_obs, starts = self._last_obs, self._last_episode_starts
+            # before callbacks, which may save the agent or end training: the memory has been written over already
+            self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state  # type: ignore[assignment]
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            self._update_info_buffer(infos, dones)
+            rollout_buffer.add(last_obs, actions, rewards, starts, values, log_probs, action_masks)  # type: ignore[arg-type]
+            truncation = value_of_cut_episodes(self.policy, dones, infos, state)
+            rollout_buffer.add_outcome(dones, truncation.mask, truncation.values, skipped_steps(infos))
+        with torch.inference_mode():
+            episode_starts = torch.as_tensor(dones, dtype=torch.bool, device=self.device)
+            last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, episode_starts)  # type: ignore[arg-type]
+        rollout_buffer.check_finite()
+        rollout_buffer.compute_returns_and_advantage(last_values.cpu().numpy())
+        self._rollout_start = None
+        for name, spent in seconds.items():
+            self.logger.record(f"time/{name}_seconds", spent)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def gradient_step(self, loss: Tensor, explain: Callable[[FloatingPointError], str]) -> bool:
+        """One step of the optimiser along the gradient of a loss; the only place where weights change.
+
+        Gradients of several processes would be summed here, between the backward pass and the bound on their norm.
+
+        Args:
+            loss: scalar.
+            explain: says what is wrong where the gradient is NaN or infinite.
+
+        Returns:
+            Whether the step was done; a gradient that is not finite is skipped where `on_nonfinite` says so.
+
+        Raises:
+            FloatingPointError: the gradient is not finite.
+        """
+        self.policy.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        try:
+            self._gradient_norm = clip_gradients(
+                self.policy.parameters(),
+                max_norm=self.max_grad_norm,
+                spike_factor=self.grad_spike_factor,
+                running_norm=self._gradient_norm,
+            )
+        except FloatingPointError as error:
+            explained = explain(error)
+            if self.on_nonfinite == "stop":
+                raise FloatingPointError(explained) from error
+            warnings.warn(f"{explained}; this update is skipped", stacklevel=2)
+            return False
+        self.policy.optimizer.step()
+        return True
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Choose actions; see `XLSTMPolicy.predict`."""
+        return self.policy.predict(observation, state, episode_start, deterministic, action_masks)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "RecurrentPPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Train for `total_timesteps` environment steps, rounded up to whole rollouts."""
+        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        # a rollout that a callback broke off is over once all callbacks have seen the end
+        self._rollout_start = None
+        return self
+
+    def _begin_episodes(self) -> None:
+        """All environments begin new episodes, with empty memories."""
+        assert self.env is not None, "learn() has refused to go without one"
+        self._last_obs = self.env.reset()  # type: ignore[assignment]
+        self._last_episode_starts = np.ones(self.n_envs, bool)
+        self._last_state = self.policy.initial_state(self.n_envs)
+
+    def _read_statistics(self) -> dict[str, Any] | None:
+        """Running statistics of the environment, to bring back what NaN has spoilt; None where not needed."""
+        normalizer = self.get_vec_normalize_env()
+        return None if normalizer is None or self.on_nonfinite == "stop" else normalizer_statistics(normalizer)
+
+    def _mend_first_observations(self, statistics: dict[str, Any] | None) -> None:
+        """Begin other episodes if the first observations have NaN or infinity in them.
+
+        Args:
+            statistics: what `_read_statistics` gave before the environment was reset.
+
+        Raises:
+            FloatingPointError: all resets give such.
+        """
+        assert self.env is not None, "a model about to learn has one"
+        try:
+            check_first_observations(self.env, self._last_obs)
+        except FloatingPointError as error:
+            warnings.warn(f"{error}; all environments start other episodes", stacklevel=4)
+            self._begin_finite_episodes(statistics)
+
+    def _begin_finite_episodes(self, statistics: dict[str, Any] | None) -> None:
+        assert self.env is not None, "a rollout was collected from it"
+        normalizer = self.get_vec_normalize_env()
+        for attempt in range(RESETS):
+            if normalizer is not None and statistics is not None:
+                restore_statistics(normalizer, statistics)
+            self._begin_episodes()
+            try:
+                return check_first_observations(self.env, self._last_obs)
+            except FloatingPointError as error:
+                if attempt == RESETS - 1:
+                    self._last_obs = None
+                    raise FloatingPointError(
+                        f"{error}, after {RESETS} resets in a row: mend the environment"
+                    ) from error
+
+
+@contextmanager
+def _timing(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the duration of the block to `seconds[name]`."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] += time.perf_counter() - begun
