@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
@@ -24,7 +22,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
-from xlstm_rl.agents.masks import mask_logits, masked_distribution
+from xlstm_rl.agents.heads import GumbelCategorical, as_sampled, distribution_of, masked_output, to_env
 from xlstm_rl.memory import MemoryCore, make_memory, map_leaves
 
 CriticMemory = Literal["shared", "separate", "none"]
@@ -181,13 +179,11 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         """
         latent_pi, latent_vf, state = self.latents(obs, state, reset, reuse_state=reuse_state)
         values = self.value_net(latent_vf).squeeze(-1)
-        if isinstance(self.action_dist, CategoricalDistribution):
-            actions, log_prob = _sample_categorical(self.action_net(latent_pi), deterministic, action_masks)
-            return StepResult(actions, values, log_prob, state)
         distribution = self.action_distribution(latent_pi, action_masks)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
-        return StepResult(actions.reshape(-1, *(self.action_space.shape or ())), values, log_prob, state)
+        shaped = actions.detach().reshape(-1, *(self.action_space.shape or ()))
+        return StepResult(shaped, values, log_prob, state)
 
     def value(self, obs: Any, state: PolicyState, reset: Tensor) -> Tensor:
         """Value [n_envs] of observations [n_envs, ...], without acting."""
@@ -214,14 +210,9 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         """
         latent_pi, latent_vf, _ = self.latents(obs, state, reset)
         values = self.value_net(latent_vf).view(reset.shape)
-        actions = actions.flatten(0, 1)
         masks = None if action_masks is None else action_masks.flatten(0, 1)
-        if isinstance(self.action_dist, CategoricalDistribution):
-            log_probs = F.log_softmax(mask_logits(self.action_net(latent_pi), masks), dim=-1)
-            log_prob = log_probs.gather(-1, actions.view(-1, 1)).view(reset.shape)
-            return Evaluation(values, log_prob, -(log_probs.exp() * log_probs).sum(-1).view(reset.shape))
         distribution = self.action_distribution(latent_pi, masks)
-        log_prob = distribution.log_prob(_as_sampled(actions, self.action_space)).view(reset.shape)
+        log_prob = distribution.log_prob(as_sampled(self.action_space, actions.flatten(0, 1))).view(reset.shape)
         entropy = distribution.entropy()
         return Evaluation(values, log_prob, None if entropy is None else entropy.view(reset.shape))
 
@@ -253,7 +244,14 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         """Of what `latents` gave, [N, ...]; over the allowed actions, where there are masks bool [N, ...]."""
         if action_masks is None:
             return self._get_action_dist_from_latent(latent_pi)
-        return masked_distribution(self.action_space, self.action_net(latent_pi), action_masks)
+        output = self.action_net(latent_pi)
+        if isinstance(self.action_dist, CategoricalDistribution):
+            return GumbelCategorical(output, action_masks)
+        return distribution_of(self.action_dist, masked_output(self.action_space, output, action_masks), latent_pi)
+
+    def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Distribution:
+        log_std = getattr(self, "log_std", None)
+        return distribution_of(self.action_dist, self.action_net(latent_pi), latent_pi, log_std)
 
     def latents(
         self, obs: Any, state: PolicyState, reset: Tensor, *, heads: bool = True, reuse_state: bool = False
@@ -285,13 +283,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
 
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
         """Actions [n_envs, ...] as the environment wants them: in bounds, from the start of its space, in its dtype."""
-        space = self.action_space
-        if isinstance(space, spaces.Box):
-            actions = self.unscale_action(actions) if self.squash_output else np.clip(actions, space.low, space.high)
-            return np.asarray(actions, dtype=space.dtype if np.issubdtype(space.dtype, np.floating) else None)
-        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
-            actions = actions + space.start
-        return np.asarray(actions, dtype=space.dtype)
+        return to_env(self.action_space, torch.from_numpy(actions), squash=self.squash_output).numpy()
 
 
 @contextmanager
@@ -331,21 +323,3 @@ def _run(core: MemoryCore, features: Tensor, state: Any, reset: Tensor, reuse_st
         return core.step(features, state, reset, reuse_state=reuse_state)
     y, state = core(features.view(*reset.shape, -1), state, reset)
     return y.flatten(0, 1), state
-
-
-def _sample_categorical(logits: Tensor, deterministic: bool, masks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Action [N] and its log-probability [N] by the Gumbel-max trick, many times faster than multinomial on CPU."""
-    log_probs = F.log_softmax(mask_logits(logits, masks), dim=-1)
-    noisy = log_probs if deterministic else log_probs - torch.empty_like(log_probs).exponential_().log_()
-    if masks is not None:
-        # whatever the noise is
-        noisy = noisy.masked_fill(~masks, -math.inf)
-    actions = noisy.argmax(dim=-1)
-    return actions, log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-
-
-def _as_sampled(actions: Tensor, space: spaces.Space[Any]) -> Tensor:
-    """Actions [N, ...] as distributions draw them: Box actions flat, bits as floats."""
-    if isinstance(space, spaces.Box):
-        return actions.reshape(len(actions), -1)
-    return actions.float() if isinstance(space, spaces.MultiBinary) else actions

@@ -10,9 +10,7 @@ import inspect
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium import spaces
-from sb3_contrib.common.maskable.distributions import MaskableDistribution, make_masked_proba_distribution
 from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
@@ -108,22 +106,6 @@ def check_masks(masks: Any, space: spaces.Space[Any], n_envs: int) -> np.ndarray
 def mask_logits(logits: Tensor, masks: Tensor | None) -> Tensor:
     """Logits [N, n] with those of forbidden actions (masks bool [N, n]) so low that their probability is 0."""
     return logits if masks is None else logits.masked_fill(~masks, _FORBIDDEN)
-
-
-def masked_distribution(space: spaces.Space[Any], logits: Tensor, masks: Tensor) -> MaskableDistribution:
-    """The distribution over the allowed actions.
-
-    Args:
-        space: of the actions.
-        logits: [N, ...], of the distribution that Stable-Baselines3 has for the space; one per bit of MultiBinary.
-        masks: bool [N, sum(mask_parts(space))].
-    """
-    if isinstance(space, spaces.MultiBinary):
-        logits = torch.stack([torch.zeros_like(logits), logits], dim=-1).flatten(1)
-    distribution = make_masked_proba_distribution(space)
-    distribution.proba_distribution(logits)
-    distribution.apply_masking(masks)
-    return distribution
 
 
 def sample_allowed(space: spaces.Space[Any], mask: np.ndarray) -> np.ndarray:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
 from gymnasium import spaces
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from torch import Tensor, nn
 
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState
-from xlstm_rl.agents.masks import mask_logits, mask_parts
+from xlstm_rl.agents.heads import masked_output, most_likely, to_env
 from xlstm_rl.export.front import SINGLE, Front
 from xlstm_rl.memory import leaf_names, leaves, map_leaves
 
@@ -77,19 +75,13 @@ class PolicyStep(nn.Module):
         """The most likely action as the environment takes it, and what `distribution_parameters` names."""
         policy, space = self.policy, self.policy.action_space
         output = policy.action_net(latent)
+        if mask is not None:
+            output = masked_output(space, output, mask)
+        action = most_likely(space, output)
         if isinstance(space, spaces.Box):
-            return _to_box(output, space, squash=policy.squash_output), [output, self._std(latent, output)]
-        if isinstance(space, spaces.MultiBinary):
-            if mask is not None:
-                may_be_0, may_be_1 = mask.reshape(mask.shape[0], -1, 2).unbind(-1)
-                output = -mask_logits(-mask_logits(output, may_be_1), may_be_0)
-            return (output > 0).to(torch.int8), [output]
-        output = mask_logits(output, mask)
-        chosen = [part.argmax(-1) for part in torch.split(output, mask_parts(space), dim=-1)]
-        assert isinstance(space, spaces.Discrete | spaces.MultiDiscrete), "a policy has no other action spaces"
-        action = chosen[0] if isinstance(space, spaces.Discrete) else torch.stack(chosen, -1)
-        start = torch.as_tensor(space.start, dtype=action.dtype, device=action.device)
-        return action + start, [output]
+            action = action.tanh() if policy.squash_output else action
+            return to_env(space, action, squash=policy.squash_output), [output, self._std(latent, output)]
+        return to_env(space, action, squash=False), [output]
 
     def _std(self, latent: Tensor, mean: Tensor) -> Tensor:
         """Standard deviation [B, n] of the Gaussian."""
@@ -109,12 +101,3 @@ def observation_name(key: str) -> str:
 def distribution_parameters(policy: MemoryActorCritic) -> list[str]:
     """Names of the outputs that tell the distribution of actions."""
     return ["mean", "std"] if isinstance(policy.action_space, spaces.Box) else ["logits"]
-
-
-def _to_box(output: Tensor, space: spaces.Box, *, squash: bool) -> Tensor:
-    """What `MemoryActorCritic.to_env_actions` does to a Gaussian action [B, n]: [B, *shape], in bounds."""
-    low, high = (torch.from_numpy(bound.copy()).to(output) for bound in (space.low, space.high))
-    action = output.reshape(-1, *space.shape)
-    action = low + 0.5 * (action.tanh() + 1.0) * (high - low) if squash else action.clamp(low, high)
-    # whole numbers are not cut here either: the environment gets the floats that it was trained with
-    return action.to(torch.from_numpy(space.low).dtype) if np.issubdtype(space.dtype, np.floating) else action
