@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 from torch import Tensor
 
 from xlstm_rl.agents.losses import gae
@@ -115,27 +116,29 @@ class ChunkedRolloutBuffer(BaseBuffer):
         action: np.ndarray,
         reward: np.ndarray,
         episode_start: np.ndarray,
-        value: np.ndarray,
-        log_prob: np.ndarray,
+        value: np.ndarray | Tensor,
+        log_prob: np.ndarray | Tensor,
         action_masks: np.ndarray | None = None,
     ) -> None:
-        """Append one step of every environment: arrays [n_envs, ...]; masks in every step or in none."""
+        """Append one step of every environment, arrays or tensors [n_envs, ...]; masks in every step or in none.
+
+        An episode that starts here ended in the step before: by termination, unless `add_outcome` has told otherwise.
+        """
         t = self.pos
         if isinstance(self.observations, dict):
             for key in self.observations:
                 self.observations[key] = _store(self.observations[key], t, obs[key])
         else:
             self.observations = _store(self.observations, t, obs)
-        self.actions[t] = action.reshape(self.actions[t].shape)
-        self.rewards[t], self.episode_starts[t] = reward, episode_start
-        self.values[t], self.log_probs[t] = value, log_prob
+        self.actions[t] = np.reshape(action, self.actions[t].shape)
+        self.rewards[t], self.episode_starts[t] = np.ravel(reward), np.ravel(episode_start)
+        self.values[t], self.log_probs[t] = _flat(value), _flat(log_prob)
         if action_masks is not None:
             if self.action_masks is None:
                 self.action_masks = np.ones((self.buffer_size, *action_masks.shape), bool)
             self.action_masks[t] = action_masks
         if t > 0:
-            running = ~self.ended[t - 1]
-            self.next_values[t - 1][running] = value[running]
+            self._end(t - 1, self.episode_starts[t], self.values[t])
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
@@ -171,18 +174,32 @@ class ChunkedRolloutBuffer(BaseBuffer):
                     "NaN in the observations and rewards of the environment, or lower the learning rate"
                 )
 
-    def compute_returns_and_advantage(self, last_values: np.ndarray) -> None:
-        """Fill `advantages` and `returns` (TD(lambda) targets).
+    def compute_returns_and_advantage(self, last_values: np.ndarray | Tensor, dones: np.ndarray | None = None) -> None:
+        """Fill `advantages` and `returns` (TD(lambda) targets); again where rewards have changed since.
 
         Args:
             last_values: [n_envs], value of the observation after the last step, used where no episode ended there.
+            dones: bool [n_envs], the last step ended an episode; None: as `add_outcome` told.
         """
-        running = ~self.ended[-1]
-        self.next_values[-1][running] = last_values[running]
+        self._end(self.buffer_size - 1, self.ended[-1] if dones is None else np.ravel(dones) > 0, _flat(last_values))
         arrays = (self.rewards, self.values, self.next_values, self.terminated, self.ended)
         advantage = gae(*(torch.from_numpy(array.T) for array in arrays), gamma=self.gamma, lam=self.gae_lambda)
         self.advantages = advantage.numpy().T
         self.returns = self.advantages + self.values
+
+    def get(self, batch_size: int | None = None) -> Iterator[RolloutBufferSamples | DictRolloutBufferSamples]:
+        """The steps of the rollout in random order, as `RolloutBuffer` of Stable-Baselines3 gives them.
+
+        For code that looks at single steps, such as a model of rewards; memories are trained on `chunks`.
+
+        Args:
+            batch_size: steps at a time; None: all at once.
+        """
+        steps = self.buffer_size * self.n_envs
+        order = np.random.permutation(steps)
+        batch_size = batch_size or steps
+        for start in range(0, steps, batch_size):
+            yield self._get_samples(order[start : start + batch_size])
 
     def chunks(self, advantages: Tensor) -> RolloutChunks:
         """The whole rollout as chunks, B = n_envs * number of chunk starts, ordered by start, then environment.
@@ -214,7 +231,26 @@ class ChunkedRolloutBuffer(BaseBuffer):
         return torch.as_tensor(np.concatenate(pieces), device=self.device)
 
     def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
-        raise TypeError("a chunked rollout has no single samples; use chunks() and minibatches()")
+        """Single steps, numbered environment by environment."""
+        step, row = batch_inds % self.buffer_size, batch_inds // self.buffer_size
+        obs = map_leaves_numpy(lambda part: self.to_torch(part[step, row]), self.observations)
+        # flat and float32, as Stable-Baselines3 keeps them
+        actions = self.to_torch(self.actions[step, row].reshape(len(step), self.action_dim).astype(np.float32))
+        numbers = (self.values, self.log_probs, self.advantages, self.returns)
+        kind = DictRolloutBufferSamples if isinstance(obs, dict) else RolloutBufferSamples
+        return kind(obs, actions, *(self.to_torch(array[step, row]) for array in numbers))
+
+    def _end(self, t: int, ended: np.ndarray, values: np.ndarray) -> None:
+        """Episodes end in step `t`, where this is news by termination; elsewhere the next observation has `values`."""
+        self.terminated[t] |= ended & ~self.ended[t]
+        self.ended[t] |= ended
+        running = ~self.ended[t]
+        self.next_values[t][running] = values[running]
+
+
+def _flat(values: np.ndarray | Tensor) -> np.ndarray:
+    """[n_envs] of an array or tensor [n_envs] or [n_envs, 1]."""
+    return np.ravel(values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values))
 
 
 def _store(stored: np.ndarray, t: int, given: Any) -> np.ndarray:
