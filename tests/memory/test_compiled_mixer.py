@@ -18,7 +18,7 @@ from tests.conftest import assert_close
 from tests.memory.test_block_step import CONFIGS, perturbed, random
 from xlstm_rl.kernels import cpp_extension
 from xlstm_rl.kernels.cpp_mixer import mlstm_mixer
-from xlstm_rl.memory import MemoryCore, map_leaves, mlstm_block, pack
+from xlstm_rl.memory import MemoryCore, fast, map_leaves, pack
 
 pytestmark = pytest.mark.skipif(cpp_extension.extension().module is None, reason="the compiled kernels are not built")
 
@@ -36,7 +36,7 @@ MIXERS = {label: CONFIGS[label] for label in CONFIGS if label not in ("memory mi
 def in_layers(call: Callable[..., Any], *arguments: Any) -> Any:
     """Call with the compiled mixer switched off; the cell stays compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlstm_block, "can_mix", lambda x: False)
+        patch.setattr(fast, "can_mix", lambda x: False)
         return call(*arguments)
 
 
@@ -89,7 +89,7 @@ def test_the_mixer_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> N
         calls.append(1)
         return mlstm_mixer(*arguments)
 
-    monkeypatch.setattr(mlstm_block, "mlstm_mixer", counted)
+    monkeypatch.setattr(fast, "mlstm_mixer", counted)
     core: Any = perturbed("m", dropout=0.5)
     core(random(2, 4, 5), core.initial_state(2), torch.zeros(2, 8, dtype=torch.bool)[:, ::2])
     assert len(calls) == 1
@@ -113,8 +113,8 @@ def test_threads_do_not_change_a_bit() -> None:
 
     def gradients() -> tuple[Tensor, ...]:
         source = x.clone().requires_grad_()
-        y, _ = block._compiled_mix(source, block.initial_state(5), reset)
-        weights = [weight for weight in block._weights().mixer if weight is not None]
+        y, _ = block.compiled.mix(block, source, block.initial_state(5), reset)
+        weights = [block.conv.weight, block.query_key.weight, block.gates.weight, block.head_norm.weight, block.skip]
         return torch.autograd.grad((y * y).sum(), [source, *weights])
 
     expected = gradients()

@@ -33,7 +33,7 @@ from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
 from xlstm_rl.agents.saving import SavedAlgorithm
 from xlstm_rl.agents.training_state import mark_point
 from xlstm_rl.agents.truncation import value_of_cut_episodes
-from xlstm_rl.memory.checks import check_number, check_whole
+from xlstm_rl.memory.config import check_number, check_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -19,7 +19,7 @@ from xlstm_rl.agents.policy import XLSTMPolicy
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, first_steps, minibatches, stack_states
 from xlstm_rl.agents.statistics import memory_statistics
 from xlstm_rl.memory import take
-from xlstm_rl.memory.checks import check_number, check_whole
+from xlstm_rl.memory.config import check_number, check_whole
 
 
 class RecurrentPPO(RecurrentOnPolicyAlgorithm):

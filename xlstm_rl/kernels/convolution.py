@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xlstm_rl.kernels.checks import check_reset
+from xlstm_rl.kernels.arguments import check_reset
 
 
 def causal_conv(

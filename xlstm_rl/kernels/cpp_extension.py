@@ -11,19 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from xlstm_rl.kernels.recording import recording
+from xlstm_rl.kernels.tracing import differentiated_forwards, traced
 
 SWITCH = "XLSTM_RL_NATIVE"
 # What the module calls the order of its arguments; a build of other sources has another number.
 INTERFACE = 5
 _DTYPES = (torch.float32, torch.float64)
-# Looked up once: acting asks them at every step of every block.
-_tracing_state = torch._C._get_tracing_state
-_transforms_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class Extension(NamedTuple):
@@ -55,9 +50,9 @@ def extension() -> Extension:
 
 def why_not_now() -> str | None:
     """Why the compiled kernels cannot compute here and now, whatever the tensors, or None if they can."""
-    if is_compiling() or _tracing_state() is not None or _transforms_active() or _dispatch_modes() > 0:
+    if traced():
         return "the compiled kernels cannot be traced, compiled or transformed by torch.func"
-    if forward_ad._current_level >= 0:
+    if differentiated_forwards():
         return "the compiled kernels have no forward-mode derivatives"
     if recording():
         return "calls of the kernels are recorded, and the compiled blocks do without them"

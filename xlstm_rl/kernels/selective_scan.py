@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels.checks import transformed
+from xlstm_rl.kernels.tracing import transformed
 
 
 class SelectiveInputs(NamedTuple):
@@ -45,8 +45,7 @@ def selective_scan(inputs: SelectiveInputs, reset: Tensor | None = None) -> tupl
         return inputs.x, inputs.initial
     # Autocast computes some of the inputs in half precision, and would do so with the sums over the states.
     inputs = SelectiveInputs(*(part.to(inputs.initial.dtype) for part in inputs))
-    # Compiled code is traced, and what asks whether anything is traced cannot be.
-    if torch.compiler.is_compiling() or transformed():
+    if transformed():
         return selective_recurrence(inputs, reset)
     if torch.is_grad_enabled() and any(part.requires_grad for part in inputs):
         return _SelectiveScan.apply(*inputs, reset)  # type: ignore[no-any-return, no-untyped-call]

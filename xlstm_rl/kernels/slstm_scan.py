@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels.checks import transformed
 from xlstm_rl.kernels.slstm_reference import slstm_recurrence
 from xlstm_rl.kernels.states import ForgetActivation, SLSTMState, emptied, empty_slstm_state, log_forget
+from xlstm_rl.kernels.tracing import transformed
 
 
 def slstm_scan(

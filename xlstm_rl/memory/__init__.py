@@ -3,17 +3,29 @@
 from functools import partial
 
 from xlstm_rl.memory.baselines import Memoryless, RNNState, TorchRNN
-from xlstm_rl.memory.core import MemoryCore, make_memory, memory_names, register_memory
+from xlstm_rl.memory.config import XLSTMConfig
+from xlstm_rl.memory.core import (
+    MemoryBlock,
+    MemoryCore,
+    block_letters,
+    make_memory,
+    memory_names,
+    register_block,
+    register_memory,
+)
 from xlstm_rl.memory.frame_stack import FrameStack
+from xlstm_rl.memory.mlstm_block import MLSTMBlock
 from xlstm_rl.memory.nxai_weights import load_nxai_weights
+from xlstm_rl.memory.slstm_block import SLSTMBlock
 from xlstm_rl.memory.state import leaf_names, leaves, map_leaves, pack, take, unpack, zeros_where
 from xlstm_rl.memory.state_space import StateSpace
 from xlstm_rl.memory.transformer import Transformer
-from xlstm_rl.memory.xlstm import XLSTM, XLSTMConfig
+from xlstm_rl.memory.xlstm import XLSTM
 
 __all__ = [
     "XLSTM",
     "FrameStack",
+    "MemoryBlock",
     "MemoryCore",
     "Memoryless",
     "RNNState",
@@ -21,6 +33,7 @@ __all__ = [
     "TorchRNN",
     "Transformer",
     "XLSTMConfig",
+    "block_letters",
     "leaf_names",
     "leaves",
     "load_nxai_weights",
@@ -28,6 +41,7 @@ __all__ = [
     "map_leaves",
     "memory_names",
     "pack",
+    "register_block",
     "register_memory",
     "take",
     "unpack",
@@ -41,3 +55,5 @@ register_memory("transformer", Transformer)
 register_memory("ssm", StateSpace)
 register_memory("frames", FrameStack)
 register_memory("none", Memoryless)
+register_block("m", MLSTMBlock)
+register_block("s", SLSTMBlock)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from xlstm_rl.memory.checks import check_flag, check_number, check_whole
+from xlstm_rl.memory.config import check_flag, check_number, check_whole
 from xlstm_rl.memory.core import MemoryCore
 from xlstm_rl.memory.state import map_leaves, zeros_where
 

@@ -80,11 +80,36 @@ class MemoryCore(nn.Module, ABC):
         return torch.zeros(shape) if like is None else like.new_zeros(shape)
 
 
+class MemoryBlock(nn.Module, ABC):
+    """Base class of the blocks that a stack is made of; a subclass implements `initial_state` and `forward`.
+
+    A stack of blocks that obey the laws of `MemoryCore` obeys them too. Input and output have the same width, and a
+    block carries its state as a core does.
+    """
+
+    @abstractmethod
+    def initial_state(self, batch_size: int) -> Any:
+        """Return the empty state of `batch_size` rows: zeros, in the dtype and on the device of the parameters."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, state: Any, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Run a sequence: x [B, T, width], reset bool [B, T] or None -> y [B, T, width] and the state."""
+
+    def step(
+        self, x: Tensor, state: Any, reset: Tensor | None = None, *, reuse_state: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Run one step, x [B, width], reset bool [B] or None; see `MemoryCore.step`."""
+        y, state = self(x.unsqueeze(1), state, None if reset is None else reset.unsqueeze(1))
+        return y.squeeze(1), state
+
+
 # Sizes that the usual numbers of heads divide.
 UNIT = 8
 
 MemoryFactory = Callable[..., MemoryCore]
+BlockFactory = Callable[..., MemoryBlock]
 _REGISTRY: dict[str, MemoryFactory] = {}
+_BLOCKS: dict[str, BlockFactory] = {}
 
 
 def register_memory(name: str, factory: MemoryFactory) -> None:
@@ -110,7 +135,41 @@ def register_memory(name: str, factory: MemoryFactory) -> None:
     _REGISTRY[name] = factory
 
 
-def _origin(factory: MemoryFactory) -> tuple[Any, Any]:
+def register_block(letter: str, factory: BlockFactory) -> None:
+    """Add a letter to the stacks of the memory "xlstm", so that `blocks="max"` has yours on top of two others.
+
+    Args:
+        letter: one small letter.
+        factory: called as `factory(config, index)` with the `XLSTMConfig` of the stack and the place in it, counted
+            from 0; a `MemoryBlock` subclass will do.
+
+    Raises:
+        TypeError: the factory cannot be called.
+        ValueError: the letter is taken by another factory, or is no small letter. The same definition run again, as in
+            a notebook, takes the place of the one before.
+    """
+    if len(letter) != 1 or not "a" <= letter <= "z":
+        raise ValueError(f"letter={letter!r} must be one small letter, from 'a' to 'z'")
+    if not callable(factory):
+        raise TypeError(
+            f"factory={factory!r} must be callable: a MemoryBlock subclass, or a function that returns a block"
+        )
+    if _origin(_BLOCKS.get(letter, factory)) != _origin(factory):
+        raise ValueError(f"letter {letter!r} is already registered; choose another one than {sorted(_BLOCKS)}")
+    _BLOCKS[letter] = factory
+
+
+def block_letters() -> tuple[str, ...]:
+    """All letters that a stack can be spelt with."""
+    return tuple(_BLOCKS)
+
+
+def make_block(letter: str, config: Any, index: int) -> MemoryBlock:
+    """The block of a letter, for place `index` in a stack."""
+    return _BLOCKS[letter](config, index)
+
+
+def _origin(factory: MemoryFactory | BlockFactory) -> tuple[Any, Any]:
     """What stays the same when a cell of a notebook is run again."""
     return getattr(factory, "__module__", factory), getattr(factory, "__qualname__", factory)
 

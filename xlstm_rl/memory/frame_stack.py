@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xlstm_rl.memory.checks import check_whole
+from xlstm_rl.memory.config import check_whole
 from xlstm_rl.memory.core import MemoryCore
 
 

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import causal_conv
-from xlstm_rl.kernels.cpp_blocks import Place
-
-
-def round_up(value: float, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is not below `value`."""
-    return math.ceil(value / multiple) * multiple
 
 
 def init_small(weight: Tensor, width: int) -> None:
@@ -135,23 +128,3 @@ class GatedFeedForward(nn.Module):
 def soft_cap(gate: Tensor, cap: float | None) -> Tensor:
     """Squash gate pre-activations into (-cap, cap) with cap * tanh(gate / cap); None leaves them."""
     return gate if cap is None else cap * torch.tanh(gate / cap)
-
-
-def drops(dropout: nn.Module | None) -> bool:
-    """Whether a dropout layer does anything."""
-    return dropout is not None and dropout.training and getattr(dropout, "p", 0) > 0
-
-
-def has_no_more_than_weights(layers: Iterable[nn.Module], eps: float) -> bool:
-    """Whether layers without bias, norms with that epsilon among them, still are what their weights tell."""
-    return all(layer._parameters.get("bias") is None and getattr(layer, "eps", eps) == eps for layer in layers)
-
-
-_NOTHING: dict[str, Tensor | None] = {"weight": None, "bias": None}
-
-
-def parameters_of(layer: nn.Module | None) -> tuple[Place, Place]:
-    """Where weight and bias of a layer are held; without a layer, places that hold None."""
-    # Straight in the dictionary: the attributes of modules take longer to read than a step of a block takes.
-    held = _NOTHING if layer is None else layer._parameters
-    return (held, "weight"), (held, "bias")

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import MLSTMState, mlstm_sequence
-from xlstm_rl.kernels.cpp_blocks import MLSTMOptions, MLSTMSizes, MLSTMWeights, Place, StepPlan, mlstm_plan
-from xlstm_rl.kernels.cpp_mixer import can_mix, mlstm_mixer
-from xlstm_rl.memory.block import Block
-from xlstm_rl.memory.layers import (
-    BlockLinear,
-    CausalConv,
-    HeadNorm,
-    has_no_more_than_weights,
-    init_small,
-    init_wang,
-    parameters_of,
-    soft_cap,
-)
-
-if TYPE_CHECKING:
-    from xlstm_rl.memory.xlstm import XLSTMConfig
+from xlstm_rl.memory.config import XLSTMConfig
+from xlstm_rl.memory.fast import CompiledMLSTM, FastBlock, stands_for
+from xlstm_rl.memory.layers import BlockLinear, CausalConv, HeadNorm, init_small, init_wang, soft_cap
 
 
 class MLSTMBlockState(NamedTuple):
@@ -35,7 +22,8 @@ class MLSTMBlockState(NamedTuple):
     """The last inputs of the convolution, [B, conv_kernel - 1, inner]."""
 
 
-class MLSTMBlock(Block):
+@stands_for
+class MLSTMBlock(FastBlock):
     """Residual block around an mLSTM cell: norm, up-projection, conv, q, k, v, cell, norm, skip, gate, down-projection.
 
     Args:
@@ -43,8 +31,7 @@ class MLSTMBlock(Block):
         index: position in the stack (unused: every mLSTM block starts alike).
     """
 
-    kind = "mlstm_block_step"
-    state_types = (MLSTMBlockState, MLSTMState)
+    compiled: CompiledMLSTM
 
     def __init__(self, config: XLSTMConfig, index: int) -> None:
         super().__init__()
@@ -75,11 +62,7 @@ class MLSTMBlock(Block):
             if config.bias:
                 self.up.bias.zero_()
                 self.down.bias.zero_()
-        self._options = MLSTMOptions(
-            config.norm_eps, config.gate_soft_cap, config.forget_activation, config.input_activation == "sigmoid"
-        )
-        self._sizes = MLSTMSizes(width, inner, heads, config.qkv_block_size, config.conv_kernel)
-        self._layer_types = tuple(map(type, self._modules.values()))
+        self.compiled = CompiledMLSTM(self, config, MLSTMBlockState)
 
     def initial_state(self, batch_size: int) -> MLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -93,17 +76,10 @@ class MLSTMBlock(Block):
         )
         return MLSTMBlockState(cell, zeros(batch_size, max(self.config.conv_kernel - 1, 0), inner))
 
-    def forward(
-        self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None, *, reuse_state: bool = False
-    ) -> tuple[Tensor, MLSTMBlockState]:
-        """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state; `reuse_state`: see `MemoryCore.step`."""
-        if x.shape[1] == 1:
-            stepped = self._compiled_step(x, state, reset, reuse_state)
-            if stepped is not None:
-                return stepped
+    def forward(self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None = None) -> tuple[Tensor, MLSTMBlockState]:
+        """See `MemoryBlock.forward`."""
         inner = self.up(self.norm(x))
-        mixed = self._compiled_mix(inner, state, reset) if can_mix(inner) else None
-        hidden, state = self._mix(inner, state, reset) if mixed is None else mixed
+        hidden, state = self.compiled.mix(self, inner, state, reset) or self._mix(inner, state, reset)
         return x + self.dropout(self.down(hidden)), state
 
     def _mix(self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None) -> tuple[Tensor, MLSTMBlockState]:
@@ -134,49 +110,6 @@ class MLSTMBlock(Block):
         )
         hidden = self.head_norm(hidden) + self.skip * mixed
         return hidden * F.silu(output_gate), MLSTMBlockState(cell, window)
-
-    def _compiled_mix(
-        self, x: Tensor, state: MLSTMBlockState, reset: Tensor | None
-    ) -> tuple[Tensor, MLSTMBlockState] | None:
-        weights = self._weights()
-        if weights is None:
-            return None
-        mixed = mlstm_mixer(x, weights, self._sizes, state.cell, state.window, reset, self._options)
-        if mixed is None:
-            return None
-        hidden, cell, window = mixed
-        return hidden, MLSTMBlockState(cell, window)
-
-    def _weights(self) -> MLSTMWeights | None:
-        """The weights, or None if layers were replaced or parametrized, so that weights alone do not tell."""
-        try:
-            return MLSTMWeights(*(held[name] for held, name in self._places() or ()))  # type: ignore[arg-type]
-        # weights that pruning or a parametrization has put elsewhere; or no places
-        except (KeyError, TypeError):
-            return None
-
-    def _make_plan(self) -> StepPlan | None:
-        places = self._places()
-        return None if places is None else mlstm_plan(self._sizes, self._options, places)
-
-    def _places(self) -> list[Place] | None:
-        """Where the weights are, in the order of `MLSTMWeights`."""
-        layers: dict[str, Any] = self._modules
-        if tuple(map(type, layers.values())) != self._layer_types:
-            return None
-        if not has_no_more_than_weights((layers["norm"], layers["head_norm"]), self._options.epsilon):
-            return None
-        return [
-            (layers["norm"]._parameters, "weight"),
-            *parameters_of(layers["up"]),
-            *parameters_of(layers.get("conv")),
-            *parameters_of(layers["query_key"]),
-            *parameters_of(layers["value"]),
-            *parameters_of(layers["gates"]),
-            (layers["head_norm"]._parameters, "weight"),
-            (self._parameters, "skip"),
-            *parameters_of(layers["down"]),
-        ]
 
 
 @torch.no_grad()

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import SLSTMState, slstm_sequence
-from xlstm_rl.kernels.cpp_blocks import Place, SLSTMOptions, SLSTMSizes, StepPlan, slstm_plan
-from xlstm_rl.memory.block import Block
-from xlstm_rl.memory.layers import (
-    BlockLinear,
-    CausalConv,
-    GatedFeedForward,
-    HeadNorm,
-    has_no_more_than_weights,
-    init_small,
-    parameters_of,
-)
-
-if TYPE_CHECKING:
-    from xlstm_rl.memory.xlstm import XLSTMConfig
+from xlstm_rl.memory.config import XLSTMConfig
+from xlstm_rl.memory.fast import CompiledSLSTM, FastBlock, stands_for
+from xlstm_rl.memory.layers import BlockLinear, CausalConv, GatedFeedForward, HeadNorm, init_small
 
 
 class SLSTMBlockState(NamedTuple):
@@ -33,16 +22,14 @@ class SLSTMBlockState(NamedTuple):
     """The last inputs of the convolution, [B, conv_kernel - 1, width]."""
 
 
-class SLSTMBlock(Block):
+@stands_for
+class SLSTMBlock(FastBlock):
     """Residual block around an sLSTM cell: norm, conv, gates, cell, norm; then norm and feed-forward.
 
     Args:
         config: the stack's configuration.
         index: position in the stack, which sets the forget biases' power law.
     """
-
-    kind = "slstm_block_step"
-    state_types = (SLSTMBlockState, SLSTMState)
 
     def __init__(self, config: XLSTMConfig, index: int) -> None:
         super().__init__()
@@ -66,9 +53,7 @@ class SLSTMBlock(Block):
         nn.init.normal_(self.recurrent, std=config.recurrent_std / head_width**0.5)
         with torch.no_grad():
             self.gate_bias[1].copy_(_forget_bias(config, index, head_width))
-        self._options = SLSTMOptions(config.norm_eps, config.forget_activation)
-        self._sizes = SLSTMSizes(width, heads, config.ffn_size, config.slstm_conv)
-        self._layer_types = tuple(map(type, self._layers()))
+        self.compiled = CompiledSLSTM(self, config, SLSTMBlockState)
 
     def initial_state(self, batch_size: int) -> SLSTMBlockState:
         """The empty state of `batch_size` rows."""
@@ -77,14 +62,8 @@ class SLSTMBlock(Block):
         cell = SLSTMState(*(zeros(batch_size, heads, width // heads) for _ in SLSTMState._fields))
         return SLSTMBlockState(cell, zeros(batch_size, max(self.config.slstm_conv - 1, 0), width))
 
-    def forward(
-        self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None, *, reuse_state: bool = False
-    ) -> tuple[Tensor, SLSTMBlockState]:
-        """x [B, T, width], reset bool [B, T] or None -> [B, T, width], state; `reuse_state`: see `MemoryCore.step`."""
-        if x.shape[1] == 1:
-            stepped = self._compiled_step(x, state, reset, reuse_state)
-            if stepped is not None:
-                return stepped
+    def forward(self, x: Tensor, state: SLSTMBlockState, reset: Tensor | None = None) -> tuple[Tensor, SLSTMBlockState]:
+        """See `MemoryBlock.forward`."""
         normed = self.norm(x)
         window, mixed = state.window, normed
         if self.conv is not None:
@@ -99,38 +78,6 @@ class SLSTMBlock(Block):
         if self.ffn is not None and self.ffn_norm is not None:
             x = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return x, SLSTMBlockState(cell, window)
-
-    def _layers(self) -> tuple[nn.Module | None, ...]:
-        """All layers, those of the feed-forward network last."""
-        ffn = self._modules.get("ffn")
-        return (*self._modules.values(), *(() if ffn is None else ffn._modules.values()))
-
-    def _make_plan(self) -> StepPlan | None:
-        places = self._places()
-        return None if places is None else slstm_plan(self._sizes, self._options, places)
-
-    def _places(self) -> list[Place] | None:
-        """Where the weights are, in the order of `SLSTMWeights`; None if layers were replaced or parametrized."""
-        layers: dict[str, Any] = self._modules
-        if tuple(map(type, self._layers())) != self._layer_types:
-            return None
-        bare = [layers.get(name) for name in ("norm", "input_forget", "cell_output", "head_norm", "ffn_norm")]
-        if not has_no_more_than_weights(filter(None, bare), self._options.epsilon):
-            return None
-        ffn = layers.get("ffn")
-        up, down = (None, None) if ffn is None else (ffn._modules["up"], ffn._modules["down"])
-        return [
-            (layers["norm"]._parameters, "weight"),
-            *parameters_of(layers.get("conv")),
-            (layers["input_forget"]._parameters, "weight"),
-            (layers["cell_output"]._parameters, "weight"),
-            (self._parameters, "gate_bias"),
-            (self._parameters, "recurrent"),
-            (layers["head_norm"]._parameters, "weight"),
-            parameters_of(layers.get("ffn_norm"))[0],
-            *parameters_of(up),
-            *parameters_of(down),
-        ]
 
 
 def _forget_bias(config: XLSTMConfig, index: int, head_width: int) -> Tensor:

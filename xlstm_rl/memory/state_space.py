@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xlstm_rl.kernels import causal_conv
 from xlstm_rl.kernels.selective_scan import SelectiveInputs, selective_scan
-from xlstm_rl.memory.checks import check_number, check_pair, check_whole
+from xlstm_rl.memory.config import check_number, check_pair, check_whole
 from xlstm_rl.memory.core import MemoryCore
 
 

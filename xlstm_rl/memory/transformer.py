@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlstm_rl.memory.checks import check_number, check_whole
+from xlstm_rl.memory.config import check_number, check_whole
 from xlstm_rl.memory.core import MemoryCore
 
 

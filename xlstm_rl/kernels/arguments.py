@@ -4,7 +4,6 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState
 
@@ -56,12 +55,12 @@ def check_slstm(
     _check_common("gates", gates, reset, B, T, forget_activation)
 
 
-def check_reset(reset: Tensor, B: int, T: int) -> None:
-    """Raise unless reset is bool [B, T]."""
+def check_reset(reset: Tensor, *shape: int) -> None:
+    """Raise unless reset is bool and of that shape."""
     if reset.dtype != torch.bool:
         raise TypeError(f"reset has dtype {reset.dtype}; allowed is torch.bool")
-    if reset.shape != (B, T):
-        raise ValueError(f"reset has shape {tuple(reset.shape)}; allowed is {(B, T)}")
+    if reset.shape != shape:
+        raise ValueError(f"reset has shape {tuple(reset.shape)}; allowed is {shape}")
 
 
 def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -97,15 +96,3 @@ def _check_common(name: str, x: Tensor, reset: Tensor | None, B: int, T: int, fo
         _check_device("reset", reset, x)
     if forget_activation not in _FORGET_ACTIVATIONS:
         raise ValueError(f"forget_activation is {forget_activation!r}; allowed is one of {_FORGET_ACTIVATIONS}")
-
-
-def transformed() -> bool:
-    """Whether operations are traced, or transformed by `torch.func`, or differentiated forwards.
-
-    Writing in place, asking for the values of tensors and backward passes written by hand are no good there.
-    """
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-    )
