@@ -16,7 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from xlstm_rl import evaluate
 from xlstm_rl.configs import EnvConfig, TrainConfig, load
-from xlstm_rl.configs.conversion import flatten
+from xlstm_rl.configs.validation import plain
 from xlstm_rl.memory.core import _REGISTRY
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def test_page_on_configuration_names_every_key_with_its_default(tmp_path: Path) 
         names, values = re.findall(r"`(.*?)`", keys), [yaml.safe_load(f"[{default}]".replace("`", ""))]
         values = values[0] if len(names) > 1 else [(values[0] or [None])[0]]
         told |= dict(zip(names, values if len(values) > 1 else values * len(names), strict=True))
-    config = flatten(TrainConfig(env=EnvConfig("")))
+    config = plain(TrainConfig(env=EnvConfig("")))
     real = {
         f"{section}.{key}": value
         for section, values in config.items()

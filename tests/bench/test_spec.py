@@ -145,7 +145,7 @@ def test_only_that_fits_nothing_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("agents: {a: }", "x has no tasks"),
+        ("agents: {a: }", "x lacks tasks; give it"),
         ("tasks: {}\nagents: {a: }", "tasks must hold at least one"),
         ("tasks: {parity: {bas: 1}}\nagents: {a: }", "unknown key 'tasks.parity.bas' in x; did you mean 'base'"),
         ("tasks: {parity: }\nagents: {a b: }", "agent 'a b' becomes a folder"),
@@ -196,7 +196,7 @@ def test_mistakes_are_named(text: str, message: str) -> None:
         ),
         (
             "tasks: {parity: }\nagents: {a: {memory: {name: none}}, b: {memory: {name: lstm}, parameters_of: a}}",
-            "agent b: memory",
+            "agent b: .*memory 'lstm': match_parameters",
         ),
     ],
 )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from xlstm_rl import RecurrentPPO, general_settings
-from xlstm_rl.configs import ConfigError, load
+from xlstm_rl.configs import ConfigError, dump, load, preset_names
+from xlstm_rl.memory import make_memory
 from xlstm_rl.runs.build import make_env, make_model, normalized
 
 # A small memory and short rollouts, in both spellings.
@@ -76,3 +81,20 @@ def test_values_of_the_constructor_are_taken(name: str, value: int | None) -> No
 def test_mistake_is_refused_by_name(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         general_settings(**changes)
+
+
+@pytest.mark.parametrize("name", ["general", *preset_names()])
+def test_resolved_settings_of_presets_stay(name: str) -> None:
+    """Runs of the report card are runs of these settings; whoever changes one must make those runs anew."""
+    known = json.loads((Path(__file__).parent / "resolved_presets.json").read_text(encoding="utf-8"))[name]
+    config = yaml.safe_load(dump(load("TMaze-v0" if name == "general" else name)))
+    memory: Any = make_memory(config["memory"].pop("name"), 16, **config["memory"])
+    config["memory"] = json.loads(json.dumps(dataclasses.asdict(memory.config)))
+    # settings that came later have defaults that change nothing
+    assert {key: _known_part(config[key], value) for key, value in known.items()} == known
+
+
+def _known_part(values: Any, known: Any) -> Any:
+    if not isinstance(known, dict) or not isinstance(values, dict):
+        return values
+    return {key: _known_part(values.get(key), part) for key, part in known.items()}

@@ -264,7 +264,7 @@ def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("tmaze", "ppo.sde_sample_freq=0", ["ppo.sde_sample_freq=0", "at least 1"]),
         ("tmaze", f"seed=1{'0' * 400}", ["seed"]),
         ("tmaze", "ppo.gamma=2024-13-45", ["override 'ppo.gamma=2024-13-45'"]),
-        ("tmaze", "ppo.gamma=1.5", ["ppo.gamma=1.5", "between 0 and 1"]),
+        ("tmaze", "ppo.gamma=1.5", ["ppo.gamma=1.5", "at most 1"]),
         ("tmaze", "ppo.gamma=.nan", ["ppo.gamma=nan"]),
         ("tmaze", "ppo.n_steps=12.5", ["ppo.n_steps=12.5", "a whole number"]),
         ("tmaze", "ppo.n_steps=true", ["ppo.n_steps=True", "a whole number"]),

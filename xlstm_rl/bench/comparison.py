@@ -12,7 +12,7 @@ from xlstm_rl.bench.records import Record
 from xlstm_rl.bench.results import Results
 from xlstm_rl.bench.statistics import difference, estimate, probability_of_improvement
 from xlstm_rl.configs import ConfigError
-from xlstm_rl.configs.errors import nearest
+from xlstm_rl.configs.validation import nearest
 
 
 def compare(before: Results, after: Results, agents: tuple[str, str] | None = None) -> str:

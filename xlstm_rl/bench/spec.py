@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from xlstm_rl.configs import ConfigError
-from xlstm_rl.configs.conversion import build, check_mapping, parse_yaml
-from xlstm_rl.configs.errors import nearest
+from xlstm_rl.configs.validation import Count, Flag, Natural, Real, Word, build, nearest, parse_yaml, settings
 from xlstm_rl.envs import ABILITIES
 
 # Without it, an LSTM does not learn to hold anything within the budgets here, and a comparison would flatter the xLSTM.
 LSTM_FORGET_BIAS = 3.0
+# In YAML a task or an agent of which nothing is said is a key without a value.
+NOTHING_SET = BeforeValidator(lambda value: {} if value is None else value)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-@dataclass(frozen=True)
+@settings
 class TaskSpec:
     """A task of the benchmark.
 
@@ -33,29 +36,29 @@ class TaskSpec:
             task is solved shows in longer episodes.
     """
 
-    base: str | None = None
+    base: Word | None = None
     set: Mapping[str, Any] = field(default_factory=dict)
-    ability: str | None = None
-    length_parameter: str | None = None
-    optimal_return: float | None = None
-    memoryless_return: float | None = None
-    train_to_the_end: bool = False
+    ability: Word | None = None
+    length_parameter: Word | None = None
+    optimal_return: Real | None = None
+    memoryless_return: Real | None = None
+    train_to_the_end: Flag = False
 
     def __post_init__(self) -> None:
         if self.ability is not None and self.ability not in ABILITIES:
-            raise ConfigError(f"ability={self.ability!r} is none of the suite's; {nearest(self.ability, ABILITIES)}")
+            raise ValueError(f"ability={self.ability!r} is none of the suite's; {nearest(self.ability, ABILITIES)}")
         if (self.optimal_return is None) != (self.memoryless_return is None):
-            raise ConfigError("optimal_return and memoryless_return make a score together; give both or none")
+            raise ValueError("optimal_return and memoryless_return make a score together; give both or none")
         if self.optimal_return is not None and self.optimal_return == self.memoryless_return:
-            raise ConfigError(f"optimal_return={self.optimal_return} must differ from memoryless_return")
+            raise ValueError(f"optimal_return={self.optimal_return} must differ from memoryless_return")
         if self.optimal_return is not None and self.length_parameter is not None:
-            raise ConfigError(
+            raise ValueError(
                 f"length_parameter={self.length_parameter!r} is of no use beside optimal_return, which holds for the "
                 "training length alone; leave it out, and several episodes are played in a row"
             )
 
 
-@dataclass(frozen=True)
+@settings
 class AgentSpec:
     """An agent of the benchmark: the task's own training with what differs.
 
@@ -69,23 +72,21 @@ class AgentSpec:
         seeds: of its runs, some of the benchmark's; None takes all.
     """
 
-    tuned: bool = True
+    tuned: Flag = True
     memory: Mapping[str, Any] | None = None
     set: Mapping[str, Any] = field(default_factory=dict)
-    parameters_of: str | None = None
-    tuning_runs: int = 0
-    seeds: tuple[int, ...] | None = None
+    parameters_of: Word | None = None
+    tuning_runs: Natural = 0
+    seeds: tuple[Natural, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.memory is not None and any(str(key).startswith("memory") for key in self.set):
-            raise ConfigError("an agent has its memory settings either in memory or as memory.* in set; use one")
+            raise ValueError("an agent has its memory settings either in memory or as memory.* in set; use one")
         for key in _dotted(self.set):
             if key in ("env.id", "seed", "total_steps") or key.startswith("env.kwargs"):
-                raise ConfigError(f"{key} must be the same for all agents; set it for the task or the benchmark")
+                raise ValueError(f"{key} must be the same for all agents; set it for the task or the benchmark")
         if self.parameters_of is not None and "hidden_size" in (self.memory or {}):
-            raise ConfigError("parameters_of chooses hidden_size; leave memory.hidden_size out")
-        if self.tuning_runs < 0:
-            raise ConfigError(f"tuning_runs={self.tuning_runs} must be at least 0")
+            raise ValueError("parameters_of chooses hidden_size; leave memory.hidden_size out")
 
     @property
     def memory_name(self) -> str | None:
@@ -100,7 +101,7 @@ class AgentSpec:
         return replace(self, memory=memory, set=kept, parameters_of=parameters_of, tuning_runs=0)
 
 
-@dataclass(frozen=True)
+@settings
 class BenchSpec:
     """A benchmark.
 
@@ -116,39 +117,36 @@ class BenchSpec:
             trains every run to its end.
     """
 
-    tasks: Mapping[str, TaskSpec]
-    agents: Mapping[str, AgentSpec]
-    description: str | None = None
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    tasks: Mapping[Word, Annotated[TaskSpec, NOTHING_SET]]
+    agents: Mapping[Word, Annotated[AgentSpec, NOTHING_SET]]
+    description: Word | None = None
+    seeds: tuple[Natural, ...] = (0, 1, 2, 3, 4)
     set: Mapping[str, Any] = field(default_factory=dict)
-    episodes: int = 300
-    long_episodes: int = 64
-    solved_score: float = 0.9
-    stop_score: float | None = None
-    stop_evaluations: int = 5
+    episodes: Count = 300
+    long_episodes: Count = 64
+    solved_score: Real = 0.9
+    stop_score: Real | None = None
+    stop_evaluations: Count = 5
 
     def __post_init__(self) -> None:
         for name, values in (("tasks", self.tasks), ("agents", self.agents), ("seeds", self.seeds)):
             if not values:
-                raise ConfigError(f"{name} must hold at least one entry")
+                raise ValueError(f"{name} must hold at least one entry")
         for kind, names in (("task", self.tasks), ("agent", self.agents)):
             for name in names:
                 if not _NAME.fullmatch(name):
-                    raise ConfigError(f"{kind} {name!r} becomes a folder: use letters, digits, '.', '-' and '_'")
-        if len({*self.seeds}) < len(self.seeds) or min(self.seeds) < 0:
-            raise ConfigError(f"seeds={list(self.seeds)} must be different and not negative")
-        for name in ("episodes", "long_episodes", "stop_evaluations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+                    raise ValueError(f"{kind} {name!r} becomes a folder: use letters, digits, '.', '-' and '_'")
+        if len({*self.seeds}) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)} must be different")
         for name, agent in self.agents.items():
             if agent.seeds is not None and not ({*agent.seeds} and {*agent.seeds} <= {*self.seeds}):
-                raise ConfigError(
+                raise ValueError(
                     f"agents.{name}.seeds={list(agent.seeds)} must be some of the benchmark's, {list(self.seeds)}"
                 )
             other = agent.parameters_of
             if other is not None and (other not in self.agents or self.agents[other].parameters_of is not None):
                 known = [key for key, value in self.agents.items() if value.parameters_of is None]
-                raise ConfigError(
+                raise ValueError(
                     f"agents.{name}.parameters_of={other!r} must be an agent of its own size; {nearest(other, known)}"
                 )
 
@@ -192,24 +190,11 @@ def load_spec(name: str) -> BenchSpec:
 def read_spec(text: str, source: str) -> BenchSpec:
     """As `load_spec`, from YAML text; `source` names it in messages."""
     values = parse_yaml(text, source)
-    checked = check_mapping(BenchSpec, {} if values is None else values, source)
-    for name in ("tasks", "agents"):
-        if name not in checked:
-            raise ConfigError(f"{source} has no {name}; list them as a mapping of names to settings")
+    spec = build(BenchSpec, {} if values is None else values, source)
     try:
-        checked["tasks"] = _entries(TaskSpec, checked["tasks"], source, "tasks")
-        checked["agents"] = _entries(AgentSpec, checked["agents"], source, "agents")
-        return _with_baselines(BenchSpec(**checked))
+        return _with_baselines(spec)
     except ConfigError as error:
-        raise error if source in str(error) else ConfigError(f"{source}: {error}") from error
-
-
-def _entries(cls: type, values: Mapping[Any, Any], source: str, path: str) -> dict[str, Any]:
-    entries = {}
-    for name, value in values.items():
-        checked = check_mapping(cls, {} if value is None else value, source, f"{path}.{name}")
-        entries[str(name)] = build(cls, checked)
-    return entries
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _with_baselines(spec: BenchSpec) -> BenchSpec:

@@ -1,6 +1,5 @@
 """Typed configuration of a training run, its presets and the one loader."""
 
-from xlstm_rl.configs.errors import ConfigError
 from xlstm_rl.configs.loading import dump, general_settings, load, load_file, preset_names
 from xlstm_rl.configs.schema import (
     CheckpointConfig,
@@ -11,6 +10,7 @@ from xlstm_rl.configs.schema import (
     PPOConfig,
     TrainConfig,
 )
+from xlstm_rl.configs.validation import ConfigError
 
 __all__ = [
     "CheckpointConfig",

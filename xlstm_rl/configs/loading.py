@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,9 +15,8 @@ import gymnasium
 import yaml
 
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.configs.conversion import build, check_mapping, flatten, parse_yaml
-from xlstm_rl.configs.errors import ConfigError, closest
 from xlstm_rl.configs.schema import MemoryConfig, PolicyConfig, PPOConfig, TrainConfig, agent_arguments
+from xlstm_rl.configs.validation import ConfigError, build, check_part, closest, is_settings, parse_yaml, plain
 
 _UNKNOWN = "neither a preset nor a registered environment"
 
@@ -64,7 +63,7 @@ def load_file(path: Path) -> TrainConfig:
 
 def dump(config: TrainConfig) -> str:
     """The whole configuration as YAML, defaults included; `load_file` reads it back equal."""
-    return yaml.safe_dump(flatten(config), sort_keys=False, width=120)
+    return yaml.safe_dump(plain(config), sort_keys=False, width=120)
 
 
 def general_settings(**changes: Any) -> dict[str, Any]:
@@ -105,7 +104,9 @@ def general_settings(**changes: Any) -> dict[str, Any]:
     wanted = _check({"memory": memory, "policy": policy, "ppo": changes}, "general_settings()")
     values = _merge(_for_memory(_general(), wanted), wanted)
     arguments = agent_arguments(
-        build(MemoryConfig, values["memory"]), build(PolicyConfig, values["policy"]), build(PPOConfig, values["ppo"])
+        build(MemoryConfig, values["memory"], "general_settings()"),
+        build(PolicyConfig, values["policy"], "general_settings()"),
+        build(PPOConfig, values["ppo"], "general_settings()"),
     )
     return {**arguments, **kept, "policy_kwargs": {**arguments["policy_kwargs"], **policy_kwargs}}
 
@@ -158,7 +159,7 @@ def _base(name: object, source: str) -> dict[str, Any]:
 
 
 def _check(values: object, source: str) -> dict[str, Any]:
-    return check_mapping(TrainConfig, {} if values is None else values, source)
+    return check_part(TrainConfig, {} if values is None else values, source)
 
 
 def _check_registered(env_id: str, complaint: str, also_known: Iterable[str] = ()) -> None:
@@ -209,7 +210,7 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 def _check_section(keys: list[str], value: object, override: str) -> None:
     """Refuse a section that lacks its key, with the whole one."""
-    sections = {name: kind for name, kind in get_type_hints(TrainConfig).items() if is_dataclass(kind)}
+    sections = {name: kind for name, kind in get_type_hints(TrainConfig).items() if is_settings(kind)}
     first, text = keys[0], override.partition("=")[2]
     if len(keys) == 1 and first in sections and not isinstance(value, Mapping):
         example = f"memory.name={text}" if first == "memory" else f"{first}.{fields(sections[first])[0].name}=..."
@@ -236,9 +237,4 @@ def _build(values: Mapping[str, Any], source: str) -> TrainConfig:
     if "id" not in values.get("env", {}):
         raise ConfigError(f"{source} names no environment; set env.id to a gymnasium id")
     _check_registered(values["env"]["id"], f"no registered environment (env.id of {source})")
-    try:
-        config = build(TrainConfig, values)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
-    assert isinstance(config, TrainConfig)
-    return config
+    return build(TrainConfig, values, source)

@@ -1,22 +1,43 @@
-"""The configuration of a training run: frozen dataclasses that refuse impossible values."""
+"""The configuration of a training run: frozen settings that refuse impossible values."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, model_validator
+from pydantic_core import ArgsKwargs
 from stable_baselines3.common.utils import LinearSchedule
 
-from xlstm_rl.agents import XLSTMPolicy
-from xlstm_rl.configs.errors import ConfigError, nearest
+from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
+from xlstm_rl.configs.validation import (
+    Count,
+    Flag,
+    Natural,
+    Positive,
+    Real,
+    Share,
+    Weight,
+    Whole,
+    Word,
+    nearest,
+    settings,
+)
 from xlstm_rl.memory import make_memory, memory_names
 
+_CONSTRUCTOR = inspect.signature(RecurrentPPO).parameters
 
-@dataclass(frozen=True)
+
+def _default(name: str) -> Any:
+    """Of the constructor of `RecurrentPPO`, the one place where defaults of the algorithm are written down."""
+    return _CONSTRUCTOR[name].default
+
+
+@settings
 class EnvConfig:
     """The task and how many copies of it run at once.
 
@@ -34,27 +55,18 @@ class EnvConfig:
             normalised) and "start".
     """
 
-    id: str
+    id: Word
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    n_envs: int = 16
+    n_envs: Count = 16
     vec: Literal["dummy", "subproc", "vector"] = "dummy"
-    worker_timeout: float | None = None
-    worker_restarts: int = 0
-    normalize_observation: bool = False
-    normalize_reward: bool = False
-    memory_inputs: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        _at_least("env", self, 1, "n_envs")
-        for name in self.memory_inputs:
-            if name not in ("action", "reward", "start"):
-                raise ConfigError(f"env.memory_inputs has {name!r}; {nearest(name, ('action', 'reward', 'start'))}")
-        _at_least("env", self, 0, "worker_restarts")
-        _above("env", self, 0, "worker_timeout")
-        _one_of("env", self, "vec", ("dummy", "subproc", "vector"))
+    worker_timeout: Positive | None = None
+    worker_restarts: Natural = 0
+    normalize_observation: Flag = False
+    normalize_reward: Flag = False
+    memory_inputs: tuple[Literal["action", "reward", "start"], ...] = ()
 
 
-@dataclass(frozen=True)
+@settings
 class MemoryConfig:
     """The memory core.
 
@@ -64,23 +76,44 @@ class MemoryConfig:
             (`memory.hidden_size=64`).
     """
 
-    name: str = "xlstm"
+    name: Word = "xlstm"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="before")
+    @classmethod
+    def _beside_the_name(cls, values: Any) -> Any:
+        if isinstance(values, ArgsKwargs) or not isinstance(values, Mapping):
+            return values
+        rest = {str(key): value for key, value in values.items() if key != "name"}
+        return {"settings": rest, **({"name": values["name"]} if "name" in values else {})}
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> MemoryConfig:
         if self.name not in memory_names():
-            raise ConfigError(
+            raise ValueError(
                 f"memory.name={self.name!r} is no memory; {nearest(self.name, memory_names())}; one of yours is "
                 "known with the module that registers it: your_module:Env-v0"
             )
         width = self.settings.get("hidden_size")
         try:
-            make_memory(self.name, width if isinstance(width, int) else 64, **self.settings)
+            # nothing is allocated there
+            with torch.device("meta"):
+                make_memory(self.name, width if isinstance(width, int) else 64, **self.settings)
         except TypeError as error:
-            raise ConfigError(self._explain(error)) from error
-        # Widths beyond the address space or the memory are a RuntimeError of torch.
+            raise ValueError(self._explain(error)) from error
+        # Widths beyond the address space are a RuntimeError of torch.
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"memory {self.name!r}: {error}") from error
+            raise ValueError(f"memory {self.name!r}: {error}") from error
+        return self
+
+    def as_mapping(self) -> dict[str, Any]:
+        """As it stands in YAML."""
+        return {"name": self.name, **self.settings}
+
+    @staticmethod
+    def known_keys() -> list[str]:
+        """Keys in YAML, for the memory that is there unless another is named."""
+        return ["name", *memory_settings("xlstm")]
 
     def _explain(self, error: TypeError) -> str:
         known = memory_settings(self.name)
@@ -90,7 +123,7 @@ class MemoryConfig:
         return f"unknown key memory.{unknown[0]} for memory {self.name!r}; {nearest(unknown[0], known)}"
 
 
-@dataclass(frozen=True)
+@settings
 class PolicyConfig:
     """The networks around the memory.
 
@@ -103,15 +136,14 @@ class PolicyConfig:
     """
 
     critic_memory: Literal["shared", "separate", "none"] = "shared"
-    net_arch: tuple[int, ...] | None = None
+    net_arch: tuple[Count, ...] | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        _one_of("policy", self, "critic_memory", ("shared", "separate", "none"))
-        if any(width < 1 for width in self.net_arch or ()):
-            raise ConfigError(f"policy.net_arch={list(self.net_arch or ())} must hold widths of at least 1")
+    @model_validator(mode="after")
+    def _keys_are_free(self) -> PolicyConfig:
         for key in self.kwargs:
             self._check_free(str(key))
+        return self
 
     def _check_free(self, key: str) -> None:
         elsewhere = {
@@ -122,18 +154,17 @@ class PolicyConfig:
             "lr_schedule": "ppo.lr_schedule",
         } | ({} if self.net_arch is None else {"net_arch": "policy.net_arch"})
         if key in elsewhere:
-            raise ConfigError(f"policy.kwargs.{key} is set elsewhere; use {elsewhere[key]}")
+            raise ValueError(f"policy.kwargs.{key} is set elsewhere; use {elsewhere[key]}")
         known = set(inspect.signature(XLSTMPolicy).parameters) - {*elsewhere, "observation_space", "action_space"}
         if key not in known:
-            raise ConfigError(f"unknown key policy.kwargs.{key}; {nearest(key, known)}")
+            raise ValueError(f"unknown key policy.kwargs.{key}; {nearest(key, known)}")
 
 
-@dataclass(frozen=True)
+@settings
 class PPOConfig:
-    """Settings of `xlstm_rl.RecurrentPPO`, by the same names, with other defaults than its constructor has.
+    """Settings of `xlstm_rl.RecurrentPPO`, by the same names and with the same defaults, those of sb3-contrib.
 
-    The constructor keeps the defaults of sb3-contrib; these suit agents with memory: larger minibatches, fewer epochs,
-    an entropy bonus and a falling learning rate.
+    What suits agents with memory better stands in general.yaml: larger minibatches, fewer epochs, an entropy bonus.
 
     Attributes:
         n_steps: steps of each environment per rollout.
@@ -159,47 +190,40 @@ class PPOConfig:
         use_masking: choose among the actions that the environment's `action_masks()` allow; None: where it has them.
     """
 
-    n_steps: int = 128
-    seq_len: int | None = None
-    batch_size: int | None = 512
-    n_epochs: int = 4
-    learning_rate: float = 3e-4
-    lr_schedule: Literal["constant", "linear"] = "linear"
-    gamma: float = 0.99
-    gae_lambda: float = 0.95
-    clip_range: float = 0.2
-    clip_range_vf: float | None = None
-    normalize_advantage: bool = True
-    advantage_floor: float = 0.1
-    grad_spike_factor: float | None = 5.0
-    ent_coef: float = 0.01
+    n_steps: Count = _default("n_steps")
+    seq_len: Count | None = _default("seq_len")
+    batch_size: Count | None = _default("batch_size")
+    n_epochs: Count = _default("n_epochs")
+    learning_rate: Positive = _default("learning_rate")
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    gamma: Share = _default("gamma")
+    gae_lambda: Share = _default("gae_lambda")
+    clip_range: Positive = _default("clip_range")
+    clip_range_vf: Positive | None = _default("clip_range_vf")
+    normalize_advantage: Flag = _default("normalize_advantage")
+    advantage_floor: Weight = _default("advantage_floor")
+    grad_spike_factor: Positive | None = _default("grad_spike_factor")
+    ent_coef: Weight = _default("ent_coef")
     ent_schedule: Literal["constant", "linear"] = "constant"
-    vf_coef: float = 0.5
-    max_grad_norm: float = 0.5
-    target_kl: float | None = None
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    refresh_state: bool = False
-    use_sde: bool = False
-    sde_sample_freq: int | None = None
-    use_masking: bool | None = None
+    vf_coef: Weight = _default("vf_coef")
+    max_grad_norm: Positive = _default("max_grad_norm")
+    target_kl: Positive | None = _default("target_kl")
+    on_nonfinite: Literal["stop", "skip"] = _default("on_nonfinite")
+    refresh_state: Flag = _default("refresh_state")
+    use_sde: Flag = _default("use_sde")
+    sde_sample_freq: Whole | None = None
+    use_masking: Flag | None = _default("use_masking")
 
-    def __post_init__(self) -> None:
-        _at_least("ppo", self, 1, "n_steps", "seq_len", "batch_size", "n_epochs")
-        if self.sde_sample_freq != -1:
-            _at_least("ppo", self, 1, "sde_sample_freq")
-        _above("ppo", self, 0, "learning_rate", "clip_range", "clip_range_vf", "max_grad_norm", "target_kl")
-        _at_least("ppo", self, 0, "advantage_floor", "ent_coef", "vf_coef")
-        _one_of("ppo", self, "lr_schedule", ("constant", "linear"))
-        _one_of("ppo", self, "ent_schedule", ("constant", "linear"))
-        _one_of("ppo", self, "on_nonfinite", ("stop", "skip"))
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"ppo.{name}={getattr(self, name)} must be between 0 and 1, such as 0.99")
+    @model_validator(mode="after")
+    def _chunk_fits(self) -> PPOConfig:
+        if self.sde_sample_freq is not None and self.sde_sample_freq != -1 and self.sde_sample_freq < 1:
+            raise ValueError(f"ppo.sde_sample_freq={self.sde_sample_freq} must be at least 1, or -1: once a rollout")
         if self.seq_len is not None and self.seq_len > self.n_steps:
-            raise ConfigError(
+            raise ValueError(
                 f"ppo.seq_len={self.seq_len} must not exceed ppo.n_steps={self.n_steps}: a chunk lies within a "
                 "rollout; raise ppo.n_steps or leave ppo.seq_len out"
             )
+        return self
 
     def model_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the model constructor; what changes over the run as SB3's schedules."""
@@ -225,7 +249,7 @@ def agent_arguments(memory: MemoryConfig, policy: PolicyConfig, ppo: PPOConfig) 
     return {**ppo.model_arguments(), "policy_kwargs": policy_kwargs}
 
 
-@dataclass(frozen=True)
+@settings
 class EvalConfig:
     """Deterministic evaluation on fresh environments.
 
@@ -237,17 +261,14 @@ class EvalConfig:
         success_return: an episode counts as success from this return on, for tasks that do not report success.
     """
 
-    n_episodes: int = 100
-    interim_episodes: int = 32
-    every_steps: int | None = 20_000
-    n_envs: int = 16
-    success_return: float | None = None
-
-    def __post_init__(self) -> None:
-        _at_least("eval", self, 1, "n_episodes", "interim_episodes", "every_steps", "n_envs")
+    n_episodes: Count = 100
+    interim_episodes: Count = 32
+    every_steps: Count | None = 20_000
+    n_envs: Count = 16
+    success_return: Real | None = None
 
 
-@dataclass(frozen=True)
+@settings
 class CheckpointConfig:
     """Models saved during training.
 
@@ -258,15 +279,12 @@ class CheckpointConfig:
             were; false starts new episodes, for environments where actions have effects outside.
     """
 
-    every_steps: int | None = 50_000
-    keep: int = 3
-    replay: bool = True
-
-    def __post_init__(self) -> None:
-        _at_least("checkpoint", self, 1, "every_steps", "keep")
+    every_steps: Count | None = 50_000
+    keep: Count = 3
+    replay: Flag = True
 
 
-@dataclass(frozen=True)
+@settings
 class TrainConfig:
     """Everything that decides a training run.
 
@@ -279,23 +297,22 @@ class TrainConfig:
     """
 
     env: EnvConfig
-    description: str | None = None
+    description: Word | None = None
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    total_steps: int = 300_000
-    seed: int = 0
-    device: str = "cpu"
-    threads: int | None = 1
+    total_steps: Count = 300_000
+    seed: Annotated[Natural, Field(lt=2**31)] = 0
+    device: Word = "cpu"
+    threads: Count | None = 1
 
-    def __post_init__(self) -> None:
-        _at_least("", self, 1, "total_steps", "threads")
-        if not 0 <= self.seed < 2**31:
-            raise ConfigError(f"seed={self.seed} must be from 0 to 2**31 - 1")
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainConfig:
         self._check_device()
         self._check_batch()
+        return self
 
     def _check_device(self) -> None:
         if self.device == "auto":
@@ -303,19 +320,19 @@ class TrainConfig:
         try:
             torch.device(self.device)
         except RuntimeError as error:
-            raise ConfigError(f"device={self.device!r} is none that torch knows; use auto, cpu or cuda") from error
+            raise ValueError(f"device={self.device!r} is none that torch knows; use auto, cpu or cuda") from error
 
     def _check_batch(self) -> None:
         if self.ppo.batch_size is None:
             return
         rollout, chunk = self.ppo.n_steps * self.env.n_envs, self.ppo.seq_len or 1
         if self.ppo.batch_size > rollout:
-            raise ConfigError(
+            raise ValueError(
                 f"ppo.batch_size={self.ppo.batch_size} must not exceed the {rollout} steps of a rollout (ppo.n_steps="
                 f"{self.ppo.n_steps} x env.n_envs={self.env.n_envs}); lower it or raise one of those"
             )
         if self.ppo.batch_size < chunk:
-            raise ConfigError(
+            raise ValueError(
                 f"ppo.batch_size={self.ppo.batch_size} counts environment steps and must hold at least one chunk of "
                 f"{chunk} steps; raise it or lower ppo.seq_len"
             )
@@ -329,27 +346,3 @@ def memory_settings(memory: str) -> list[str]:
         return [f.name for f in dataclasses.fields(config)]
     parameters = inspect.signature(type(core)).parameters.values()
     return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
-
-
-def _label(section: str, name: str) -> str:
-    return f"{section}.{name}" if section else name
-
-
-def _at_least(section: str, config: object, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ConfigError(f"{_label(section, name)}={value} must be at least {least}")
-
-
-def _above(section: str, config: object, bound: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > bound:
-            raise ConfigError(f"{_label(section, name)}={value} must be greater than {bound}")
-
-
-def _one_of(section: str, config: object, name: str, allowed: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in allowed:
-        raise ConfigError(f"{_label(section, name)}={value!r} is not allowed; {nearest(str(value), allowed)}")
