@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 
 from xlstm_rl.bench import figures
-from xlstm_rl.bench.card import common_scores
-from xlstm_rl.bench.checks import check
+from xlstm_rl.bench.card import common_scores, render
 from xlstm_rl.bench.comparison import compare
 from xlstm_rl.bench.documents import Code, Section, Table, to_html, to_markdown
-from xlstm_rl.bench.records import Figure, Record, StateHealth
-from xlstm_rl.bench.rendering import render
-from xlstm_rl.bench.results import Results, read_results, write_results
+from xlstm_rl.bench.results import Figure, Record, Results, StateHealth, read_results, write_results
+from xlstm_rl.bench.validity import check
 from xlstm_rl.configs import ConfigError
 
 ORACLE, MEMORYLESS, EMPTIED, SIZE, TUNING, STATE, COMPLETE = range(7)

@@ -137,8 +137,8 @@ def test_records_of_other_settings_are_refused_though_other_runs_were_asked_for(
     spec_path: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(out, tmp_path / "out")
-    (tmp_path / "out" / "records" / "cue-recall" / "lstm" / "0.json").unlink()
-    shutil.rmtree(tmp_path / "out" / "runs" / "cue-recall" / "lstm" / "0")
+    # what is known of the runs stands in results.json, and folders of runs may be removed
+    shutil.rmtree(tmp_path / "out" / "runs")
     before = (tmp_path / "out" / "results.json").read_bytes()
     other = tmp_path / "other.yaml"
     other.write_text(SMALL.replace("long_episodes: 2", "long_episodes: 3"), encoding="utf-8")

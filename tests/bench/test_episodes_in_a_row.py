@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv
 from xlstm_rl.agents.evaluation import evaluate
-from xlstm_rl.bench.episodes_in_a_row import EpisodesInARow
+from xlstm_rl.bench.measuring import EpisodesInARow
 
 
 class Counter(gymnasium.Env[np.ndarray, np.int64]):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xlstm_rl.bench.measuring import WatchedModel
-from xlstm_rl.bench.records import StateHealth
+from xlstm_rl.bench.results import StateHealth
 
 
 class Plays:

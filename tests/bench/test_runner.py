@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import signal
 import subprocess
@@ -17,8 +16,7 @@ from rich.console import Console
 
 from tests.bench.small_bench import BREAKING, SMALL, write_breaking_envs
 from xlstm_rl.bench.plan import PlannedRun, plan_runs
-from xlstm_rl.bench.records import Record
-from xlstm_rl.bench.results import gather
+from xlstm_rl.bench.results import Record, gather, read_records
 from xlstm_rl.bench.runner import Outcome, check_settings, run_all
 from xlstm_rl.bench.spec import read_spec
 from xlstm_rl.configs import ConfigError
@@ -34,7 +32,7 @@ def run_some(out: Path, text: str, only: list[str], workers: int = 2) -> tuple[O
 
 
 def read(run: PlannedRun) -> Record:
-    record = Record.from_values(json.loads(run.record.read_text(encoding="utf-8")))
+    record = read_records([run])[run.name]
     return dataclasses.replace(record, cpu_minutes=0.0)
 
 

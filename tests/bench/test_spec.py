@@ -12,8 +12,10 @@ import pytest
 
 from xlstm_rl.bench import plan
 from xlstm_rl.bench.plan import plan_runs
+from xlstm_rl.bench.runner import check_settings
 from xlstm_rl.bench.spec import load_spec, read_spec, spec_names
 from xlstm_rl.configs import ConfigError, load
+from xlstm_rl.configs.loading import differences
 from xlstm_rl.envs import TaskFacts, TaskPurpose
 from xlstm_rl.runs.build import make_env, make_model
 
@@ -37,8 +39,8 @@ def test_benchmarks_of_the_package_can_be_planned() -> None:
         )
 
 
-def test_records_are_found_again_though_fields_are_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "dump", lambda config: "the configuration")
+def test_records_are_found_again_though_fields_of_tasks_are_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "differences", lambda config: "the configuration")
     spec = read_spec(SMALL, "x")
     said = (
         "Task(name='parity', purpose=TaskPurpose(ability='state tracking', length='length', odd=False), "
@@ -46,7 +48,7 @@ def test_records_are_found_again_though_fields_are_renamed(monkeypatch: pytest.M
     )
     task = plan.Task("parity", TaskPurpose("state tracking", "length"), TaskFacts(9, 1.0, 0.5), False)
     run = plan.PlannedRun(task, "mine", load("parity"), OUT)
-    expected = hashlib.sha256(f"the configuration{said}(64, None, 5)".encode()).hexdigest()[:16]
+    expected = hashlib.sha256(f'"the configuration"{said}(64, None, 5)'.encode()).hexdigest()[:16]
     assert plan.fingerprint(run, spec) == expected
 
 
@@ -223,3 +225,18 @@ def test_untuned_agent_takes_the_defaults_on_the_task_s_environment() -> None:
     assert plain.ppo == replace(default.ppo, ent_coef=0.2)
     assert tuned.ppo.gamma == 0.5
     assert tuned.env.n_envs == 8
+
+
+def test_fingerprint_holds_only_what_differs_from_the_defaults() -> None:
+    """So that runs stay known when settings are added whose defaults change nothing."""
+    assert differences(load("parity", ["seed=3"]))["seed"] == 3
+    assert set(differences(load("parity"))["ppo"]) == {
+        *("batch_size", "n_epochs", "learning_rate", "lr_schedule", "gamma", "ent_coef")
+    }
+
+
+@pytest.mark.parametrize("name", ["suite", "tracking"])
+def test_runs_on_the_report_cards_are_those_of_the_settings_of_now(name: str) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / name
+    spec = load_spec(name)
+    check_settings(plan.plan_runs(spec, folder), spec)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from xlstm_rl.bench.checks import Check, check
-from xlstm_rl.bench.documents import Code, Picture, Section, Table
-from xlstm_rl.bench.records import Record
-from xlstm_rl.bench.results import Results
+from xlstm_rl.agents.archive import write_whole
+from xlstm_rl.bench.documents import Code, Picture, Section, Table, to_html, to_markdown
+from xlstm_rl.bench.figures import draw_all
+from xlstm_rl.bench.results import Record, Results
 from xlstm_rl.bench.statistics import (
     Estimate,
     estimate,
@@ -19,8 +19,26 @@ from xlstm_rl.bench.statistics import (
     probability_of_improvement,
     wilson_interval,
 )
+from xlstm_rl.bench.validity import Check, check
+from xlstm_rl.configs import ConfigError
 
 FAILURE_LINES = 12
+
+
+def render(results: Results, out: Path) -> None:
+    """Write card.md, card.html and figures/ to a folder.
+
+    Raises:
+        ConfigError: no run has finished yet.
+    """
+    if not results.records:
+        raise ConfigError(f"{out} has no finished run to show; go on with `xlstm-rl bench run`")
+    figures = out / "figures"
+    draw_all(results, figures)
+    sections = card_sections(results, figures)
+    title = f"Benchmark {results.name}"
+    write_whole(out / "card.md", to_markdown(title, sections, out).encode())
+    write_whole(out / "card.html", to_html(title, sections).encode())
 
 
 def card_sections(results: Results, figures: Path) -> list[Section]:

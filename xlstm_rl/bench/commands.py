@@ -52,8 +52,8 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from xlstm_rl.bench.card import render
     from xlstm_rl.bench.plan import plan_runs, select_runs
-    from xlstm_rl.bench.rendering import render
     from xlstm_rl.bench.results import gather, write_results
     from xlstm_rl.bench.runner import check_settings, run_all
     from xlstm_rl.bench.spec import load_spec
@@ -106,7 +106,7 @@ def _alone_in(out: Path) -> Iterator[None]:
 
 
 def _render(options: argparse.Namespace) -> int:
-    from xlstm_rl.bench.rendering import render
+    from xlstm_rl.bench.card import render
     from xlstm_rl.bench.results import read_results
 
     render(read_results(options.out), options.out)

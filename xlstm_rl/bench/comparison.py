@@ -8,8 +8,7 @@ from pathlib import Path
 
 from xlstm_rl.bench.card import common_scores, spell
 from xlstm_rl.bench.documents import Section, Table, to_markdown
-from xlstm_rl.bench.records import Record
-from xlstm_rl.bench.results import Results
+from xlstm_rl.bench.results import Record, Results
 from xlstm_rl.bench.statistics import difference, estimate, probability_of_improvement
 from xlstm_rl.configs import ConfigError
 from xlstm_rl.configs.validation import nearest

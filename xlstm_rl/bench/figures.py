@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xlstm_rl.bench.records import Record
-from xlstm_rl.bench.results import Results
+from xlstm_rl.bench.results import Record, Results
 from xlstm_rl.bench.statistics import estimate, performance_profile
 
 COLUMNS = 4

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_rl.bench.spec import AgentSpec, BenchSpec, TaskSpec
-from xlstm_rl.configs import ConfigError, EnvConfig, MemoryConfig, TrainConfig, dump, load
+from xlstm_rl.configs import ConfigError, EnvConfig, MemoryConfig, TrainConfig, load
+from xlstm_rl.configs.loading import differences
 from xlstm_rl.envs import TaskFacts, TaskPurpose, longer, task_purpose
 from xlstm_rl.runs.build import make_env, make_model, read_facts
 
@@ -95,13 +96,13 @@ class PlannedRun:
 
     @property
     def record(self) -> Path:
-        """What was measured; there once the run is done."""
-        return self.out / "records" / f"{self.name}.json"
+        """What the worker measured, until results.json holds it."""
+        return self.folder.with_name(f"{self.folder.name}.record.json")
 
     @property
     def failure(self) -> Path:
         """Why the run failed."""
-        return self.record.with_suffix(".failure.txt")
+        return self.folder.with_name(f"{self.folder.name}.failure.txt")
 
     @property
     def log(self) -> Path:
@@ -122,7 +123,8 @@ class PlannedRun:
 def fingerprint(run: PlannedRun, spec: BenchSpec) -> str:
     """Equal for runs that were trained and measured with equal settings."""
     measured = (spec.long_episodes, spec.stop_score_of(run.task.name), spec.stop_evaluations)
-    return hashlib.sha256(f"{dump(run.config)}{_in_words(run.task)}{measured}".encode()).hexdigest()[:16]
+    settings = json.dumps(differences(run.config), sort_keys=True)
+    return hashlib.sha256(f"{settings}{_in_words(run.task)}{measured}".encode()).hexdigest()[:16]
 
 
 def _in_words(task: Task) -> str:

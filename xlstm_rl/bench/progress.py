@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -15,16 +15,16 @@ class ProgressView:
     """Shows how far the runs are, with the time left; a context manager.
 
     Args:
-        runs: all that are planned, done ones included.
+        runs: all that are planned.
+        done: names of those that are there already.
         console: where; on a terminal the lines update in place, elsewhere a line comes when a run ends.
     """
 
-    def __init__(self, runs: Sequence[PlannedRun], console: Console) -> None:
+    def __init__(self, runs: Sequence[PlannedRun], done: Container[str], console: Console) -> None:
         self._console = console
         self._count = len(runs)
-        done = [run for run in runs if run.record.is_file()]
-        self._ended, self._failed = len(done), 0
-        self._steps = {run.name: run.config.total_steps if run in done else 0 for run in runs}
+        self._ended, self._failed = sum(run.name in done for run in runs), 0
+        self._steps = {run.name: run.config.total_steps if run.name in done else 0 for run in runs}
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),

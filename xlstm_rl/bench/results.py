@@ -1,4 +1,4 @@
-"""The results of a benchmark as one JSON file, from which everything else is drawn, and as a CSV table."""
+"""What the runs of a benchmark showed: one JSON file, from which everything else is drawn, and a CSV table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,117 @@ from numpy.typing import NDArray
 
 from xlstm_rl.agents.archive import write_whole
 from xlstm_rl.bench.plan import PlannedRun
-from xlstm_rl.bench.records import Record
 from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.configs import ConfigError
+from xlstm_rl.configs.validation import build, settings
 
 RESULTS = "results.json"
 
 
-@dataclass(frozen=True)
+@settings
+class Figure:
+    """The outcome of some episodes.
+
+    Attributes:
+        mean_return: over the episodes.
+        standard_error: of the mean return.
+        score: 0 for the best policy without memory, 1 for the optimum.
+        episodes: how many were played; each is several in a row where `Record.in_a_row` says so.
+    """
+
+    mean_return: float
+    standard_error: float
+    score: float
+    episodes: int
+
+
+@settings
+class StateHealth:
+    """The memory state of one environment over the longest episodes that were played.
+
+    Attributes:
+        bytes_first, bytes_last: after the first and the last step; equal where the state does not grow.
+        largest: the largest absolute value met.
+        finite: whether every value was.
+        length: at how many times the training length, or how many episodes in a row.
+    """
+
+    bytes_first: int
+    bytes_last: int
+    largest: float
+    finite: bool
+    length: int
+
+
+@settings
+class Record:
+    """What one run showed.
+
+    Attributes:
+        task, agent, seed: which run.
+        fingerprint: of all settings, see `xlstm_rl.bench.plan.fingerprint`.
+        ability: what the task tests.
+        env: its environment id.
+        memory: name of the memory, with its blocks where it has such.
+        parameters, memory_parameters: of the whole policy, and of the actor's memory alone.
+        tuning_runs: spent on the agent's settings.
+        total_steps, steps: environment steps planned and trained; fewer where training ended early as solved.
+        optimal_return, memoryless_return: the bounds of the score.
+        curve: [step, mean return] of each evaluation during training.
+        greedy, sampled: final weights, with the mode of the policy and with samples of it.
+        emptied: greedy, with the memory emptied at every step.
+        oracle: the scripted oracle in episodes of the same seeds; None where the environment has none.
+        longer: greedy at "4" and "16" times the training length, the state carried.
+        state: of the memory.
+        cpu_minutes: of all starts of the run, measuring included; without what environments in processes of their own
+            spent (`env.vec=subproc`).
+        versions: packages, platform and machine.
+        in_a_row: whether `longer` is of so many episodes in a row, as in tasks without a length.
+    """
+
+    task: str
+    agent: str
+    seed: int
+    fingerprint: str
+    ability: str
+    env: str
+    memory: str
+    parameters: int
+    memory_parameters: int
+    tuning_runs: int
+    total_steps: int
+    steps: int
+    optimal_return: float
+    memoryless_return: float
+    curve: list[list[float]]
+    greedy: Figure
+    sampled: Figure
+    emptied: Figure
+    oracle: Figure | None
+    longer: dict[str, Figure]
+    state: StateHealth
+    cpu_minutes: float
+    versions: dict[str, Any]
+    in_a_row: bool = False
+
+    @property
+    def curve_scores(self) -> list[tuple[int, float]]:
+        """(step, score) of each evaluation during training."""
+        span = self.optimal_return - self.memoryless_return
+        return [(int(step), (mean_return - self.memoryless_return) / span) for step, mean_return in self.curve]
+
+    @property
+    def worst_of_last_five(self) -> float | None:
+        """The lowest score of the last five evaluations during training; None before there were five."""
+        scores = [score for _, score in self.curve_scores[-5:]]
+        return min(scores) if len(scores) == 5 else None
+
+    def steps_to(self, score: float) -> int | None:
+        """Steps at the first evaluation that reached a score; None where none did."""
+        return next((step for step, reached in self.curve_scores if reached >= score), None)
+
+
+@settings
 class Results:
     """What a benchmark showed.
 
@@ -81,20 +183,28 @@ class Results:
         return found
 
 
+def read_records(runs: Sequence[PlannedRun]) -> dict[str, Record]:
+    """The records that are there, by the name of their run: what a worker left, else what results.json holds.
+
+    Raises:
+        ConfigError: a record is damaged.
+    """
+    kept = {out: read_results(out).records for out in {run.out for run in runs} if (out / RESULTS).is_file()}
+    known = {(out, f"{one.task}/{one.agent}/{one.seed}"): one for out, records in kept.items() for one in records}
+    found = {run.name: known.get((run.out, run.name)) for run in runs}
+    found |= {run.name: read_record(run.record) for run in runs if run.record.is_file()}
+    return {name: record for name, record in found.items() if record is not None}
+
+
 def gather(name: str, spec: BenchSpec, runs: Sequence[PlannedRun]) -> Results:
     """The results of the runs as far as they are there.
 
     Raises:
         ConfigError: a record is damaged.
     """
-    records, failures, missing = [], {}, []
-    for run in runs:
-        if run.record.is_file():
-            records.append(read_record(run.record))
-        elif run.failure.is_file():
-            failures[run.name] = run.failure.read_text(encoding="utf-8", errors="replace")
-        else:
-            missing.append(run.name)
+    records = read_records(runs)
+    left = [run for run in runs if run.name not in records]
+    failed = {run.name: run.failure for run in left if run.failure.is_file()}
     return Results(
         name=name,
         tasks=tuple(spec.tasks),
@@ -103,9 +213,9 @@ def gather(name: str, spec: BenchSpec, runs: Sequence[PlannedRun]) -> Results:
         solved_score=spec.solved_score,
         stop_score=spec.stop_score,
         parameters_of={key: agent.parameters_of for key, agent in spec.agents.items() if agent.parameters_of},
-        records=tuple(records),
-        failures=failures,
-        missing=tuple(missing),
+        records=tuple(records.values()),
+        failures={name: path.read_text(encoding="utf-8", errors="replace") for name, path in failed.items()},
+        missing=tuple(run.name for run in left if run.name not in failed),
     )
 
 
@@ -115,7 +225,7 @@ def write_results(results: Results, out: Path) -> None:
     values = {f.name: getattr(results, f.name) for f in dataclasses.fields(results) if f.name != "records"}
     head = json.dumps(values, indent=1)[:-2]
     # a record a line, so that files of two versions can be compared
-    lines = ",\n  ".join(record.to_json() for record in results.records)
+    lines = ",\n  ".join(map(to_json, results.records))
     write_whole(out / RESULTS, f'{head},\n "records": [\n  {lines}\n ]\n}}\n'.encode())
     write_whole(out / "results.csv", _table(results).encode())
 
@@ -128,14 +238,16 @@ def read_results(out: Path) -> Results:
     """
     path = out / RESULTS
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        lists = {name: tuple(values[name]) for name in ("tasks", "agents", "seeds", "missing")}
-        records = tuple(Record.from_values(record) for record in values["records"])
-        return Results(**{**values, **lists, "records": records})
+        return build(Results, json.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} is missing; give a folder that `xlstm-rl bench run` made") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} cannot be used: {error}; make it again with `xlstm-rl bench run`") from error
+
+
+def to_json(record: Record) -> str:
+    """A record as JSON text."""
+    return json.dumps(dataclasses.asdict(record))
 
 
 def read_record(path: Path) -> Record:
@@ -145,7 +257,7 @@ def read_record(path: Path) -> Record:
         ConfigError: it is damaged.
     """
     try:
-        return Record.from_values(json.loads(path.read_text(encoding="utf-8")))
+        return build(Record, json.loads(path.read_text(encoding="utf-8")), str(path))
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}; remove it to do the run again") from error
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from xlstm_rl.agents.archive import write_whole
 from xlstm_rl.bench.plan import PlannedRun, fingerprint
 from xlstm_rl.bench.progress import ProgressView
-from xlstm_rl.bench.results import read_record
+from xlstm_rl.bench.results import RESULTS, read_records
 from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.bench.worker import DONE, INTERRUPTED, work
 from xlstm_rl.configs import ConfigError, load_file
@@ -70,10 +70,11 @@ def run_all(
         console: shows progress.
         after_each: called when a run has ended.
     """
-    todo = [run for run in runs if not run.record.is_file()]
+    done = read_records(runs)
+    todo = [run for run in runs if run.name not in done]
     deadline = float("inf") if hours is None else time.monotonic() + hours * 3600
     outcome = Outcome()
-    with Interruption() as interruption, ProgressView(runs, console) as view:
+    with Interruption() as interruption, ProgressView(runs, done, console) as view:
         pool = _Pool(spec, view, outcome, after_each)
         while True:
             stopping = interruption.signal is not None
@@ -99,17 +100,19 @@ def check_settings(runs: Sequence[PlannedRun], spec: BenchSpec) -> None:
     Raises:
         ConfigError: a record, or what is left of an earlier start, was made with other settings.
     """
+    records = read_records(runs)
     for run in runs:
-        if not _has_same_settings(run, spec):
+        record = records.get(run.name)
+        same = _goes_on(run, spec) if record is None else record.fingerprint == fingerprint(run, spec)
+        if not same:
             raise ConfigError(
                 f"{run.name} in {run.out} was made with other settings than the benchmark has now; choose another "
-                f"--out, or remove {run.folder} and {run.record}"
+                f"--out, or remove {run.folder if record is None else f'its line from {run.out / RESULTS}'}"
             )
 
 
-def _has_same_settings(run: PlannedRun, spec: BenchSpec) -> bool:
-    if run.record.is_file():
-        return read_record(run.record).fingerprint == fingerprint(run, spec)
+def _goes_on(run: PlannedRun, spec: BenchSpec) -> bool:
+    """Whether what is left of an earlier start, if anything, was made with the settings of now."""
     config = run.folder / "config.yaml"
     if not config.is_file():
         return True

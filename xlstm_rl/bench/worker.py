@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from xlstm_rl.agents.archive import write_whole
 from xlstm_rl.bench.plan import PlannedRun, fingerprint
+from xlstm_rl.bench.results import to_json
 from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.runs.returns import Row
 
@@ -63,7 +64,7 @@ def _finish(run: PlannedRun, spec: BenchSpec) -> bool:
     with torch_threads(run.config.threads):
         record = measure(run, spec, result, spent.note)
     run.record.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(run.record, record.to_json().encode())
+    write_whole(run.record, to_json(record).encode())
     return True
 
 

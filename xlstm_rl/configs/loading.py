@@ -15,7 +15,7 @@ import gymnasium
 import yaml
 
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.configs.schema import MemoryConfig, PolicyConfig, PPOConfig, TrainConfig, agent_arguments
+from xlstm_rl.configs.schema import EnvConfig, MemoryConfig, PolicyConfig, PPOConfig, TrainConfig, agent_arguments
 from xlstm_rl.configs.validation import ConfigError, build, check_part, closest, is_settings, parse_yaml, plain
 
 _UNKNOWN = "neither a preset nor a registered environment"
@@ -64,6 +64,23 @@ def load_file(path: Path) -> TrainConfig:
 def dump(config: TrainConfig) -> str:
     """The whole configuration as YAML, defaults included; `load_file` reads it back equal."""
     return yaml.safe_dump(plain(config), sort_keys=False, width=120)
+
+
+def differences(config: TrainConfig) -> dict[str, Any]:
+    """The configuration without what is as by default: the same whatever settings are added later."""
+    return _without(plain(config), plain(TrainConfig(EnvConfig(config.env.id))))
+
+
+def _without(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What of nested values is not as in `defaults`."""
+    left: dict[str, Any] = {}
+    for key, value in values.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            left |= {key: _without(value, default)} if _without(value, default) else {}
+        elif key not in defaults or value != default:
+            left[key] = value
+    return left
 
 
 def general_settings(**changes: Any) -> dict[str, Any]:
