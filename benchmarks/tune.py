@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from benchmarks.tuning_spaces import MEMORIES, SHARED, suggest
-from xlstm_rl.agents.archive import write_whole
+from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.bench.plan import Task, plan_runs
 from xlstm_rl.bench.spec import AgentSpec, BenchSpec, TaskSpec, load_spec
 from xlstm_rl.bench.worker import leave_with_the_parent

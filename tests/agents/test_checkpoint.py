@@ -3,6 +3,9 @@
 import inspect
 import io
 import json
+import os
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -12,8 +15,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import sb3_contrib
 import torch
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
@@ -21,7 +26,7 @@ from torch import nn
 from tests.agents.small_agents import SMALL, agent, assert_same, played
 from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes, vec_env
 from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
-from xlstm_rl.agents.archive import CheckpointError
+from xlstm_rl.agents.checkpoint import CheckpointError, remove_unfinished, write_whole
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
 from xlstm_rl.memory import leaves
 
@@ -400,3 +405,89 @@ def test_failed_write_keeps_the_file_before(saved: Path, monkeypatch: pytest.Mon
         agent(seed=5).save(saved)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_file_of_format_1_is_read(saved: Path, tmp_path: Path) -> None:
+    """As the first versions wrote them: nothing for others, no names of weights, nothing about frozen ones."""
+    with zipfile.ZipFile(saved) as file:
+        members = {name: file.read(name) for name in file.namelist() if name != "data"}
+    trees = {name: json.loads(members[name]) for name in ("format.json", "data.json", "policy.optimizer.json")}
+    trees["format.json"]["version"] = 1
+    del trees["data.json"]["frozen_parameters"]
+    del trees["policy.optimizer.json"]["class"], trees["policy.optimizer.json"]["param_groups"][0]["param_names"]
+    with zipfile.ZipFile(tmp_path / "old.zip", "w") as file:
+        for name, content in members.items():
+            file.writestr(name, json.dumps(trees[name]) if name in trees else content)
+    assert_same(RecurrentPPO.load(saved, device="cpu"), RecurrentPPO.load(tmp_path / "old.zip", device="cpu"))
+
+
+def test_hub_tools_find_settings_and_how_to_load(saved: Path) -> None:
+    with zipfile.ZipFile(saved) as file:
+        told = json.loads(file.read("data"))
+    assert told["format"] == "xlstm_rl checkpoint"
+    assert told["load_with"] == "xlstm_rl.RecurrentPPO.load(path)"
+    assert (told["policy_class"], told["n_steps"], told["gamma"]) == ("MlpXLSTMPolicy", 8, 0.99)
+
+
+def test_loader_of_stable_baselines3_says_how_to_load(saved: Path) -> None:
+    with pytest.warns(UserWarning, match=r"this file, which is read by xlstm_rl\.RecurrentPPO\.load\(path\)"):
+        settings, _, _ = load_from_zip_file(saved)
+    assert settings is not None
+    assert settings["load_with"] == "xlstm_rl.RecurrentPPO.load(path)"
+    with pytest.warns(UserWarning, match=r"RecurrentPPO\.load"), pytest.raises(KeyError, match="observation_space"):
+        sb3_contrib.RecurrentPPO.load(saved)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has nothing to flush in a folder")
+def test_file_and_the_folders_that_hold_its_name_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def note(number: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        sync(number)
+
+    def note_name(source: Path, target: Path) -> None:
+        flushed.append("in its place")
+        replace(source, target)
+
+    monkeypatch.setattr("os.fsync", note)
+    monkeypatch.setattr("os.replace", note_name)
+    agent().save(tmp_path / "new" / "run" / "model")
+    folders, content, *rest = [flushed[:2], flushed[2], *flushed[3:]]
+    assert sorted(folders) == sorted([tmp_path.name, "new"])
+    assert content.startswith(".model.zip.")
+    assert rest == ["in its place", "run"]
+
+
+def test_unfinished_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    begin = (
+        "import os, sys; from pathlib import Path; from xlstm_rl.agents import checkpoint\n"
+        "os.fsync = lambda _: (print('begun', flush=True), sys.stdin.readline(), os._exit(9))\n"
+        "checkpoint.write_whole(Path(sys.argv[1]) / 'model.zip', b'half')"
+    )
+    command = [sys.executable, "-c", begin, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "begun\n"
+        (unfinished,) = tmp_path.iterdir()
+        remove_unfinished(tmp_path)
+        assert unfinished.exists(), "its writer lives"
+        writer.communicate("\n")
+    # of another machine, of which nobody here knows
+    elsewhere = unfinished.with_name(unfinished.name.replace(f"@{writer.pid}", f"-2@{writer.pid}"))
+    elsewhere.touch()
+    remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == [elsewhere]
+
+
+def test_unfinished_files_of_earlier_versions_are_removed(tmp_path: Path) -> None:
+    for name in (".step_0000000012.zip.0a1b2c3d.part", ".returns.csv.part", "model.zip"):
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.zip"]
+
+
+def test_name_of_any_length_that_the_disk_takes_can_be_written(tmp_path: Path) -> None:
+    write_whole(tmp_path / ("a" * 255), b"content")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"content"]

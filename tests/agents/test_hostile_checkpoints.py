@@ -21,8 +21,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from tests.agents.small_agents import SMALL, agent
 from tests.agents.spaces_for_tests import vec_env
 from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
-from xlstm_rl.agents import archive as archive_module
-from xlstm_rl.agents.archive import CheckpointError
+from xlstm_rl.agents import checkpoint as checkpoint_module
+from xlstm_rl.agents.checkpoint import CheckpointError
 from xlstm_rl.envs import Resumable
 
 
@@ -79,6 +79,30 @@ def test_flipped_byte_is_refused(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "flipped.zip").write_bytes(content)
     with pytest.raises(CheckpointError, match="CRC"):
         RecurrentPPO.load(tmp_path / "flipped.zip")
+
+
+def test_any_flipped_bit_outside_the_members_is_refused_or_harmless(saved: Path, tmp_path: Path) -> None:
+    """Members have checksums; names, places and sizes of members have none."""
+    content = saved.read_bytes()
+    with zipfile.ZipFile(saved) as file:
+        headers = [(member.header_offset, 30 + len(member.filename)) for member in file.infolist()]
+    whole = checkpoint_module.read_archive(saved, "model")
+    path = tmp_path / "flipped.zip"
+    places: list[int] = list(range(content.index(b"PK\x01\x02"), len(content)))
+    for offset, size in headers:
+        places += range(offset, offset + size)
+    for place in places:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << (place % 8)
+        path.write_bytes(flipped)
+        try:
+            archive = checkpoint_module.read_archive(path, "model")
+        except CheckpointError:
+            continue
+        assert archive.libraries == whole.libraries
+        for part, (tree, tensors) in whole.parts.items():
+            assert archive.parts[part].tree == tree
+            assert all(torch.equal(archive.parts[part].tensors[key], tensor) for key, tensor in tensors.items())
 
 
 class Bomb:
@@ -143,6 +167,17 @@ def replace(part: str, name: str, value: torch.Tensor) -> Edit:
     return tensor_edit(f"{part}.safetensors", lambda tensors: tensors.update({name: value}))
 
 
+def replace_like(part: str, name: str, value: float, dtype: torch.dtype) -> Edit:
+    return tensor_edit(
+        f"{part}.safetensors",
+        lambda tensors: tensors.update({name: torch.full_like(tensors[name], value, dtype=dtype)}),
+    )
+
+
+def set_group(**values: Any) -> Edit:
+    return json_edit("policy.optimizer.json", lambda tree: tree["param_groups"][0].update(values))
+
+
 VALUE = "value_net.weight"
 HOSTILE: dict[str, tuple[Edit, str]] = {
     "absolute name": (put("/etc/passwd.json"), "'/etc/passwd.json', which belongs to no checkpoint"),
@@ -160,7 +195,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         r"no policy\.optimizer\.json",
     ),
     "other format": (set_head(format="other"), "no checkpoint of xlstm_rl"),
-    "later version": (set_head(version=2), "format version 2, this library reads 1"),
+    "later version": (set_head(version=3), "format version 3, this library reads 1, 2"),
     "parts upwards": (set_head(parts=["../data"]), "incomplete or changed"),
     "no JSON": (put("data.json", b"{"), "data.json is no JSON"),
     "deep JSON": (put("data.json", b"[" * 100_000 + b"]" * 100_000), "data.json is no JSON|no settings"),
@@ -205,6 +240,62 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         json_edit("policy.optimizer.json", lambda tree: tree["param_groups"][0].update(params=[0])),
         "another number of weights",
     ),
+    "weights of optimiser unnamed": (
+        json_edit("policy.optimizer.json", lambda tree: tree["param_groups"][0].update(param_names=["a"])),
+        "another number of weights than names",
+    ),
+    "too large once converted": (
+        replace("policy", VALUE, torch.full((1, 8), 1e300, dtype=torch.float64)),
+        f"'{VALUE}' is infin",
+    ),
+    "too negative once converted": (
+        replace("policy", "value_net.bias", torch.full((1,), -1e39, dtype=torch.float64)),
+        "'value_net.bias' is infin",
+    ),
+    "infinity in optimiser": (
+        fill("policy.optimizer", "state.0.exp_avg", float("-inf")),
+        "'exp_avg' of weight 0 is not finite",
+    ),
+    "infinity in optimiser once converted": (
+        replace_like("policy.optimizer", "state.0.exp_avg_sq", 1e300, torch.float64),
+        "'exp_avg_sq' of weight 0 is not finite",
+    ),
+    "negative second moment": (
+        fill("policy.optimizer", "state.0.exp_avg_sq", -1e-9),
+        "'exp_avg_sq' of weight 0 is negative",
+    ),
+    "whole numbers in optimiser": (
+        replace_like("policy.optimizer", "state.0.exp_avg", 1, torch.int64),
+        r"'exp_avg' of weight 0 is torch\.int64",
+    ),
+    "truth in optimiser": (
+        replace_like("policy.optimizer", "state.0.exp_avg_sq", 1, torch.bool),
+        r"'exp_avg_sq' of weight 0 is torch\.bool",
+    ),
+    "negative steps of optimiser": (fill("policy.optimizer", "state.0.step", -1.0), "'step' of weight 0 is negative"),
+    "infinite steps of optimiser": (
+        fill("policy.optimizer", "state.0.step", float("inf")),
+        "'step' of weight 0 is not finite",
+    ),
+    "state of no weight": (
+        json_edit("policy.optimizer.json", lambda tree: tree["state"]["items"].append([99, {}])),
+        "names weight 99, which there is not",
+    ),
+    "negative rate": (set_group(lr=-1.0), "impossible settings: .*learning rate"),
+    "infinite rate": (set_group(lr={"$kind": "float", "value": "inf"}), "impossible settings: .*not finite"),
+    "impossible betas": (set_group(betas={"$kind": "tuple", "items": [2.0, 0.9]}), "impossible settings: .*beta"),
+    "text as rate": (set_group(lr="fast"), "impossible settings"),
+    "shell as optimiser": (
+        json_edit("policy.optimizer.json", lambda tree: tree.update({"class": ["os.system"]})),
+        "another number of weights than names",
+    ),
+    "frozen weights that there are not": (set_data(frozen_parameters=["nothing"]), "frozen_parameters are"),
+    "text as frozen weights": (set_data(frozen_parameters="all"), "frozen_parameters are"),
+    "text as counter": (set_data(num_timesteps="many"), "num_timesteps is 'many'"),
+    "list as counter": (set_data(_n_updates=[]), "_n_updates is"),
+    "number as returns": (set_data(ep_info_buffer=5), "ep_info_buffer is 5"),
+    "dict as scale": (set_data(_advantage_scale={}), "_advantage_scale is"),
+    "text as schedule": (set_data(lr_schedule="fast"), "lr_schedule"),
     "shell as class": (set_data(policy_kwargs=name_class("os.system")), "'os.system', which is not among"),
     "module as class": (set_data(policy_kwargs=name_class("torch.nn.MultiheadAttentionX")), "is not among"),
     "shell as policy": (set_data(policy_class="os.system"), "names the policy 'os.system'"),
@@ -255,7 +346,7 @@ def test_declared_size_beyond_the_file_is_refused(saved: Path, tmp_path: Path) -
 
 
 def test_long_settings_are_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_module, "MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_module, "MAX_JSON_BYTES", 1000)
     with pytest.raises(CheckpointError, match="allowed are 1000"):
         RecurrentPPO.load(saved)
 

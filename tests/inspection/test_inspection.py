@@ -20,7 +20,7 @@ from tests.agents.small_agents import agent
 from tests.agents.spaces_for_tests import RandomEpisodes, vec_env
 from tests.conftest import assert_close
 from xlstm_rl.agents import RecurrentPPO, VecMemoryInputs
-from xlstm_rl.agents.normalization import normalizer_statistics
+from xlstm_rl.agents.training_state import normalizer_statistics
 from xlstm_rl.inspection import draw_episode, picture, read_weights, record_episode, write_gif
 from xlstm_rl.inspection.reads import horizons
 from xlstm_rl.kernels import MLSTMCall, SLSTMCall, mlstm_sequence, recorded_calls, slstm_sequence

@@ -6,7 +6,8 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,24 +188,54 @@ def normalized_run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return train(config, tmp_path_factory.mktemp("runs") / "run")
 
 
-def test_normalisation_is_saved_and_used_again(normalized_run: RunResult) -> None:
-    assert (normalized_run.folder / "model.normalizer.json").is_file()
+def test_normalisation_is_saved_with_the_model_and_used_again(normalized_run: RunResult) -> None:
     assert evaluate_run(normalized_run.folder)[0] == normalized_run.scores[0]
 
 
+def changed_model(run: RunResult, tmp_path: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
+    """A copy of a run whose last model has other members."""
+    folder = Path(shutil.copytree(run.folder, tmp_path / "run"))
+    with zipfile.ZipFile(folder / "model.zip") as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    change(members)
+    with zipfile.ZipFile(folder / "model.zip", "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return folder
+
+
+def without_normalizer(members: dict[str, bytes]) -> None:
+    head = json.loads(members["format.json"])
+    head["parts"].remove("normalizer")
+    members["format.json"] = json.dumps(head).encode()
+    for suffix in ("json", "safetensors"):
+        del members[f"normalizer.{suffix}"]
+
+
 def test_evaluation_refuses_missing_normalisation(normalized_run: RunResult, tmp_path: Path) -> None:
-    shutil.copytree(normalized_run.folder, tmp_path / "run")
-    (tmp_path / "run" / "model.normalizer.json").unlink()
-    with pytest.raises(ConfigError, match=r"model\.normalizer\.json is missing.*normalize_observation=True"):
-        evaluate_run(tmp_path / "run")
+    folder = changed_model(normalized_run, tmp_path, without_normalizer)
+    with pytest.raises(ConfigError, match=r"model\.zip holds no normalisation.*normalize_observation=True"):
+        evaluate_run(folder)
+
+
+def test_normalisation_beside_the_model_as_earlier_versions_wrote_it_is_used(
+    normalized_run: RunResult, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(normalized_run.folder / "model.zip") as file:
+        beside = file.read("normalizer.json")
+    folder = changed_model(normalized_run, tmp_path, without_normalizer)
+    (folder / "model.normalizer.json").write_bytes(beside)
+    assert evaluate_run(folder)[0] == normalized_run.scores[0]
+    (folder / "model.normalizer.json").write_bytes(beside[:-9])
+    with pytest.raises(ConfigError, match=r"normalisation of .*model\.zip cannot be used"):
+        evaluate_run(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"settings": {', b"[]", b"{}", b"\xff\xfe"])
 def test_damaged_normalisation_is_refused_by_name(normalized_run: RunResult, content: bytes, tmp_path: Path) -> None:
-    shutil.copytree(normalized_run.folder, tmp_path / "run")
-    (tmp_path / "run" / "model.normalizer.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"model\.normalizer\.json cannot be used"):
-        evaluate_run(tmp_path / "run")
+    folder = changed_model(normalized_run, tmp_path, lambda members: members.update({"normalizer.json": content}))
+    with pytest.raises(ConfigError, match=r"normalisation of .*model\.zip cannot be used: .*normalizer\.json"):
+        evaluate_run(folder)
 
 
 def test_evaluation_refuses_an_environment_with_other_spaces(run: RunResult, tmp_path: Path) -> None:

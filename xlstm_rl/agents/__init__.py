@@ -1,7 +1,7 @@
 """The Stable-Baselines3 side: policies, rollouts, recurrent PPO, evaluation."""
 
 from xlstm_rl.agents.actor_critic import PolicyState
-from xlstm_rl.agents.archive import CheckpointError
+from xlstm_rl.agents.checkpoint import CheckpointError
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
 from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.inputs import MemoryInputs, VecMemoryInputs

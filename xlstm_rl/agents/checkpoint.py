@@ -1,433 +1,553 @@
-"""Saving and loading agents and policies: data.json, weights as safetensors, and nothing that runs code."""
+"""Checkpoint files: zips of JSON and safetensors, written whole or not at all, read without running any code."""
 
 from __future__ import annotations
 
-import inspect
+import errno
+import io
+import json
+import math
 import os
-import warnings
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+import re
+import secrets
+import socket
+import zipfile
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
+from typing import IO, Any, NamedTuple, TypeAlias
 
+import gymnasium
+import numpy as np
+import safetensors.torch
+import stable_baselines3
 import torch
-from gymnasium import Space
-from stable_baselines3.common.save_util import recursive_getattr
-from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.utils import (
-    ConstantSchedule,
-    FloatSchedule,
-    LinearSchedule,
-    check_for_correct_spaces,
-    get_device,
-    get_system_info,
-)
+from gymnasium import spaces
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import Tensor
 
-from xlstm_rl.agents.archive import Archive, CheckpointError, Part, describe_part, read_archive, write_archive
-from xlstm_rl.agents.description import DescriptionError, NotStoredError, describe, rebuild
-from xlstm_rl.memory import leaves, pack, unpack
-
-if TYPE_CHECKING:
-    from xlstm_rl.agents.policy import XLSTMPolicy
-    from xlstm_rl.agents.ppo import RecurrentPPO
+from xlstm_rl._version import __version__
+from xlstm_rl.agents.losses import AdvantageScale
+from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
 
 File: TypeAlias = str | os.PathLike[str] | IO[bytes]
-Model = TypeVar("Model", bound="RecurrentPPO")
-Policy = TypeVar("Policy", bound="XLSTMPolicy")
 
-# The part of a file that holds a training run; `load` passes over it.
-TRAINING = "training"
-_FUNCTIONS = "functions_saved_as_numbers"
-_SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "ent_coef")
-# Without these no model can be built: what has no description is named when loading.
-_ESSENTIAL = ("policy_class", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs")
-_REMEDY = {"policy_class": "YourPolicy", "rollout_buffer_class": "YourBuffer"}
-# Follow from others, or are stored in another way.
-_DERIVED = ("lr_schedule", "policy_class", "_last_state")
-# Made on loading, never read from a file.
-_BUILT = ("policy", "device", "env", "rollout_buffer", "_vec_normalize_env", "_logger", "_custom_logger", "lr_schedule")
-# Whatever wrong settings lead to in constructors that do not check them.
-_BUILD_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
-    *(RuntimeError, TypeError, ValueError),
-)
-# Optimiser state that has the shape of its parameter.
-_PER_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
+FORMAT = "xlstm_rl checkpoint"
+# 2 has the member "data", and names the weights of the optimiser's groups.
+VERSION = 2
+READABLE = (1, 2)
+# Settings are kilobytes; bounds of every pixel of an observation are megabytes.
+MAX_JSON_BYTES = 64 * 2**20
+# Elements of one bound of a space: more than any observation that fits a network, less than memory.
+MAX_ELEMENTS = 2**26
+# What a JSON object stands for; an object without it is a dict.
+KIND = "$kind"
+# The member in which tools for agents of Stable-Baselines3 look for settings.
+FOREIGN = "data"
+_MEMBER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\.(json|safetensors)|data")
+_UNFINISHED = ".part"
+_HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())[:60]
+_WRITER = re.compile(r"\.(?P<host>[A-Za-z0-9-]*)@(?P<process>\d+)\.[0-9a-f]+\.part$")
+_READERS = {"model": "xlstm_rl.RecurrentPPO.load(path)", "policy": "xlstm_rl.XLSTMPolicy.load(path)"}
 
 
-class Contents(NamedTuple):
-    """What a file of an agent holds."""
+class CheckpointError(ValueError):
+    """A file is no usable checkpoint; the message names the file, what is wrong and the remedy."""
+
+
+class DescriptionError(ValueError):
+    """A value has no description, or a description has no value; `where` says which."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where} {reason}")
+        self.where = where
+
+
+class NotStoredError(DescriptionError):
+    """The description says that the value was left out."""
+
+
+class Part(NamedTuple):
+    """One thing in a file: described values and the tensors they name."""
+
+    tree: Any
+    tensors: dict[str, Tensor]
+
+
+class Archive(NamedTuple):
+    """What a file holds."""
 
     name: str
     """Of the file, for errors."""
     libraries: dict[str, str]
     """Versions it was written with."""
-    data: dict[str, Any]
-    """Attributes of the agent."""
-    functions: Any
-    """Names of the schedules that were functions and are numbers in the file."""
-    state: Any
-    """Packed memory state [n_envs, N], or None."""
-    groups: dict[str, Any]
-    """State dicts of policy and optimiser."""
-    parameter_order: list[str] | None
-    """Names of the weights in the order of the optimiser; None for that of the policy."""
+    parts: dict[str, Part]
 
+    def value(self, part: str) -> Any:
+        """The values of a part.
 
-def save_model(
-    model: RecurrentPPO,
-    target: File,
-    exclude: Iterable[str],
-    include: Iterable[str],
-    further: Mapping[str, Part] | None = None,
-) -> None:
-    """Write an agent, see `RecurrentPPO.save`, and further parts that loading it passes over."""
-    optional = {*exclude, *model._excluded_save_params()} - set(include)
-    groups = model.get_parameters()
-    left_out = {*optional, *(name.split(".")[0] for name in groups), *_DERIVED}
-    settings = {key: value for key, value in vars(model).items() if key not in left_out}
-    data: dict[str, Any] = {}
-    tensors: dict[str, Tensor] = {}
-    functions: list[str] = []
-    if "policy_class" not in optional:
-        data["policy_class"] = _describe_policy_class(model)
-    for name, value in settings.items():
-        if name in _SCHEDULES and _is_function(value):
-            value = _present_value(model, name, value)
-            functions.append(name)
+        Raises:
+            CheckpointError: the part is missing or damaged.
+        """
+        if part not in self.parts:
+            raise CheckpointError(f"{self.name} holds no {part}.json; it is incomplete")
         try:
-            data[name] = describe(value, name, tensors, leave_out=name in _ESSENTIAL)
-        except DescriptionError as error:
-            warnings.warn(
-                f"{error}: it is not saved; load(path, custom_objects={{{name!r}: ...}}) can give it back", stacklevel=3
-            )
-    if "_last_state" not in optional and list(leaves(model._last_state)):
-        data["_last_state"] = describe(pack(model._last_state), "_last_state", tensors)
-    data[_FUNCTIONS] = functions
-    parts = {"data": Part(data, tensors)} | {name: describe_part(group) for name, group in groups.items()}
-    parts |= further or {}
-    if isinstance(target, str | os.PathLike) and not Path(target).suffix:
-        target = f"{os.fspath(target)}.zip"
-    write_archive(target, "model", parts)
+            return rebuild(self.parts[part].tree, "", self.parts[part].tensors)
+        except (DescriptionError, RecursionError) as error:
+            raise CheckpointError(f"{self.name}, {part}.json: {error}") from error
 
 
-def read_contents(cls: type[RecurrentPPO], archive: Archive, custom_objects: Mapping[str, Any]) -> Contents:
-    """What a file of `save_model` holds, nothing of it executed."""
-    data = _read_data(cls, archive, custom_objects)
-    return Contents(
-        name=archive.name,
-        libraries=archive.libraries,
-        functions=data.pop(_FUNCTIONS, None),
-        state=data.pop("_last_state", None),
-        data=data,
-        groups={name: archive.value(name) for name in archive.parts if name not in ("data", TRAINING)},
-        parameter_order=None,
-    )
+def describe_part(value: Any, *, leave_out: bool = False) -> Part:
+    """Describe a value as a part of a file."""
+    tensors: dict[str, Tensor] = {}
+    return Part(describe(value, "", tensors, leave_out=leave_out), tensors)
 
 
-def load_model(
-    cls: type[Model],
-    contents: Contents,
-    env: GymEnv | None,
-    *,
-    device: torch.device | str = "auto",
-    given: Collection[str] = (),
-    force_reset: bool = True,
-    arguments: Mapping[str, Any] | None = None,
-) -> Model:
-    """Make the agent that a file holds; see `RecurrentPPO.load`.
+def write_archive(target: File, kind: str, parts: Mapping[str, Part]) -> None:
+    """Write a file of parts. At a path it appears whole or not at all; missing folders are made.
 
     Args:
-        cls: of the agent.
-        contents: of the file; used up.
-        env: see `load`.
-        device: see `load`.
-        given: names of the attributes that were handed over.
-        force_reset: see `load`.
-        arguments: attributes to change.
+        target: path or binary file.
+        kind: "model" or "policy".
+        parts: by name; "data" holds the settings.
     """
-    data, state, arguments = contents.data, contents.state, arguments or {}
-    _check_arguments(data, arguments)
-    if "tensorboard_log" not in given:
-        # a file must not choose where this machine writes
-        data.pop("tensorboard_log", None)
-    _warn_of_functions(data, contents.functions, {*given, *arguments})
-    if env is not None:
-        env = cls._wrap_env(env, data.get("verbose", 0))
-        check_for_correct_spaces(env, data["observation_space"], data["action_space"])
-        if force_reset:
-            data["_last_obs"] = state = None
-        elif env.num_envs != data.get("n_envs"):
-            raise CheckpointError(
-                f"{contents.name}: the episodes of {data.get('n_envs')!r:.50} environments cannot go on in "
-                f"{env.num_envs}: hand over as many, or start new episodes with load(path, env)"
-            )
-        data["n_envs"] = env.num_envs
+    libraries = {
+        "xlstm_rl": __version__,
+        "torch": str(torch.__version__),
+        "stable_baselines3": stable_baselines3.__version__,
+        "gymnasium": gymnasium.__version__,
+        "numpy": np.__version__,
+    }
+    head = {"format": FORMAT, "version": VERSION, "kind": kind, "parts": sorted(parts), "libraries": libraries}
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as file:
+        file.writestr("format.json", json.dumps(head, indent=2))
+        file.writestr(FOREIGN, json.dumps(_for_others(head, parts["data"].tree), indent=1))
+        for name, (tree, tensors) in parts.items():
+            file.writestr(f"{name}.json", json.dumps(tree, indent=1, allow_nan=False))
+            # safetensors refuses tensors that share memory or have gaps
+            packed = {
+                key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for key, tensor in tensors.items()
+            }
+            file.writestr(f"{name}.safetensors", safetensors.torch.save(packed))
+    if not isinstance(target, str | os.PathLike):
+        target.write(content.getbuffer())
+        return
+    path = Path(target)
+    make_folder(path.parent)
+    write_whole(path, content.getbuffer())
+
+
+def _for_others(head: dict[str, Any], settings: Any) -> dict[str, Any]:
+    """Settings for tools that know files of Stable-Baselines3, such as its hub, and what this file is.
+
+    Loaders of Stable-Baselines3 warn of an entry that they cannot unpickle by its name, which here says how to load
+    the file. Spaces are left out, for theirs would be pickles.
+    """
+    reader = _READERS[head["kind"]]
+    plain = {key: value for key, value in settings.items() if not key.endswith("_space") and not key.startswith("_")}
+    told = {"format": FORMAT, "version": VERSION, "kind": head["kind"], "load_with": reader}
+    warned = {f"this file, which is read by {reader}": {":serialized:": None}}
+    return told | {"libraries": head["libraries"]} | warned | plain
+
+
+def read_archive(source: File, kind: str) -> Archive:
+    """Read a file of parts; nothing in it is executed or written to disk.
+
+    Args:
+        source: path or binary file.
+        kind: "model" or "policy".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is torn, foreign, of another version or kind, or tries something.
+    """
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file:
+            return read_archive(file, kind)
+    name = str(getattr(source, "name", "the file"))
     try:
-        model = cls(data["policy_class"], env, device=device, _init_setup_model=False)  # type: ignore[arg-type]
-        vars(model).update(data)
-        vars(model).update(arguments)
-        model.check_settings()
-        model._setup_model()
-    except _BUILD_ERRORS as error:
+        with zipfile.ZipFile(source) as file:
+            _check_members(file, name, source.seek(0, os.SEEK_END))
+            head = _read_json(file, "format.json", name)
+            _check_head(head, kind, file.namelist(), name)
+            parts = {part: _read_part(file, part, name) for part in head["parts"]}
+    # RuntimeError: encrypted; NotImplementedError: an unknown way to zip; the others: places outside the file
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise CheckpointError(
-            f"no model can be built from the settings in {contents.name} and the arguments of load: "
-            f"{type(error).__name__}: {error}"
+            f"{name} is torn or no checkpoint ({error}); use the one before, or copy it again"
         ) from error
-    _set_weights(model, contents)
-    if model.use_sde:
-        model.policy.reset_noise()
-    if state is not None and model._last_obs is not None:
-        model._last_state = _rebuild_state(model, state, contents.name)
-    return model
+    return Archive(name, {str(key): str(value) for key, value in head["libraries"].items()}, parts)
 
 
-def print_system_info(libraries: Mapping[str, str]) -> None:
-    """Print the versions here and those a file was written with."""
-    print("== CURRENT SYSTEM INFO ==")
-    get_system_info()
-    print("== SAVED MODEL SYSTEM INFO ==", *(f"{name}: {version}" for name, version in libraries.items()))
-
-
-def load_parameters(source: File) -> dict[str, Any]:
-    """The state dicts of a saved agent by name, as `get_parameters` gives them."""
-    archive = read_model(source)
-    groups = {name: archive.value(name) for name in archive.parts if name not in ("data", TRAINING)}
-    for name, group in groups.items():
-        _check_group(group, name, archive.name)
-    return groups
-
-
-def save_policy(policy: XLSTMPolicy, target: File) -> None:
-    """Write a policy; see `XLSTMPolicy.save`."""
-    arguments = policy._get_constructor_parameters()
-    arguments.pop("lr_schedule", None)
-    parts = {"data": describe_part(arguments, leave_out=True), "policy": describe_part(policy.state_dict())}
-    write_archive(target, "policy", parts)
-
-
-def load_policy(
-    cls: type[Policy], source: File, device: torch.device | str, custom_objects: Mapping[str, Any]
-) -> Policy:
-    """Read a policy; see `XLSTMPolicy.load`."""
-    archive = read_archive(source, "policy")
-    arguments = _rebuild_settings(archive, custom_objects, "custom_objects={{{top!r}: ...}}")
-    try:
-        policy = cls(**arguments, lr_schedule=ConstantSchedule(0.0))
-    except _BUILD_ERRORS as error:
+def _check_members(file: zipfile.ZipFile, name: str, size: int) -> None:
+    names = file.namelist()
+    if any(member.endswith(".pkl") for member in names):
+        raise CheckpointError(f"{name} is a file of torch.save: loading it could run code from it, so it is not loaded")
+    if "_stable_baselines3_version" in names or {"data", "policy.pth"} <= set(names):
         raise CheckpointError(
-            f"no {cls.__name__} can be built from the settings in {archive.name}: {type(error).__name__}: {error}"
-        ) from error
-    weights = archive.value("policy")
-    _check_group(weights, "policy", archive.name)
-    _check_weights(policy, weights, archive.name)
-    policy.load_state_dict(weights)
-    return policy.to(get_device(device))
-
-
-def _describe_policy_class(model: RecurrentPPO) -> Any:
-    """Aliases are what a file may name; any other class has to be handed over."""
-    for alias, kind in model.policy_aliases.items():
-        if kind is model.policy_class:
-            return alias
-    return describe(model.policy_class, "policy_class", {}, leave_out=True)
-
-
-def _is_function(value: Any) -> bool:
-    inner = value.value_schedule if isinstance(value, FloatSchedule) else value
-    return callable(inner) and type(inner) not in (ConstantSchedule, LinearSchedule, FloatSchedule)
-
-
-def _present_value(model: RecurrentPPO, name: str, function: Any) -> float:
-    present = float(function(model._current_progress_remaining))
-    warnings.warn(
-        f"{name} is a function, which a safe file cannot keep: its present value {present:g} is saved in its place; "
-        f"custom_objects={{{name!r}: function}} of load and resume restores it, and a LinearSchedule of "
-        "Stable-Baselines3 would be kept",
-        stacklevel=4,
-    )
-    return present
-
-
-def _warn_of_functions(data: dict[str, Any], names: Any, given: Collection[str]) -> None:
-    """Say which settings were functions when the agent was saved and are constants now."""
-    for name in names if isinstance(names, list) else []:
-        if name in _SCHEDULES and name in data and name not in given:
-            warnings.warn(
-                f"{name} was a function when the agent was saved and is the constant {data[name]} now: to train on, "
-                f"hand it over as custom_objects={{{name!r}: function}}, which load and resume take",
-                stacklevel=5,
-            )
-
-
-def find_file(source: File) -> File:
-    """The file itself, or the one with ".zip" appended where only that exists."""
-    if isinstance(source, str | os.PathLike) and not os.path.isfile(source):
-        with_suffix = f"{os.fspath(source)}.zip"
-        return with_suffix if os.path.isfile(with_suffix) else source
-    return source
-
-
-def read_model(source: File) -> Archive:
-    """Read the file of an agent, with or without ".zip"; see `read_archive`."""
-    return read_archive(find_file(source), "model")
-
-
-def _read_data(cls: type[RecurrentPPO], archive: Archive, custom_objects: Mapping[str, Any]) -> dict[str, Any]:
-    data = _rebuild_settings(archive, custom_objects, "load(path, custom_objects={{{top!r}: {what}}})")
-    for name in data:
-        if name not in custom_objects and (name in _BUILT or _is_code(inspect.getattr_static(cls, name, None))):
-            raise CheckpointError(f"{archive.name}: data.json sets {name!r}, which is no setting; not loaded")
-    for name in ("observation_space", "action_space", "policy_class"):
-        if name not in data:
-            raise CheckpointError(f"{archive.name} holds no {name}: load(path, custom_objects={{{name!r}: ...}})")
-        if name != "policy_class" and not isinstance(data[name], Space):
-            raise CheckpointError(f"{archive.name}: {name} is {data[name]!r:.200}, no space")
-    policy = data["policy_class"]
-    if isinstance(policy, str):
-        if policy not in cls.policy_aliases:
-            raise CheckpointError(
-                f"{archive.name} names the policy {policy!r:.200}, known are {sorted(cls.policy_aliases)}; hand the "
-                "class over: load(path, custom_objects={'policy_class': YourPolicy})"
-            )
-        data["policy_class"] = cls.policy_aliases[policy]
-    return data
-
-
-def _is_code(attribute: Any) -> bool:
-    return callable(attribute) or isinstance(attribute, property | classmethod | staticmethod)
-
-
-def _rebuild_settings(archive: Archive, custom_objects: Mapping[str, Any], remedy: str) -> dict[str, Any]:
-    """The values of data.json, those handed over in place of the stored ones; of `policy_kwargs`, entry by entry."""
-    data = archive.parts.get("data", Part(None, {}))
-    if not isinstance(data.tree, dict):
-        raise CheckpointError(f"{archive.name}: data.json holds no settings")
-    settings = dict(custom_objects)
-    for name, part in data.tree.items():
-        given = custom_objects.get(name)
-        if name == "policy_kwargs" and isinstance(given, Mapping) and isinstance(part, dict):
-            part = {key: value for key, value in part.items() if key not in given}
-        elif name in custom_objects:
-            continue
-        try:
-            settings[name] = rebuild(part, name, data.tensors)
-            if given is not None:
-                if not isinstance(settings[name], dict):
-                    raise DescriptionError(name, "are no keyword arguments")
-                settings[name] |= given
-        except NotStoredError as error:
-            hint = remedy.format(top=name, what=_REMEDY.get(name, "{...}"))
-            raise CheckpointError(
-                f"{archive.name}: {error}, which no safe file can hold; hand it over: {hint}"
-            ) from error
-        except (DescriptionError, RecursionError) as error:
-            raise CheckpointError(f"{archive.name}, data.json: {error}") from error
-    return settings
-
-
-def _check_arguments(data: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-    stored = data.get("policy_kwargs", {})
-    if "policy_kwargs" in arguments and arguments["policy_kwargs"] != stored:
-        raise ValueError(
-            "The specified policy kwargs do not equal the stored policy kwargs. "
-            f"Stored kwargs: {stored}, specified kwargs: {arguments['policy_kwargs']}"
+            f"{name} is a zip of Stable-Baselines3 (cloudpickle): loading it would run code from it, so it is not "
+            "loaded. If you trust whoever made it: RecurrentPPO.load(path, allow_pickle=True)"
         )
+    for member in file.infolist():
+        if not _MEMBER.fullmatch(member.filename):
+            raise CheckpointError(f"{name} holds {member.filename!r:.200}, which belongs to no checkpoint; not loaded")
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise CheckpointError(f"{name} holds {member.filename!r} compressed; checkpoints are not; not loaded")
+        if member.filename.endswith(".json") and member.file_size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{name}: {member.filename} has {member.file_size} bytes, allowed are {MAX_JSON_BYTES}; not loaded"
+            )
+    total = sum(member.file_size for member in file.infolist())
+    if len(set(names)) != len(names) or total > size:
+        raise CheckpointError(f"{name} holds members twice, or {total} bytes in {size}; not loaded")
+    if "format.json" not in names:
+        raise CheckpointError(f"{name} is a zip without format.json: no checkpoint of xlstm_rl, or an incomplete one")
 
 
-def _set_weights(model: RecurrentPPO, contents: Contents) -> None:
-    groups = {}
-    for name in model._get_torch_save_params()[0]:
-        if name not in contents.groups:
-            raise CheckpointError(f"{contents.name} holds no {name}.json; it is incomplete")
-        group = groups[name] = contents.groups[name]
-        _check_group(group, name, contents.name)
-        owner = recursive_getattr(model, name)
-        if isinstance(owner, torch.optim.Optimizer):
-            if contents.parameter_order is not None:
-                group = groups[name] = _reordered(model, group, contents.parameter_order)
-            _check_optimizer(owner, group, contents.name)
-        else:
-            _check_weights(owner, group, contents.name)
-    try:
-        model.set_parameters(groups)
-    except _BUILD_ERRORS as error:
-        raise CheckpointError(f"{contents.name}: the parameters do not fit: {type(error).__name__}: {error}") from error
-
-
-def _reordered(model: RecurrentPPO, group: dict[str, Any], order: list[str]) -> dict[str, Any]:
-    """The state of an optimiser whose weights came in another order."""
-    names = [name for name, _ in model.policy.named_parameters()]
-    places = [names.index(name) for name in order if name in names]
-    state = {places[index]: kept for index, kept in group["state"].items() if index < len(places)}
-    return {**group, "state": state}
-
-
-def _check_group(group: Any, name: str, file: str) -> None:
-    """State dicts hold numbers."""
-    if not isinstance(group, dict):
-        raise CheckpointError(f"{file}: {name}.json describes no state dict")
-    for path, tensor in _named_tensors(group, ""):
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise CheckpointError(f"{file}: {name} has NaN in {path!r}; use an earlier checkpoint")
-
-
-def _named_tensors(tree: Any, path: str) -> Iterable[tuple[str, Tensor]]:
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, dict):
-        for key, part in tree.items():
-            yield from _named_tensors(part, f"{path}.{key}" if path else str(key))
-
-
-def _check_weights(module: torch.nn.Module, weights: dict[str, Any], file: str) -> None:
-    expected = {name: value for name, value in module.state_dict().items()}
-    if set(expected) != set(weights):
+def _check_head(head: Any, kind: str, members: list[str], name: str) -> None:
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise CheckpointError(f"{name} is no checkpoint of xlstm_rl: its format.json names no {FORMAT!r}")
+    if head.get("version") not in READABLE:
         raise CheckpointError(
-            f"{file}: the weights do not fit {type(module).__name__} as its settings build it: "
-            f"missing {sorted(set(expected) - set(weights))}, unknown {sorted(set(weights) - set(expected))}"
+            f"{name} has format version {head.get('version')!r:.50}, this library reads {', '.join(map(str, READABLE))}"
+            "; use the version of xlstm_rl it was written with (format.json, libraries)"
         )
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    for name, wanted in expected.items():
-        weight = weights[name]
-        if not isinstance(wanted, Tensor):
-            continue
-        if not isinstance(weight, Tensor) or weight.shape != wanted.shape:
-            found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise CheckpointError(f"{file}: weight {name!r} is {found}, its settings need {list(wanted.shape)}")
-        if weight.is_floating_point() != wanted.is_floating_point() or weight.is_complex():
-            raise CheckpointError(f"{file}: weight {name!r} is {weight.dtype}, its settings need {wanted.dtype}")
-        if name in parameters and not bool(weight.isfinite().all()):
-            raise CheckpointError(f"{file}: weight {name!r} is infinite; use an earlier checkpoint")
+    if head.get("kind") != kind:
+        remedy = {"model": "RecurrentPPO.load reads models", "policy": "the policy class's load reads policies"}
+        raise CheckpointError(f"{name} holds a {head.get('kind')!r:.50}, not a {kind}; {remedy[kind]}")
+    parts = head.get("parts")
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise CheckpointError(f"{name}: format.json has no list of parts")
+    expected = {"format.json", *(f"{part}.{suffix}" for part in parts for suffix in ("json", "safetensors"))}
+    if head["version"] > 1:
+        expected.add(FOREIGN)
+    if expected != set(members):
+        raise CheckpointError(
+            f"{name} is incomplete or changed: missing {sorted(expected - set(members))}, "
+            f"unknown {sorted(set(members) - expected)}"
+        )
+    if not isinstance(head.get("libraries"), dict):
+        raise CheckpointError(f"{name}: format.json names no libraries")
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, group: dict[str, Any], file: str) -> None:
-    """What `load_state_dict` does not check itself."""
-    parameters = [weight for part in optimizer.param_groups for weight in part["params"]]
-    groups, state = group.get("param_groups"), group.get("state")
-    if (
-        not isinstance(state, dict)
-        or not isinstance(groups, list)
-        or not all(isinstance(part, dict) for part in groups)
-    ):
-        raise CheckpointError(f"{file}: the optimiser state lacks 'state' or 'param_groups'")
-    indices = [part.get("params") for part in groups]
-    sizes = [len(part["params"]) for part in optimizer.param_groups]
-    if [len(part) if isinstance(part, list) else None for part in indices] != sizes:
-        raise CheckpointError(f"{file}: the optimiser state is of another number of weights than {sum(sizes)}")
-    flat = [index for part in indices for index in part]
-    for index, kept in state.items():
-        if index not in flat or not isinstance(kept, dict):
-            raise CheckpointError(f"{file}: the optimiser state names weight {index!r:.50}, which there is not")
-        wanted = parameters[flat.index(index)].shape
-        for name in _PER_WEIGHT:
-            value = kept.get(name)
-            if value is not None and (not isinstance(value, Tensor) or value.shape != wanted):
-                raise CheckpointError(f"{file}: optimiser state {name!r} of weight {index} is not {list(wanted)}")
+def _read_json(file: zipfile.ZipFile, member: str, name: str) -> Any:
+    try:
+        return json.loads(file.read(member))
+    # a UnicodeDecodeError and a number of too many digits are ValueErrors as well
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: {member} is no JSON ({error})") from error
 
 
-def _rebuild_state(model: RecurrentPPO, packed: Any, file: str) -> Any:
-    like = model.policy.initial_state(1)
-    if not isinstance(packed, Tensor) or packed.shape[:1] != (model.n_envs,):
-        raise CheckpointError(f"{file}: the memory state is not of {model.n_envs} environments; load with force_reset")
-    return unpack(packed.to(model.device), like)
+def _read_part(file: zipfile.ZipFile, part: str, name: str) -> Part:
+    tree = _read_json(file, f"{part}.json", name)
+    try:
+        tensors = safetensors.torch.load(file.read(f"{part}.safetensors"))
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{name}: {part}.safetensors is damaged ({error})") from error
+    return Part(tree, tensors)
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that appears whole or not at all, and is on the disk when this returns.
+
+    It is written beside the path under a name that tells the process, flushed to the disk and put in the path's place;
+    then the folder is flushed, for it holds the name.
+    """
+    temporary = path.with_name(f".{path.name[:100]}.{_HOST}@{os.getpid()}.{secrets.token_hex(4)}{_UNFINISHED}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, on the disk when this returns."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk, where the system can."""
+    if os.name == "nt":
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        # some network file systems have nothing to flush in a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(number)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that are no more left of files that `write_whole` had begun."""
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        named = _WRITER.search(path.name)
+        host, process = (named["host"], int(named["process"])) if named else (_HOST, 0)
+        if host == _HOST and not _is_alive(process):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine may be running; unknown ones, 0, are not."""
+    if process in (0, os.getpid()) or os.name == "nt":
+        # Windows does not let go of a file that somebody has open, and knows no harmless signal
+        return process == os.getpid()
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _named(module: Any, names: list[str]) -> dict[str, type]:
+    classes = {name: getattr(module, name) for name in names}
+    return {f"{module.__name__}.{name}": kind for name, kind in classes.items() if isinstance(kind, type)}
+
+
+_CLASSES: dict[str, type] = {
+    **_named(torch.nn, [*torch.nn.modules.activation.__all__, "Identity"]),
+    **_named(torch.optim, [name for name in dir(torch.optim) if name[0].isupper()]),
+    **{
+        f"{kind.__module__.split('.')[0]}.{kind.__name__}": kind
+        for kind in (FlattenExtractor, NatureCNN, CombinedExtractor, RMSpropTFLike, ChunkedRolloutBuffer)
+    },
+}
+_CLASS_NAMES = {kind: name for name, kind in _CLASSES.items()}
+# Objects made of their constructor's arguments.
+_OBJECTS: dict[type, tuple[str, ...]] = {
+    ConstantSchedule: ("val",),
+    LinearSchedule: ("start", "end", "end_fraction"),
+    FloatSchedule: ("value_schedule",),
+}
+
+
+def describe(value: Any, where: str, tensors: dict[str, Tensor], *, leave_out: bool = False) -> Any:
+    """Turn a value into what `json.dumps` takes; `rebuild` is the inverse.
+
+    Args:
+        value: None, bool, int, float, str, path (kept as str), NumPy number (kept as Python number), list, tuple,
+            deque, dict, array, tensor, space, one of SB3's schedules, `AdvantageScale`, or a class of the allow-list.
+        where: its name, for errors and for the names of tensors.
+        tensors: arrays and tensors are put here by name, one entry for tensors that share their memory.
+        leave_out: note that and what was left out where a value has no description, in place of raising.
+
+    Raises:
+        DescriptionError: a value has no description.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {KIND: "float", "value": str(value)}
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Tensor):
+        return {KIND: "tensor", "name": _put(value, where, tensors)}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {KIND: "array", "name": _put(torch.from_numpy(value.copy(order="C")), where, tensors)}
+    if isinstance(value, spaces.Space):
+        return _describe_space(value, where)
+    if isinstance(value, type) and value in _CLASS_NAMES:
+        return {KIND: "class", "name": _CLASS_NAMES[value]}
+    if type(value) is AdvantageScale:
+        return {KIND: "AdvantageScale", "mean_square": _finite_or_name(value.mean_square), "count": value.count}
+
+    def inner(part: Any, name: Any) -> Any:
+        return describe(part, f"{where}.{name}" if where else str(name), tensors, leave_out=leave_out)
+
+    if type(value) in _OBJECTS:
+        fields = _OBJECTS[type(value)]
+        return {KIND: type(value).__name__, **{name: inner(getattr(value, name), name) for name in fields}}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value) and KIND not in value:
+            return {key: inner(part, key) for key, part in value.items()}
+        pairs = [[inner(key, "key"), inner(part, key)] for key, part in value.items()]
+        return {KIND: "dict", "items": pairs}
+    if type(value) in (list, tuple, deque):
+        items = [inner(part, index) for index, part in enumerate(value)]
+        if isinstance(value, deque):
+            return {KIND: "deque", "maxlen": value.maxlen, "items": items}
+        return items if isinstance(value, list) else {KIND: "tuple", "items": items}
+    name = class_name(value if isinstance(value, type) else type(value))
+    if leave_out:
+        return {KIND: "left out", "was": name if isinstance(value, type) else f"an instance of {name}"}
+    raise DescriptionError(where, f"is {value!r:.200} ({name}), which has no description as data")
+
+
+def rebuild(tree: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
+    """Make the value that `describe` turned into `tree`.
+
+    Args:
+        tree: as `json.loads` gives it.
+        where: its name, for errors.
+        tensors: what the names of tensors stand for.
+
+    Raises:
+        NotStoredError: a value was left out.
+        DescriptionError: this describes nothing.
+    """
+    if isinstance(tree, list):
+        return [rebuild(part, f"{where}.{index}", tensors) for index, part in enumerate(tree)]
+    if not isinstance(tree, dict):
+        return tree
+    if KIND not in tree:
+        return {key: rebuild(part, f"{where}.{key}" if where else key, tensors) for key, part in tree.items()}
+    if tree[KIND] == "left out":
+        raise NotStoredError(where, f"was {tree.get('was')}")
+    if not isinstance(tree[KIND], str) or tree[KIND] not in _REBUILD:
+        raise DescriptionError(where, f"is of unknown kind {tree[KIND]!r:.200}")
+    try:
+        return _REBUILD[tree[KIND]](tree, where, tensors)
+    except (DescriptionError, RecursionError):
+        raise
+    # gymnasium checks the arguments of spaces by assert
+    except (AssertionError, AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise DescriptionError(where, f"describes no {tree[KIND]}: {type(error).__name__}: {error}") from error
+
+
+def _put(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> str:
+    """Add a tensor and return its name, that of an equal view of the same memory if there is one."""
+    tensor = tensor.detach()
+    if tensor.numel():
+        for known, other in tensors.items():
+            if tensor.data_ptr() == other.data_ptr() and tensor.dtype == other.dtype and tensor.shape == other.shape:
+                if tensor.stride() == other.stride():
+                    return known
+    tensors[name] = tensor
+    return name
+
+
+def class_name(kind: type) -> str:
+    """How files name a class: that of the allow-list, or module and name."""
+    return _CLASS_NAMES.get(kind, f"{kind.__module__}.{kind.__qualname__}")
+
+
+def named_class(name: Any) -> type | None:
+    """The class of the allow-list with that name; None if there is none."""
+    return _CLASSES.get(name) if isinstance(name, str) else None
+
+
+def _finite_or_name(number: float) -> float | str:
+    """JSON has no infinities."""
+    return number if math.isfinite(number) else str(number)
+
+
+def _describe_space(space: spaces.Space[Any], where: str) -> dict[str, Any]:
+    if isinstance(space, spaces.Box):
+        bounds = {"low": _bound(space.low), "high": _bound(space.high)}
+        return {KIND: "Box", "dtype": np.dtype(space.dtype).name, "shape": list(space.shape), **bounds}
+    if isinstance(space, spaces.Discrete):
+        return {KIND: "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        dtype = np.dtype(space.dtype).name
+        return {KIND: "MultiDiscrete", "dtype": dtype, "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+    if isinstance(space, spaces.MultiBinary):
+        return {KIND: "MultiBinary", "n": space.n if isinstance(space.n, int) else [int(size) for size in space.n]}
+    if isinstance(space, spaces.Dict):
+        parts = [[key, _describe_space(part, f"{where}.{key}")] for key, part in space.spaces.items()]
+        return {KIND: "Dict", "spaces": parts}
+    raise DescriptionError(where, f"is a space {space!r:.200}, which Stable-Baselines3 does not support")
+
+
+def _bound(bound: np.ndarray) -> Any:
+    """One number if all elements are equal, else all, nested."""
+
+    def name_infinities(part: Any) -> Any:
+        if isinstance(part, list):
+            return [name_infinities(inner) for inner in part]
+        return _finite_or_name(part)
+
+    same = bound.size > 0 and bool((bound == bound.flat[0]).all())
+    return name_infinities(bound.flat[0].item() if same else bound.tolist())
+
+
+def _rebuild_box(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]) -> spaces.Box:
+    dtype = np.dtype(tree["dtype"])
+    shape = tuple(tree["shape"])
+    if dtype.kind not in "biuf" or math.prod(shape) > MAX_ELEMENTS or not all(type(size) is int for size in shape):
+        raise ValueError(f"{dtype} {shape!r:.200} is no numeric array of at most {MAX_ELEMENTS} elements")
+    # asarray reads "inf" as a float
+    low, high = (np.broadcast_to(np.asarray(tree[name], dtype), shape).copy() for name in ("low", "high"))
+    return spaces.Box(low, high, shape, dtype.type)
+
+
+def _rebuild_multi_discrete(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]) -> spaces.MultiDiscrete:
+    dtype: Any = np.dtype(tree["dtype"]).type
+    return spaces.MultiDiscrete(np.array(tree["nvec"], dtype), dtype=dtype, start=np.array(tree["start"], dtype))
+
+
+def _rebuild_dict_space(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]) -> spaces.Dict:
+    parts = [(key, rebuild(part, f"{where}.{key}", tensors)) for key, part in tree["spaces"]]
+    # gymnasium sorts the keys of a dict; those of the file are in the order of the networks' inputs
+    return spaces.Dict(parts)
+
+
+def _rebuild_tensor(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    if tree["name"] not in tensors:
+        raise DescriptionError(where, f"is tensor {tree['name']!r:.200}, which is missing")
+    return tensors[tree["name"]]
+
+
+def _rebuild_class(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]) -> type:
+    if tree["name"] not in _CLASSES:
+        raise DescriptionError(where, f"is class {tree['name']!r:.200}, which is not among those a file may name")
+    return _CLASSES[tree["name"]]
+
+
+def _rebuild_dict(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
+    pairs = ((rebuild(key, where, tensors), part) for key, part in tree["items"])
+    return {key: rebuild(part, f"{where}.{key}", tensors) for key, part in pairs}
+
+
+def _rebuild_advantage_scale(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]) -> AdvantageScale:
+    scale = AdvantageScale()
+    scale.mean_square, scale.count = float(tree["mean_square"]), int(tree["count"])
+    return scale
+
+
+def _rebuild_object(kind: type) -> Callable[[dict[str, Any], str, Mapping[str, Tensor]], Any]:
+    def make(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]) -> Any:
+        arguments = {name: rebuild(tree[name], f"{where}.{name}", tensors) for name in _OBJECTS[kind]}
+        allowed = (int, float, *_OBJECTS)
+        if not all(isinstance(argument, allowed) for argument in arguments.values()):
+            raise TypeError(f"{arguments!r:.200} are no numbers or schedules")
+        return kind(**arguments)
+
+    return make
+
+
+_REBUILD: dict[str, Callable[[dict[str, Any], str, Mapping[str, Tensor]], Any]] = {
+    "float": lambda tree, where, tensors: float(tree["value"]),
+    "tensor": _rebuild_tensor,
+    "array": lambda tree, where, tensors: _rebuild_tensor(tree, where, tensors).numpy(),
+    "class": _rebuild_class,
+    "dict": _rebuild_dict,
+    "tuple": lambda tree, where, tensors: tuple(rebuild(tree["items"], where, tensors)),
+    "deque": lambda tree, where, tensors: deque(rebuild(tree["items"], where, tensors), tree["maxlen"]),
+    "AdvantageScale": _rebuild_advantage_scale,
+    **{kind.__name__: _rebuild_object(kind) for kind in _OBJECTS},
+    "Box": _rebuild_box,
+    "Discrete": lambda tree, where, tensors: spaces.Discrete(tree["n"], start=tree["start"]),
+    "MultiDiscrete": _rebuild_multi_discrete,
+    "MultiBinary": lambda tree, where, tensors: spaces.MultiBinary(tree["n"]),
+    "Dict": _rebuild_dict_space,
+}

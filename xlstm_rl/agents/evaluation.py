@@ -18,7 +18,7 @@ from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.masked_evaluation import MaskedModel
 from xlstm_rl.agents.masks import masks_actions, read_masks, sample_allowed
 from xlstm_rl.agents.nonfinite import SKIPPED
-from xlstm_rl.agents.normalization import statistics_kept
+from xlstm_rl.agents.training_state import statistics_kept
 
 
 class EvaluationResult(NamedTuple):

@@ -26,12 +26,11 @@ from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.masks import masks_actions, read_masks
 from xlstm_rl.agents.nonfinite import check_first_observations, check_step, rewards_without_skipped, skipped_steps
-from xlstm_rl.agents.normalization import normalizer_statistics, restore_statistics
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
 from xlstm_rl.agents.policy_arguments import check_policy_kwargs
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
 from xlstm_rl.agents.saving import SavedAlgorithm
-from xlstm_rl.agents.training_state import mark_point
+from xlstm_rl.agents.training_state import mark_point, normalizer_statistics, restore_statistics
 from xlstm_rl.agents.truncation import value_of_cut_episodes
 from xlstm_rl.memory.config import check_number, check_whole
 
@@ -197,6 +196,10 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         self._rollout_start = None
+        if self.rollout_buffer.buffer_size == self.n_steps and self.rollout_buffer.seq_len != self.chunk_length:
+            # another length was set since the buffer was made
+            self.check_settings()
+            self._setup_rollout_buffer()
         fresh = self._last_obs is None
         before = self._read_statistics()
         result = super()._setup_learn(*args, **kwargs)
@@ -225,6 +228,8 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
                 f"n_steps={n_rollout_steps} was set after the rollout buffer was made for {rollout_buffer.buffer_size} "
                 "steps: give n_steps to the constructor, or save the agent and load(path, env, n_steps=...)"
             )
+        # settings may have changed since the buffer was made
+        rollout_buffer.gamma, rollout_buffer.gae_lambda = self.gamma, self.gae_lambda
         statistics = self._read_statistics()
         try:
             return self._collect(env, callback, rollout_buffer)
@@ -299,6 +304,13 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _update_learning_rate(self, optimizers: list[torch.optim.Optimizer] | torch.optim.Optimizer) -> None:
+        """Set the scheduled rate; groups of an optimiser, where there are several, keep the ratios of theirs."""
+        rate = self.lr_schedule(self._current_progress_remaining)
+        self.logger.record("train/learning_rate", rate)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            _schedule_rates(optimizer, rate, self.lr_schedule(1.0))
 
     def gradient_step(self, loss: Tensor, explain: Callable[[FloatingPointError], str]) -> bool:
         """One step of the optimiser along the gradient of a loss; the only place where weights change.
@@ -402,6 +414,27 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
                     raise FloatingPointError(
                         f"{error}, after {RESETS} resets in a row: mend the environment"
                     ) from error
+
+
+def _schedule_rates(optimizer: torch.optim.Optimizer, rate: float, first: float) -> None:
+    """Set the learning rate of every group to `rate` times its ratio, which is kept in the group and saved with it.
+
+    Args:
+        optimizer: one with a single group gets `rate`, as in Stable-Baselines3.
+        rate: of the schedule now.
+        first: rate of the schedule at its start, against which rates count that were there before.
+    """
+    groups = optimizer.param_groups
+    first = first or max(float(group["lr"]) for group in groups) or 1.0
+    for group in groups:
+        if len(groups) == 1:
+            group["lr"] = rate
+            continue
+        # a rate that was not set here is somebody's choice
+        if "lr_ratio" not in group or group["lr"] != group["lr_scheduled"]:
+            group["lr_ratio"] = float(group["lr"]) / (group.get("lr_base") or first)
+        group["lr"] = group["lr_scheduled"] = group["lr_ratio"] * rate
+        group["lr_base"] = rate
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from torch import Tensor
 
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState, within_bounds
-from xlstm_rl.agents.checkpoint import load_policy, save_policy
 from xlstm_rl.agents.masks import check_masks
+from xlstm_rl.agents.saving import load_policy, save_policy
 from xlstm_rl.memory import MemoryCore, map_leaves, pack, unpack
 
 if TYPE_CHECKING:

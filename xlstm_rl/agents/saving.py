@@ -1,38 +1,152 @@
-"""How an agent is saved, loaded and resumed, with the interface of Stable-Baselines3."""
+"""How agents, policies and training runs are saved, loaded and resumed, with the interface of Stable-Baselines3."""
 
 from __future__ import annotations
 
+import inspect
 import io
+import os
+import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from gymnasium import Space
+from sb3_contrib.common.recurrent.policies import (
+    RecurrentActorCriticCnnPolicy,
+    RecurrentActorCriticPolicy,
+    RecurrentMultiInputActorCriticPolicy,
+)
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.utils import (
+    ConstantSchedule,
+    FloatSchedule,
+    LinearSchedule,
+    check_for_correct_spaces,
+    get_device,
+    get_system_info,
+)
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from torch import Tensor
 
 from xlstm_rl.agents.checkpoint import (
-    find_file,
-    load_model,
-    load_parameters,
-    print_system_info,
-    read_contents,
-    read_model,
-    save_model,
+    Archive,
+    CheckpointError,
+    DescriptionError,
+    File,
+    NotStoredError,
+    Part,
+    class_name,
+    describe,
+    describe_part,
+    named_class,
+    read_archive,
+    rebuild,
+    write_archive,
 )
-from xlstm_rl.agents.sb3_zip import is_sb3_zip, read_sb3_zip
-from xlstm_rl.agents.training_state import TrainingPoint, resume_model, save_checkpoint
+from xlstm_rl.agents.losses import AdvantageScale
+from xlstm_rl.agents.training_state import (
+    TrainingPoint,
+    env_of,
+    make_normalizer,
+    mark_point,
+    normalizer_state,
+    read_training,
+    restore_training,
+)
+from xlstm_rl.memory import leaves, pack, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+Policy = TypeVar("Policy", bound=BasePolicy)
+
+# Parts of a file beside those of the agent; `load` passes over them.
+TRAINING, NORMALIZER = "training", "normalizer"
+POLICY, OPTIMIZER = "policy", "policy.optimizer"
+# Entries of the settings that are no attributes.
+_FUNCTIONS, _FROZEN = "functions_saved_as_numbers", "frozen_parameters"
+_SCHEDULES = ("learning_rate", "lr_schedule", "clip_range", "clip_range_vf", "ent_coef")
+# Without these no model can be built: what has no description is named when loading.
+_ESSENTIAL = ("policy_class", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs")
+_REMEDY = {"policy_class": "YourPolicy", "rollout_buffer_class": "YourBuffer"}
+# Stored in another way.
+_DERIVED = ("lr_schedule", "policy_class", "_last_state")
+# Made on loading, never read from a file.
+_BUILT = ("policy", "device", "env", "rollout_buffer", "_vec_normalize_env", "_logger", "_custom_logger")
+# What an agent learnt and counted, beside its settings.
+_COUNTED: dict[str, Any] = {
+    **dict.fromkeys(("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_n_updates"), int),
+    **dict.fromkeys(("_episode_num", "_stats_window_size", "n_envs"), int),
+    **dict.fromkeys(("ep_info_buffer", "ep_success_buffer"), deque | None),
+    "_current_progress_remaining": int | float,
+    "_gradient_norm": int | float | None,
+    "_advantage_scale": AdvantageScale,
+    **dict.fromkeys(("observation_space", "action_space"), Space),
+}
+# What impossible settings lead to in constructors of Stable-Baselines3, torch and policies, which do not check them.
+_IMPOSSIBLE = (
+    *(AssertionError, AttributeError, IndexError, KeyError, MemoryError, OverflowError),
+    *(RuntimeError, TypeError, ValueError, ZeroDivisionError),
+)
+_WITHOUT = "; load(path, custom_objects={'policy.optimizer': None}) takes the weights alone"
+# Optimiser state that has no element for each of its weight.
+_OTHER_SHAPES = ("step", "row_var", "col_var", "mu_product", "eta", "mu")
+# Sums and means of squares, and lengths: a root is taken of them, or they are divided by.
+_NOT_NEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf", "step_size")
+
+
+class Contents(NamedTuple):
+    """What a file of an agent holds."""
+
+    name: str
+    """Of the file, for errors."""
+    data: dict[str, Any]
+    """Attributes of the agent, and the entries that are none."""
+    groups: dict[str, Any]
+    """State dicts of policy and optimiser."""
+    libraries: dict[str, str]
+    """Versions it was written with."""
+    order: list[str] | None = None
+    """Names of the weights in the order of the optimiser, where that is known."""
+
+
+class MisfitError(ValueError):
+    """The state of an optimiser is sound, but of other weights or of another class than the optimiser here."""
+
+
+Model = TypeVar("Model", bound="SavedAlgorithm")
+
+
+@dataclass(frozen=True)
+class Resumed(Generic[Model]):
+    """A run that can go on."""
+
+    model: Model
+    notes: dict[str, Any]
+    """As given to `save_checkpoint`."""
+    restarted: str | None
+    """Why all environments start new episodes; None if the running ones go on."""
+
 
 class SavedAlgorithm(OnPolicyAlgorithm):
-    """The part of `RecurrentPPO` that deals with files."""
+    """The part of an on-policy algorithm for policies with memory that deals with files."""
 
     _rollout_start: TrainingPoint | None = None
     """Set while a rollout is collected, and where an exception or a callback broke one off until `learn` is over."""
+    policy: Any
+    _last_state: Any
+
+    def check_settings(self) -> None:
+        """Refuse settings that do not fit."""
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_rollout_start", "tensorboard_log"]
@@ -45,15 +159,58 @@ class SavedAlgorithm(OnPolicyAlgorithm):
     ) -> None:
         """Write the agent to a zip of JSON and safetensors, from which loading runs no code.
 
-        At a path the file appears whole or not at all. The environment and the rollout are not part of it.
+        At a path the file appears whole or not at all. The environment and the rollout are not part of it; settings and
+        statistics of a `VecNormalize` around the environment are, for `load_normalizer`.
 
         Args:
             path: of the file (".zip" is appended if it has no suffix), or a binary file.
             exclude: attributes to leave out.
             include: attributes to keep that are left out otherwise.
         """
-        model: Any = self
-        save_model(model, path, exclude or (), include or ())  # type: ignore[arg-type]
+        self._write(path, exclude or (), include or (), {})  # type: ignore[arg-type]
+
+    def _write(self, target: File, exclude: Iterable[str], include: Iterable[str], further: dict[str, Part]) -> None:
+        optional = {*exclude, *self._excluded_save_params()} - set(include)
+        groups = self.get_parameters()
+        left_out = {*optional, *(name.split(".")[0] for name in groups), *_DERIVED}
+        settings = {key: value for key, value in vars(self).items() if key not in left_out}
+        if not _same_schedule(self.lr_schedule, self.learning_rate):
+            # the one in use was set after the constructor made it from the learning rate
+            settings["lr_schedule"] = self.lr_schedule
+        data: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        functions: list[str] = []
+        if "policy_class" not in optional:
+            data["policy_class"] = self._describe_policy_class()
+        for name, value in settings.items():
+            if name in _SCHEDULES and _is_function(value):
+                value = _present_value(name, value, self._current_progress_remaining)
+                functions.append(name)
+            try:
+                data[name] = describe(value, name, tensors, leave_out=name in _ESSENTIAL)
+            except DescriptionError as error:
+                warnings.warn(
+                    f"{error}: it is not saved; load(path, custom_objects={{{name!r}: ...}}) can give it back",
+                    stacklevel=4,
+                )
+        if "_last_state" not in optional and list(leaves(self._last_state)):
+            data["_last_state"] = describe(pack(self._last_state), "_last_state", tensors)
+        data |= {_FUNCTIONS: functions, _FROZEN: _frozen(self.policy)}
+        groups[OPTIMIZER] = _tell_weights(self.policy, groups[OPTIMIZER])
+        parts = {"data": Part(data, tensors)} | {name: describe_part(group) for name, group in groups.items()}
+        normalizer = self.get_vec_normalize_env()
+        if normalizer is not None:
+            parts[NORMALIZER] = describe_part(normalizer_state(normalizer))
+        if isinstance(target, str | os.PathLike) and not Path(target).suffix:
+            target = f"{os.fspath(target)}.zip"
+        write_archive(target, "model", parts | further)
+
+    def _describe_policy_class(self) -> Any:
+        """Aliases are what a file may name; any other class has to be handed over."""
+        for alias, kind in self.policy_aliases.items():
+            if kind is self.policy_class:
+                return alias
+        return describe(self.policy_class, "policy_class", {}, leave_out=True)
 
     @classmethod
     def load(
@@ -77,6 +234,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             custom_objects: attributes to take instead of the stored ones: functions as schedules, a policy class of
                 your own as "policy_class", a features extractor of your own in "policy_kwargs". Entries of
                 "policy_kwargs" that are not given stay as stored, except in zips of Stable-Baselines3.
+                "policy.optimizer": None leaves the state of the optimiser unread.
             print_system_info: print the versions here and of the file.
             force_reset: start `env` anew; else the episodes at the time of saving go on, memory included.
             allow_pickle: read zips of Stable-Baselines3 too, which can hold any code and run it: those of
@@ -89,18 +247,105 @@ class SavedAlgorithm(OnPolicyAlgorithm):
                 the file, what is wrong and the remedy.
             ValueError: the spaces of `env` are others.
         """
-        model: Self = _load(
-            cls,
-            path,
-            custom_objects or {},
-            show_versions=print_system_info,
-            allow_pickle=allow_pickle,
-            env=env,
-            device=device,
-            force_reset=force_reset,
-            arguments=kwargs,
+        source, given = find_file(path), custom_objects or {}  # type: ignore[arg-type]
+        if allow_pickle and _is_sb3_zip(source):
+            contents = _read_sb3_zip(cls, source, given)
+        else:
+            contents = _read_contents(cls, read_archive(source, "model"), given)
+        if print_system_info:
+            print("== CURRENT SYSTEM INFO ==")
+            get_system_info()
+            print("== SAVED MODEL SYSTEM INFO ==", *(f"{name}: {text}" for name, text in contents.libraries.items()))
+        return cls._build(
+            contents, env, device=device, given=given, force_reset=force_reset, arguments=kwargs, stacklevel=3
         )
+
+    @classmethod
+    def _build(
+        cls,
+        contents: Contents,
+        env: GymEnv | None,
+        *,
+        device: torch.device | str,
+        given: Mapping[str, Any],
+        force_reset: bool,
+        arguments: Mapping[str, Any],
+        stacklevel: int,
+    ) -> Self:
+        """The agent that a file holds; the contents are used up. Warnings are of the caller `stacklevel` above."""
+        data, name, chosen = contents.data, contents.name, {*given, *arguments}
+        state, functions, frozen, schedule = (
+            data.pop(key, None) for key in ("_last_state", _FUNCTIONS, _FROZEN, "lr_schedule")
+        )
+        if "policy_kwargs" in arguments and arguments["policy_kwargs"] != data.get("policy_kwargs", {}):
+            raise ValueError(
+                "The specified policy kwargs do not equal the stored policy kwargs. Stored kwargs: "
+                f"{data.get('policy_kwargs', {})}, specified kwargs: {arguments['policy_kwargs']}"
+            )
+        if "tensorboard_log" not in given:
+            # a file must not choose where this machine writes
+            data.pop("tensorboard_log", None)
+        _warn_of_functions(data | {"lr_schedule": schedule}, functions, chosen, stacklevel + 1)
+        if env is not None:
+            env = cls._wrap_env(env, data.get("verbose", 0))
+            check_for_correct_spaces(env, data["observation_space"], data["action_space"])
+            if force_reset:
+                data["_last_obs"] = state = None
+            elif env.num_envs != data.get("n_envs"):
+                raise CheckpointError(
+                    f"{name}: the episodes of {data.get('n_envs')!r:.50} environments cannot go on in {env.num_envs}: "
+                    "hand over as many, or start new episodes with load(path, env)"
+                )
+            data["n_envs"] = env.num_envs
+        # episodes that go on are not to be seeded anew
+        seeded = env if force_reset else None
+        try:
+            make: Any = cls
+            model: Self = make(data["policy_class"], seeded, device=device, _init_setup_model=False)
+            vars(model).update(data)
+            vars(model).update(arguments)
+            model.check_settings()
+            model._setup_model()
+        except _IMPOSSIBLE as error:
+            raise CheckpointError(
+                f"no model can be built from the settings in {name} and the arguments of load: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        model._take_parameters(contents, frozen, given.get(OPTIMIZER, contents) is not None, stacklevel + 1)
+        if env is not None and seeded is None:
+            model.set_env(env, force_reset=False)
+        schedule = arguments.get("lr_schedule", schedule)
+        if schedule is not None and ("lr_schedule" in chosen or "learning_rate" not in chosen):
+            if not callable(schedule) and not isinstance(schedule, int | float):
+                raise CheckpointError(f"{name}: lr_schedule is {schedule!r:.200}, neither a number nor a schedule")
+            model.lr_schedule = FloatSchedule(schedule)
+        if model.use_sde:
+            model.policy.reset_noise()
+        if state is not None and model._last_obs is not None:
+            if not isinstance(state, Tensor) or state.shape[:1] != (model.n_envs,):
+                raise CheckpointError(f"{name}: the memory state is not of {model.n_envs} environments; force_reset it")
+            model._last_state = unpack(state.to(model.device), like=model.policy.initial_state(1))
         return model
+
+    def _take_parameters(self, contents: Contents, frozen: Any, with_optimizer: bool, stacklevel: int) -> None:
+        for group in self._get_torch_save_params()[0]:
+            if group not in contents.groups:
+                raise CheckpointError(f"{contents.name} holds no {group}.json; it is incomplete")
+            if group != OPTIMIZER:
+                _set_weights(recursive_getattr(self, group), contents.groups[group], group, contents.name)
+        _freeze(self.policy, frozen, contents.name)
+        # in the dtype of the weights
+        self._last_state = self.policy.initial_state(self.n_envs)
+        if with_optimizer:
+            try:
+                kept = _fit_optimizer(self.policy, contents.groups[OPTIMIZER], contents.name, contents.order)
+                self.policy.optimizer.load_state_dict(kept)
+            except MisfitError as error:
+                warnings.warn(
+                    f"{contents.name}: the weights are loaded, the optimiser starts anew, for its state does not fit: "
+                    f"{error}",
+                    stacklevel=stacklevel,
+                )
 
     def set_parameters(
         self,
@@ -112,12 +357,34 @@ class SavedAlgorithm(OnPolicyAlgorithm):
 
         Args:
             load_path_or_dict: path of a file that `save` wrote, or state dicts by name.
-            exact_match: all parameters must be given and fit; else those given are set.
+            exact_match: all parameters must be given and fit; else those given are set, and the optimiser starts anew,
+                with a warning, where its state does not fit.
             device: not used; parameters stay where they are.
+
+        Raises:
+            CheckpointError: the file is torn, foreign or wrong.
+            ValueError: the parameters do not fit.
         """
-        if not isinstance(load_path_or_dict, dict):
-            load_path_or_dict = load_parameters(load_path_or_dict)
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        name, given = "the parameters", load_path_or_dict
+        if not isinstance(given, dict):
+            archive = read_archive(find_file(given), "model")
+            name, given = archive.name, _groups(archive)
+            for group, tree in given.items():
+                _check_numbers(tree, group, name)
+        given = dict(given)
+        if OPTIMIZER in given:
+            try:
+                given[OPTIMIZER] = _fit_optimizer(self.policy, given[OPTIMIZER], name)
+            except MisfitError as error:
+                if exact_match:
+                    raise ValueError(
+                        f"{name}: the state of the optimiser does not fit: {error}; exact_match=False takes the "
+                        "weights, and the optimiser starts anew"
+                    ) from error
+                warnings.warn(f"{name}: the optimiser starts anew, for its state does not fit: {error}", stacklevel=2)
+                self.policy.optimizer.state.clear()
+                del given[OPTIMIZER]
+        super().set_parameters(given, exact_match, device)
 
     @property
     def checkpoint_step(self) -> int:
@@ -129,18 +396,30 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         """Write the agent and its training run, for `resume`.
 
         Beside the agent, the file holds the states of the random generators of Python, NumPy and torch, of the vector
-        wrappers (running statistics, stacked frames), and what the running episodes follow from, if every environment
-        is wrapped in `xlstm_rl.envs.Resumable`. Called while a rollout is collected, as callbacks do, or after an
-        exception ended one, it writes the run as it was before that rollout: the run then goes on from there and
-        repeats the steps since. Called after `learn` returned, it writes the present, also where a callback stopped
-        training within a rollout: the resumed run then does what another `learn` would do.
+        wrappers (settings and running statistics, stacked frames), and what the running episodes follow from, if every
+        environment is wrapped in `xlstm_rl.envs.Resumable`. Called while a rollout is collected, as callbacks do, or
+        after an exception ended one, it writes the run as it was before that rollout: the run then goes on from there
+        and repeats the steps since. Called after `learn` returned, it writes the present, also where a callback stopped
+        training within a rollout: the resumed run then does what another `learn` would do. What callbacks keep is
+        theirs: hand it over as notes, and give it back to them.
 
         Args:
             path: as for `save`; the file appears whole or not at all, and `load` reads the agent in it.
-            notes: plain values (numbers, strings, lists and dicts of them) that belong to the run.
+            notes: plain values (numbers, strings, arrays, lists and dicts of them) that belong to the run.
         """
-        model: Any = self
-        save_checkpoint(model, path, self._rollout_start, notes or {})  # type: ignore[arg-type]
+        point = self._rollout_start or mark_point(self)
+        state = read_training(env_of(self), point) | {"notes": dict(notes or {})}
+        try:
+            part = describe_part(state)
+        except DescriptionError as error:
+            warnings.warn(f"{error}: a resumed run will start new episodes", stacklevel=2)
+            part = describe_part(state | {"episodes": None})
+        present = {name: vars(self)[name] for name in point.attributes}
+        vars(self).update(point.attributes)
+        try:
+            self._write(path, (), (), {TRAINING: part})  # type: ignore[arg-type]
+        finally:
+            vars(self).update(present)
 
     @classmethod
     def resume(
@@ -154,7 +433,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
 
         Args:
             path: of the file, with or without ".zip", or a binary file.
-            env: like that of the run, wrappers included.
+            env: like that of the run, wrappers included; their settings and states are those of the file.
             device: where to put the policy.
             **kwargs: `custom_objects`, as for `load`; `tensorboard_log` among them, as no file chooses it.
 
@@ -163,22 +442,465 @@ class SavedAlgorithm(OnPolicyAlgorithm):
                 environments.
             ValueError: the spaces of `env` are others.
         """
-        kind: Any = cls
-        resumed = resume_model(kind, path, env, device=device, **kwargs)  # type: ignore[arg-type]
+        resumed = cls.resume_with_notes(path, env, device=device, **kwargs)
         if resumed.restarted is not None:
             warnings.warn(f"all environments start new episodes: {resumed.restarted}", stacklevel=2)
-        model: Self = resumed.model
-        return model
+        return resumed.model
+
+    @classmethod
+    def resume_with_notes(
+        cls,
+        path: str | Path | io.BufferedIOBase,
+        env: GymEnv,
+        device: torch.device | str = "auto",
+        *,
+        custom_objects: Mapping[str, Any] | None = None,
+    ) -> Resumed[Self]:
+        """Like `resume`, with the notes of the checkpoint, and in place of the warning why new episodes start."""
+        archive = read_archive(find_file(path), "model")  # type: ignore[arg-type]
+        if TRAINING not in archive.parts:
+            raise CheckpointError(
+                f"{archive.name} holds an agent without its training run: RecurrentPPO.load reads it, save_checkpoint "
+                "writes files to resume from"
+            )
+        state, given = archive.value(TRAINING), custom_objects or {}
+        contents = _read_contents(cls, archive, given)
+        model = cls._build(contents, env, device=device, given=given, force_reset=False, arguments={}, stacklevel=4)
+        try:
+            notes = dict(state["notes"])
+            restarted = restore_training(env_of(model), state, model.device)
+        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{archive.name}, {TRAINING}.json: {type(error).__name__}: {error}") from error
+        if restarted is not None:
+            model._last_obs = None
+            # other episodes than those at the start of training
+            env_of(model).seed(None if model.seed is None else _other_seed(model.seed, model.num_timesteps))
+        return Resumed(model, notes, restarted)
 
 
-def _load(
-    cls: Any, path: Any, custom_objects: dict[str, Any], *, show_versions: bool, allow_pickle: bool, **arguments: Any
-) -> Any:
-    path = find_file(path)
-    if allow_pickle and is_sb3_zip(path):
-        contents = read_sb3_zip(cls, path, custom_objects)
-    else:
-        contents = read_contents(cls, read_model(path), custom_objects)
-    if show_versions:
-        print_system_info(contents.libraries)
-    return load_model(cls, contents, given=custom_objects, **arguments)
+def load_normalizer(path: File, env: VecEnv) -> VecNormalize | None:
+    """Wrap an environment in the `VecNormalize` that a saved agent was trained with; nothing in the file is run.
+
+    Args:
+        path: of the file of an agent, with or without ".zip", or a binary file.
+        env: with the observation space that was normalised.
+
+    Returns:
+        The environment with the settings and statistics of the time of saving, which go on changing unless `training`
+        is set to False; None if the agent had no such wrapper.
+
+    Raises:
+        CheckpointError: the file is torn, foreign or wrong, or the statistics do not fit the environment.
+    """
+    archive = read_archive(find_file(path), "model")
+    if NORMALIZER not in archive.parts:
+        return None
+    try:
+        return make_normalizer(archive.value(NORMALIZER), env)
+    except ValueError as error:
+        raise CheckpointError(f"{archive.name}, {NORMALIZER}.json: {error}") from error
+
+
+def save_policy(policy: Any, target: File) -> None:
+    """Write a policy; see `XLSTMPolicy.save`."""
+    arguments = policy._get_constructor_parameters()
+    arguments.pop("lr_schedule", None)
+    arguments[_FROZEN] = _frozen(policy)
+    parts = {"data": describe_part(arguments, leave_out=True), POLICY: describe_part(policy.state_dict())}
+    write_archive(target, "policy", parts)
+
+
+def load_policy(
+    cls: type[Policy], source: File, device: torch.device | str, custom_objects: Mapping[str, Any]
+) -> Policy:
+    """Read a policy; see `XLSTMPolicy.load`."""
+    archive = read_archive(source, "policy")
+    arguments = _rebuild_settings(archive, custom_objects, "custom_objects={{{top!r}: ...}}")
+    frozen = arguments.pop(_FROZEN, None)
+    try:
+        policy = cls(**arguments, lr_schedule=ConstantSchedule(0.0))
+    except _IMPOSSIBLE as error:
+        raise CheckpointError(
+            f"no {cls.__name__} can be built from the settings in {archive.name}: {type(error).__name__}: {error}"
+        ) from error
+    _set_weights(policy, archive.value(POLICY), POLICY, archive.name)
+    _freeze(policy, frozen, archive.name)
+    return policy.to(get_device(device))
+
+
+def find_file(source: File) -> File:
+    """The file itself, or the one with ".zip" appended where only that exists."""
+    if isinstance(source, str | os.PathLike) and not os.path.isfile(source):
+        with_suffix = f"{os.fspath(source)}.zip"
+        return with_suffix if os.path.isfile(with_suffix) else source
+    return source
+
+
+def _other_seed(seed: int, num_timesteps: int) -> int:
+    """Far from the seeds of all other environments, those of evaluations too."""
+    return int(np.random.SeedSequence((seed, num_timesteps)).generate_state(1)[0]) // 2
+
+
+# Settings.
+
+
+def _same_schedule(schedule: Any, learning_rate: Any) -> bool:
+    """Whether the schedule is the one that Stable-Baselines3 makes of the learning rate."""
+    inner, made = schedule, FloatSchedule(learning_rate)
+    while isinstance(inner, FloatSchedule):
+        inner = inner.value_schedule
+    if _is_function(inner):
+        return inner is made.value_schedule
+    return not _is_function(made) and describe(inner, "", {}) == describe(made.value_schedule, "", {})
+
+
+def _is_function(value: Any) -> bool:
+    inner = value.value_schedule if isinstance(value, FloatSchedule) else value
+    return callable(inner) and type(inner) not in (ConstantSchedule, LinearSchedule, FloatSchedule)
+
+
+def _present_value(name: str, function: Any, progress: float) -> float:
+    present = float(function(progress))
+    warnings.warn(
+        f"{name} is a function, which a safe file cannot keep: its present value {present:g} is saved in its place; "
+        f"custom_objects={{{name!r}: function}} of load and resume restores it, and a LinearSchedule of "
+        "Stable-Baselines3 would be kept",
+        stacklevel=5,
+    )
+    return present
+
+
+def _warn_of_functions(data: Mapping[str, Any], names: Any, given: Collection[str], stacklevel: int) -> None:
+    """Say which settings were functions when the agent was saved and are constants now."""
+    for name in names if isinstance(names, list) else []:
+        if name in _SCHEDULES and data.get(name) is not None and name not in given:
+            warnings.warn(
+                f"{name} was a function when the agent was saved and is the constant {data[name]} now: to train on, "
+                f"hand it over as custom_objects={{{name!r}: function}}, which load and resume take",
+                stacklevel=stacklevel,
+            )
+
+
+def _groups(archive: Archive) -> dict[str, Any]:
+    """The state dicts in a file by name."""
+    return {name: archive.value(name) for name in archive.parts if name not in ("data", TRAINING, NORMALIZER)}
+
+
+def _read_contents(cls: type[SavedAlgorithm], archive: Archive, custom_objects: Mapping[str, Any]) -> Contents:
+    """What the file of an agent holds, nothing of it executed."""
+    data = _rebuild_settings(archive, custom_objects, "load(path, custom_objects={{{top!r}: {what}}})")
+    data.pop(OPTIMIZER, None)
+    for name, value in data.items():
+        if name in custom_objects:
+            continue
+        if name in _BUILT or _is_code(inspect.getattr_static(cls, name, None)):
+            raise CheckpointError(f"{archive.name}: data.json sets {name!r}, which is no setting; not loaded")
+        if name in _COUNTED and (not isinstance(value, _COUNTED[name]) or value is True):
+            raise CheckpointError(f"{archive.name}: {name} is {value!r:.200}, not {_COUNTED[name]}")
+    for name in ("observation_space", "action_space", "policy_class"):
+        if name not in data:
+            raise CheckpointError(f"{archive.name} holds no {name}: load(path, custom_objects={{{name!r}: ...}})")
+    policy = data["policy_class"]
+    if isinstance(policy, str):
+        if policy not in cls.policy_aliases:
+            raise CheckpointError(
+                f"{archive.name} names the policy {policy!r:.200}, known are {sorted(cls.policy_aliases)}; hand the "
+                "class over: load(path, custom_objects={'policy_class': YourPolicy})"
+            )
+        data["policy_class"] = cls.policy_aliases[policy]
+    return Contents(archive.name, data, _groups(archive), archive.libraries)
+
+
+def _is_code(attribute: Any) -> bool:
+    return callable(attribute) or isinstance(attribute, property | classmethod | staticmethod)
+
+
+def _rebuild_settings(archive: Archive, custom_objects: Mapping[str, Any], remedy: str) -> dict[str, Any]:
+    """The values of data.json, those handed over in place of the stored ones; of `policy_kwargs`, entry by entry."""
+    data = archive.parts.get("data", Part(None, {}))
+    if not isinstance(data.tree, dict):
+        raise CheckpointError(f"{archive.name}: data.json holds no settings")
+    settings = dict(custom_objects)
+    for name, part in data.tree.items():
+        given = custom_objects.get(name)
+        if name == "policy_kwargs" and isinstance(given, Mapping) and isinstance(part, dict):
+            part = {key: value for key, value in part.items() if key not in given}
+        elif name in custom_objects:
+            continue
+        try:
+            settings[name] = rebuild(part, name, data.tensors)
+            if given is not None:
+                if not isinstance(settings[name], dict):
+                    raise DescriptionError(name, "are no keyword arguments")
+                settings[name] |= given
+        except NotStoredError as error:
+            hint = remedy.format(top=name, what=_REMEDY.get(name, "{...}"))
+            raise CheckpointError(
+                f"{archive.name}: {error}, which no safe file can hold; hand it over: {hint}"
+            ) from error
+        except (DescriptionError, RecursionError) as error:
+            raise CheckpointError(f"{archive.name}, data.json: {error}") from error
+    return settings
+
+
+# Weights.
+
+
+def _frozen(policy: torch.nn.Module) -> list[str]:
+    """Names of the weights that are not trained."""
+    return [name for name, weight in policy.named_parameters() if not weight.requires_grad]
+
+
+def _freeze(policy: torch.nn.Module, frozen: Any, file: str) -> None:
+    if frozen is None:
+        # files of format 1 do not tell
+        return
+    weights = dict(policy.named_parameters())
+    if not isinstance(frozen, list) or not _are_texts(frozen) or not weights.keys() >= set(frozen):
+        raise CheckpointError(f"{file}: {_FROZEN} are {frozen!r:.200}, which are no weights of the policy")
+    for name, weight in weights.items():
+        weight.requires_grad_(name not in frozen)
+
+
+def _set_weights(module: torch.nn.Module, weights: Any, name: str, file: str) -> None:
+    """Load a state dict that fits, in the dtype that it has."""
+    _check_numbers(weights, name, file)
+    expected = module.state_dict()
+    if set(expected) != set(weights):
+        raise CheckpointError(
+            f"{file}: the weights do not fit {type(module).__name__} as its settings build it: "
+            f"missing {sorted(set(expected) - set(weights))}, unknown {sorted(set(weights) - set(expected))}; where "
+            "layers were changed after the agent was made, make it, change them likewise and call set_parameters(path)"
+        )
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    dtypes = {weights[name].dtype for name in parameters if isinstance(weights[name], Tensor)}
+    if len(dtypes) == 1 and (dtype := dtypes.pop()).is_floating_point:
+        # as after policy.double()
+        module.to(dtype)
+        expected = module.state_dict()
+    for name, wanted in expected.items():
+        weight = weights[name]
+        if not isinstance(wanted, Tensor):
+            continue
+        if not isinstance(weight, Tensor) or weight.shape != wanted.shape:
+            found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise CheckpointError(f"{file}: weight {name!r} is {found}, its settings need {list(wanted.shape)}")
+        if weight.is_floating_point() != wanted.is_floating_point() or weight.is_complex():
+            raise CheckpointError(f"{file}: weight {name!r} is {weight.dtype}, its settings need {wanted.dtype}")
+        # as used: a float64 may be too large for a float32
+        lost = weight.isfinite() & ~weight.to(wanted.dtype).isfinite()
+        if bool(lost.any()) or (name in parameters and not bool(weight.isfinite().all())):
+            raise CheckpointError(f"{file}: weight {name!r} is infinite; use an earlier checkpoint")
+    module.load_state_dict(weights)
+
+
+def _check_numbers(group: Any, name: str, file: str) -> None:
+    """State dicts hold numbers."""
+    if not isinstance(group, dict):
+        raise CheckpointError(f"{file}: {name}.json describes no state dict")
+    for path, tensor in _named_tensors(group, ""):
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise CheckpointError(f"{file}: {name} has NaN in {path!r}; use an earlier checkpoint")
+
+
+def _named_tensors(tree: Any, path: str) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, part in tree.items():
+            yield from _named_tensors(part, f"{path}.{key}" if path else str(key))
+
+
+# Optimisers.
+
+
+def _tell_weights(policy: Any, kept: dict[str, Any]) -> dict[str, Any]:
+    """The state dict of the policy's optimiser with its class and the names of its weights, group by group."""
+    names = {id(weight): name for name, weight in policy.named_parameters()}
+    groups = [
+        {**told, "param_names": [names.get(id(weight), "") for weight in group["params"]]}
+        for told, group in zip(kept["param_groups"], policy.optimizer.param_groups, strict=True)
+    ]
+    return {**kept, "param_groups": groups, "class": class_name(type(policy.optimizer))}
+
+
+def _fit_optimizer(policy: Any, group: Any, file: str, order: list[str] | None = None) -> dict[str, Any]:
+    """A state dict for the policy's optimiser, which is made anew where that of the file has other groups or a class.
+
+    Args:
+        policy: whose `optimizer` it is for.
+        group: state dict, with names and class as `_tell_weights` adds them or without.
+        file: for errors.
+        order: names of the weights of a single group that has no names of its own.
+
+    Raises:
+        MisfitError: it is of other weights, or of a class that is not known here.
+        CheckpointError: it is damaged.
+    """
+    _check_numbers(group, OPTIMIZER, file)
+    state, groups = group.get("state"), group.get("param_groups")
+    if (
+        not isinstance(state, dict)
+        or not isinstance(groups, list)
+        or not all(isinstance(part, dict) and isinstance(part.get("params"), list) for part in groups)
+    ):
+        raise CheckpointError(f"{file}: the optimiser state lacks 'state' or 'param_groups'{_WITHOUT}")
+    groups = [dict(part) for part in groups]
+    names = [part.pop("param_names", None) for part in groups]
+    weights = dict(policy.named_parameters())
+    if order is not None and len(groups) == 1:
+        # a state dict names shared weights several times
+        names = [[name for name in order if name in weights]]
+    if all(isinstance(part, list) for part in names):
+        flat = [name for part in names for name in part]
+        if [len(part) for part in names] != [len(part["params"]) for part in groups] or not _are_texts(
+            [*flat, group.get("class", "")]
+        ):
+            raise CheckpointError(f"{file}: the optimiser state has another number of weights than names{_WITHOUT}")
+        unknown = [name for name in flat if name not in weights]
+        if unknown:
+            raise MisfitError(f"it is of weights that the policy does not have, {unknown!r:.200}")
+        _form_groups(policy, [[weights[name] for name in part] for part in names], groups, group.get("class"), file)
+    formed = [part["params"] for part in policy.optimizer.param_groups]
+    if [len(part) for part in formed] != [len(part["params"]) for part in groups]:
+        raise MisfitError(
+            f"it is of groups of {[len(part['params']) for part in groups]} weights, the optimiser here of "
+            f"{[len(part) for part in formed]}"
+        )
+    _check_optimizer(policy.optimizer, groups, state, file)
+    return {"state": state, "param_groups": groups}
+
+
+def _form_groups(policy: Any, weights: list[list[Tensor]], groups: list[dict[str, Any]], kind: Any, file: str) -> None:
+    """Make the policy's optimiser anew if it is of another class, or of other groups, than those of a file."""
+    built = policy.optimizer
+    same_class = kind in (None, class_name(type(built)))
+    here = [[id(weight) for weight in part["params"]] for part in built.param_groups]
+    if same_class and here == [[id(weight) for weight in part] for part in weights]:
+        return
+    make = type(built) if same_class else named_class(kind)
+    if make is None or not issubclass(make, torch.optim.Optimizer):
+        raise MisfitError(f"it is of the class {kind!r:.200}, the optimiser here of {class_name(type(built))}")
+    formed: Any = [{**part, "params": params} for part, params in zip(groups, weights, strict=True)]
+    try:
+        policy.optimizer = make(formed)  # type: ignore[call-arg]
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: no {kind} can be made of the groups in it: {error}{_WITHOUT}") from error
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], state: Any, file: str) -> None:
+    """What `load_state_dict` does not check itself, after the conversion that it does."""
+    weights = [weight for part in optimizer.param_groups for weight in part["params"]]
+    flat = [index for part in groups for index in part["params"]]
+    known = inspect.signature(type(optimizer).__init__).parameters
+    for part in groups:
+        settings = {key: value for key, value in part.items() if key in known and key != "params"}
+        try:
+            if not all(np.isfinite(number) for number in _numbers(settings)):
+                raise ValueError(f"a setting is not finite: {settings}")
+            if class_name(type(optimizer)).startswith("torch."):
+                # the constructor checks them
+                type(optimizer)([torch.nn.Parameter(torch.zeros(1))], **settings)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: the optimiser state has impossible settings: {error}{_WITHOUT}") from error
+    for index, kept in state.items():
+        if index not in flat or not isinstance(kept, dict):
+            raise CheckpointError(f"{file}: the optimiser state names weight {index!r:.50}, which there is not")
+        weight = weights[flat.index(index)]
+        for name, value in kept.items():
+            wrong = _wrong_state(name, value, weight)
+            if wrong:
+                raise CheckpointError(f"{file}: optimiser state {name!r:.50} of weight {index} {wrong}{_WITHOUT}")
+
+
+def _wrong_state(name: Any, value: Any, weight: Tensor) -> str | None:
+    """What is wrong with an entry of an optimiser's state; None if nothing is."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        if not isinstance(value, int | float):
+            return f"is {value!r:.50}, no number"
+        value = torch.tensor(float(value))
+    elif value.shape != weight.shape and name not in _OTHER_SHAPES:
+        return f"is {list(value.shape)}, not {list(weight.shape)}"
+    elif not value.is_floating_point() and value.ndim:
+        return f"is {value.dtype}, not {weight.dtype}"
+    if name != "step" and value.is_floating_point():
+        value = value.to(weight.dtype)
+    if not bool(value.isfinite().all()):
+        return "is not finite"
+    if name in _NOT_NEGATIVE and bool((value < 0).any()):
+        return "is negative"
+    return None
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _numbers(tree: Any) -> Iterable[float]:
+    if isinstance(tree, int | float):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _numbers(part)
+
+
+# Zips of Stable-Baselines3, which are pickles: only read where the caller says that they are trusted.
+
+_SAME_AS: dict[type, str] = {
+    RecurrentActorCriticPolicy: "MlpLstmPolicy",
+    RecurrentActorCriticCnnPolicy: "CnnLstmPolicy",
+    RecurrentMultiInputActorCriticPolicy: "MultiInputLstmPolicy",
+}
+_RENAMED = {"lstm_actor.": "memory_actor.rnn.", "lstm_critic.": "memory_critic.rnn."}
+
+
+def _is_sb3_zip(source: File) -> bool:
+    try:
+        with zipfile.ZipFile(source) as file:
+            return {"data", "policy.pth"} <= set(file.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _read_sb3_zip(cls: type[SavedAlgorithm], source: File, custom_objects: Mapping[str, Any]) -> Contents:
+    """What an agent of ours, or a `sb3_contrib.RecurrentPPO`, left in a zip of Stable-Baselines3. Runs code from it.
+
+    Raises:
+        CheckpointError: the zip is damaged, or the policy in it is none of ours or sb3-contrib's recurrent ones.
+    """
+    name = str(getattr(source, "name", source))
+    warnings.warn(
+        f"{name} is a zip of Stable-Baselines3: loading it runs the code pickled in it; save() writes a file that "
+        "does not",
+        stacklevel=3,
+    )
+    try:
+        data, loaded, _ = load_from_zip_file(source, custom_objects=dict(custom_objects), device="cpu")  # type: ignore[arg-type]
+    except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError, pickle.PickleError) as error:
+        raise CheckpointError(f"{name} cannot be unpickled: {type(error).__name__}: {error}") from error
+    groups: Any = loaded
+    if not data or not groups or "policy_class" not in data:
+        raise CheckpointError(f"{name} holds no agent with its policy")
+    policy = data["policy_class"]
+    policy = _SAME_AS.get(policy, policy) if isinstance(policy, type) else policy
+    policy = cls.policy_aliases.get(policy, policy) if isinstance(policy, str) else policy
+    if not isinstance(policy, type) or not issubclass(policy, tuple(cls.policy_aliases.values())):
+        raise CheckpointError(
+            f"{name} holds an agent with the policy {policy!r:.200}, which has no memory core; loaded can be agents of "
+            f"xlstm_rl and of sb3_contrib.RecurrentPPO with {', '.join(kind.__name__ for kind in _SAME_AS)}"
+        )
+    buffer = ("rollout_buffer_class", "rollout_buffer_kwargs")
+    settings = {*inspect.signature(cls.__init__).parameters, *_COUNTED} - {"self", "policy", "env", "device", *buffer}
+    kept = {key: value for key, value in data.items() if key in settings or key in custom_objects}
+    kept["policy_class"] = policy
+    weights = {_renamed(key): value for key, value in groups[POLICY].items()}
+    return Contents(name, kept, {**groups, POLICY: weights}, {}, order=list(weights))
+
+
+def _renamed(name: str) -> str:
+    for theirs, ours in _RENAMED.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xlstm_rl.agents.archive import write_whole
+from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.bench.documents import Code, Picture, Section, Table, to_html, to_markdown
 from xlstm_rl.bench.figures import draw_all
 from xlstm_rl.bench.results import Record, Results

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xlstm_rl.agents.archive import write_whole
+from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.bench.plan import PlannedRun
 from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.configs import ConfigError

@@ -14,7 +14,7 @@ from signal import Signals
 
 from rich.console import Console
 
-from xlstm_rl.agents.archive import write_whole
+from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.bench.plan import PlannedRun, fingerprint
 from xlstm_rl.bench.progress import ProgressView
 from xlstm_rl.bench.results import RESULTS, read_records

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from xlstm_rl.agents.archive import write_whole
+from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.bench.plan import PlannedRun, fingerprint
 from xlstm_rl.bench.results import to_json
 from xlstm_rl.bench.spec import BenchSpec

@@ -19,8 +19,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from xlstm_rl._version import __version__
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, evaluating
-from xlstm_rl.agents.archive import write_whole
-from xlstm_rl.agents.description import KIND, describe
+from xlstm_rl.agents.checkpoint import KIND, describe, write_whole
 from xlstm_rl.agents.inputs import KEYS
 from xlstm_rl.agents.masks import mask_parts, masks_actions
 from xlstm_rl.export.front import Front, Normalize, entries, front_of

@@ -15,7 +15,7 @@ from torch import Tensor
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, evaluating
 from xlstm_rl.agents.evaluation import plays_in
 from xlstm_rl.agents.masks import masks_actions, read_masks
-from xlstm_rl.agents.normalization import statistics_kept
+from xlstm_rl.agents.training_state import statistics_kept
 from xlstm_rl.kernels import KernelCall, MLSTMCall, recorded_calls
 from xlstm_rl.memory import leaf_names, leaves, map_leaves
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_rl.agents.archive import write_whole
+from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.inspection.episode import Episode
 from xlstm_rl.inspection.reads import horizons, input_gates, read_weights
 from xlstm_rl.kernels import KernelCall, MLSTMCall

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xlstm_rl.agents.archive import write_whole
+from xlstm_rl.agents.checkpoint import write_whole
 
 LAST_FRAME_SECONDS = 1.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,12 +21,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO
 from xlstm_rl.agents.inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
-from xlstm_rl.agents.normalization import load_normalizer
+from xlstm_rl.agents.saving import load_normalizer
 from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
+from xlstm_rl.agents.training_state import make_normalizer
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
 from xlstm_rl.configs.schema import agent_arguments
 from xlstm_rl.envs import Resumable, TaskFacts, task_facts
-from xlstm_rl.runs.folder import normalizer_path
 from xlstm_rl.runs.seeds import Purpose, environment_seed
 
 OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
@@ -197,23 +198,31 @@ def _normalizes(config: EnvConfig) -> bool:
 
 
 def normalized_as_saved(env: VecEnv, config: TrainConfig, model: Path) -> VecEnv:
-    """The environment with the statistics beside a saved model, if the run normalises.
+    """The environment with the normalisation that a saved model was trained with, if the run normalises.
 
     Raises:
-        ConfigError: they are missing or damaged.
+        ConfigError: it is missing or damaged.
+        FileNotFoundError: there is no such model.
     """
     if not _normalizes(config.env):
         return env
-    path = normalizer_path(model)
     try:
-        return load_normalizer(path.read_text(encoding="utf-8"), env)
-    except FileNotFoundError as error:
+        normalizer = load_normalizer(model, env) or _normalizer_beside(model, env)
+    except ValueError as error:
+        raise ConfigError(f"the normalisation of {model} cannot be used: {error}") from error
+    if normalizer is None:
         raise ConfigError(
-            f"{path} is missing, and the run normalises (env.normalize_observation={config.env.normalize_observation}, "
-            f"env.normalize_reward={config.env.normalize_reward}); put back the file saved together with {model.name}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be used: {error}; put back the one saved with {model.name}") from error
+            f"{model} holds no normalisation, and the run normalises (env.normalize_observation="
+            f"{config.env.normalize_observation}, env.normalize_reward={config.env.normalize_reward}); put back the "
+            "file that the run wrote"
+        )
+    return normalizer
+
+
+def _normalizer_beside(model: Path, env: VecEnv) -> VecNormalize | None:
+    """What earlier versions wrote beside a model; None if they did not."""
+    path = model.with_suffix(".normalizer.json")
+    return make_normalizer(json.loads(path.read_text(encoding="utf-8")), env) if path.is_file() else None
 
 
 def normalized(env: VecEnv, config: TrainConfig) -> VecEnv:

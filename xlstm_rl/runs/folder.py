@@ -20,8 +20,7 @@ import torch
 import yaml
 
 from xlstm_rl._version import __version__
-from xlstm_rl.agents.archive import write_whole
-from xlstm_rl.agents.normalization import dump_normalizer
+from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
 from xlstm_rl.runs.lock import LockedError, exclusive
 
@@ -31,8 +30,7 @@ class RunFolder:
 
     `config.yaml` the resolved configuration, `versions.json` what it ran with, `returns.csv`, `curve.png`,
     `tensorboard/` events, `checkpoints/` to resume from, `best.zip` the model of the best evaluation during training,
-    `model.zip` the last model of a run that ended, each model with a `.normalizer.json` beside it when observations or
-    rewards are normalised. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked
+    `model.zip` the last model of a run that ended, each with the normalisation that it was trained with. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked
     into (`inspection-best` that of the best model), `lock` the process that trains, or trained last.
     """
 
@@ -153,8 +151,7 @@ class RunFolder:
         return sorted(self.checkpoints.glob("step_*.zip"))
 
     def save(self, model: Any, path: Path) -> None:
-        """Write the model and its normalisation statistics; each file appears whole or not at all."""
-        _save_normalizer(model, path)
+        """Write the model with its normalisation; the file appears whole or not at all."""
         model.save(path)
 
     def has_checkpoint(self, model: Any) -> bool:
@@ -173,31 +170,17 @@ class RunFolder:
             notes: given back with the model.
         """
         path = self._checkpoint(model)
-        _save_normalizer(model, path)
         model.save_checkpoint(path, notes)
         for old in self.list_checkpoints()[:-keep]:
             old.unlink()
-            normalizer_path(old).unlink(missing_ok=True)
         # that of a run before it was resumed is older than the checkpoint
-        for outdated in (self.model, normalizer_path(self.model)):
-            outdated.unlink(missing_ok=True)
+        self.model.unlink(missing_ok=True)
         return path
-
-
-def normalizer_path(model: Path) -> Path:
-    """Where the normalisation statistics of a saved model lie."""
-    return model.with_suffix(".normalizer.json")
 
 
 def default_run_path(name: str, seed: int, parent: Path = Path("runs")) -> Path:
     """Where a run lies that was given no folder, named after `name`, the seed and the time."""
     return parent / f"{name.replace('/', '-').replace(':', '-')}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _save_normalizer(model: Any, path: Path) -> None:
-    normalizer = model.get_vec_normalize_env()
-    if normalizer is not None:
-        write_whole(normalizer_path(path), dump_normalizer(normalizer).encode())
 
 
 def _versions(config: TrainConfig) -> dict[str, Any]:

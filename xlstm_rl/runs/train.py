@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from xlstm_rl.agents import CheckpointError, RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
 from xlstm_rl.agents.subprocesses import WorkerError
-from xlstm_rl.agents.training_state import Resumed, resume_model
+from xlstm_rl.agents.saving import Resumed
 from xlstm_rl.runs.build import (
     check_device,
     make_env,
@@ -228,7 +228,7 @@ def _last_usable(folder: RunFolder, config: TrainConfig, env: VecEnv, console: C
     refused = ""
     for path in reversed(folder.list_checkpoints()):
         try:
-            return resume_model(RecurrentPPO, path, env, device=config.device)
+            return RecurrentPPO.resume_with_notes(path, env, config.device)
         except CheckpointError as error:
             refused = f"{path.name} cannot be used: {error}"
             _say(console, f"{refused}; trying the one before")

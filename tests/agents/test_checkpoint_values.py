@@ -8,7 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from xlstm_rl.agents.description import DescriptionError, describe, rebuild
+from xlstm_rl.agents.checkpoint import DescriptionError, describe, rebuild
 
 SPACES: dict[str, spaces.Space[Any]] = {
     "unbounded": spaces.Box(-np.inf, np.inf, (2, 3)),
