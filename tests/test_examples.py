@@ -11,6 +11,7 @@ import pytest
 from stable_baselines3.common.env_util import make_vec_env
 
 from xlstm_rl.agents import evaluate
+from xlstm_rl.agents.loss_terms import _REGISTRY as LOSSES
 from xlstm_rl.memory.core import _REGISTRY
 from xlstm_rl.memory.laws import check_memory_laws
 
@@ -40,3 +41,13 @@ def test_own_memory_trains_and_is_needed(own_memory: dict[str, Any]) -> None:
     assert evaluate(model, env, 100, seed=1).returns.mean() >= 0.95
     # 100 fair coins: beyond 0.7 once in 25 000
     assert evaluate(model, env, 100, empty_state_every_step=True, seed=1).returns.mean() < 0.7
+
+
+def test_own_loss_is_trained_and_falls() -> None:
+    example = runpy.run_path(str(EXAMPLES / "own_loss.py"))
+    try:
+        model = example["train"](4_096)
+        first = example["train"](512).logger.name_to_value["train/loss_next-observation"]
+        assert model.logger.name_to_value["train/loss_next-observation"] < 0.8 * first
+    finally:
+        LOSSES.pop("next-observation", None)

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from xlstm_rl.agents import (
         CheckpointError,
         CnnXLSTMPolicy,
+        LossTerm,
         LSTMPolicy,
         MemoryInputs,
         MultiInputXLSTMPolicy,
         RecurrentPPO,
         XLSTMPolicy,
         evaluate,
+        register_loss,
     )
     from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
     from xlstm_rl.configs import general_settings
@@ -39,6 +41,7 @@ __all__ = [
     "CnnXLSTMPolicy",
     "GuardedSubprocVecEnv",
     "LSTMPolicy",
+    "LossTerm",
     "MemoryCore",
     "MemoryInputs",
     "MultiInputXLSTMPolicy",
@@ -52,6 +55,7 @@ __all__ = [
     "load_nxai_weights",
     "make_memory",
     "open_run",
+    "register_loss",
     "register_memory",
 ]
 

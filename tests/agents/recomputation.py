@@ -2,8 +2,7 @@
 
 import torch
 
-from xlstm_rl.agents import RecurrentPPO, RolloutChunks
-from xlstm_rl.agents.actor_critic import Evaluation
+from xlstm_rl.agents import Evaluation, RecurrentPPO, RolloutChunks
 
 
 def recompute(model: RecurrentPPO) -> tuple[RolloutChunks, Evaluation]:

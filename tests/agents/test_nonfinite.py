@@ -180,8 +180,10 @@ def exploding(model: RecurrentPPO) -> RecurrentPPO:
 
     def spoiled(batch: Any) -> Any:
         calls[0] += 1
-        parts = loss(batch)
-        return parts._replace(total=parts.total * np.nan, value=parts.value * np.nan) if calls[0] % 2 else parts
+        parts, terms = loss(batch)
+        if calls[0] % 2:
+            parts = parts._replace(total=parts.total * np.nan, value=parts.value * np.nan)
+        return parts, terms
 
     model._loss = spoiled  # type: ignore[method-assign]
     return model

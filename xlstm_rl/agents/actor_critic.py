@@ -23,6 +23,8 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
 from xlstm_rl.agents.heads import GumbelCategorical, as_sampled, distribution_of, masked_output, to_env
+from xlstm_rl.agents.loss_terms import WeightedTerms
+from xlstm_rl.agents.rollout import Evaluation
 from xlstm_rl.memory import MemoryCore, make_memory, map_leaves
 
 CriticMemory = Literal["shared", "separate", "none"]
@@ -48,15 +50,16 @@ class StepResult(NamedTuple):
     state: PolicyState
 
 
-class Evaluation(NamedTuple):
-    """What the current policy thinks of a sequence of past actions."""
+class Latents(NamedTuple):
+    """What the heads start from, flat over [B, T], and the next state."""
 
-    values: Tensor
-    """[B, T]"""
-    log_prob: Tensor
-    """[B, T]"""
-    entropy: Tensor | None
-    """[B, T], or None where the distribution has no closed form."""
+    actor: Tensor
+    """[N, width], input of the action head."""
+    critic: Tensor
+    """[N, width], input of the value head."""
+    memory: Tensor
+    """[N, output_size], what the actor's memory gives."""
+    state: PolicyState
 
 
 class MemoryActorCritic(RecurrentActorCriticPolicy):
@@ -87,6 +90,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         memory: str = "xlstm",
         memory_kwargs: dict[str, Any] | None = None,
         critic_memory: CriticMemory = "shared",
+        extra_losses: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         if critic_memory not in ("shared", "separate", "none"):
             raise ValueError(f"critic_memory={critic_memory!r} must be 'shared', 'separate' or 'none'")
@@ -106,6 +110,9 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         if memory_kwargs is not None and not isinstance(memory_kwargs, Mapping):
             raise TypeError(f"memory_kwargs={memory_kwargs!r} must be a dict, such as dict(blocks='ms')")
         self.memory, self.memory_kwargs, self.critic_memory = memory, dict(memory_kwargs or {}), critic_memory
+        if extra_losses is not None and not isinstance(extra_losses, Mapping):
+            raise TypeError(f"extra_losses={extra_losses!r} must be a dict of settings by name")
+        self.extra_losses = dict(extra_losses or {})
         if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
             optimizer_kwargs = {"eps": 1e-5, "fused": True}
         # the parent class would build LSTMs
@@ -142,6 +149,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         self.mlp_extractor = MlpExtractor(
             self.memory_actor.output_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
         )
+        self.loss_terms = WeightedTerms(self, self.extra_losses)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         parameters = ActorCriticPolicy._get_constructor_parameters(self)
@@ -149,6 +157,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             "memory": self.memory,
             "memory_kwargs": self.memory_kwargs,
             "critic_memory": self.critic_memory,
+            "extra_losses": self.extra_losses,
             "share_features_extractor": self.share_features_extractor,
         }
 
@@ -177,13 +186,13 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             action_masks: bool [n_envs, ...], true where an action is allowed; None: all are.
             reuse_state: the new state may be written over `state`, see `MemoryCore.step`.
         """
-        latent_pi, latent_vf, state = self.latents(obs, state, reset, reuse_state=reuse_state)
-        values = self.value_net(latent_vf).squeeze(-1)
-        distribution = self.action_distribution(latent_pi, action_masks)
+        latents = self.latents(obs, state, reset, reuse_state=reuse_state)
+        values = self.value_net(latents.critic).squeeze(-1)
+        distribution = self.action_distribution(latents.actor, action_masks)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         shaped = actions.detach().reshape(-1, *(self.action_space.shape or ()))
-        return StepResult(shaped, values, log_prob, state)
+        return StepResult(shaped, values, log_prob, latents.state)
 
     def value(self, obs: Any, state: PolicyState, reset: Tensor) -> Tensor:
         """Value [n_envs] of observations [n_envs, ...], without acting."""
@@ -208,17 +217,24 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             reset: bool [B, T].
             action_masks: bool [B, T, ...], true where an action was allowed; None: all were.
         """
-        latent_pi, latent_vf, _ = self.latents(obs, state, reset)
-        values = self.value_net(latent_vf).view(reset.shape)
+        latents = self.latents(obs, state, reset)
+        values = self.value_net(latents.critic).view(reset.shape)
         masks = None if action_masks is None else action_masks.flatten(0, 1)
-        distribution = self.action_distribution(latent_pi, masks)
+        distribution = self.action_distribution(latents.actor, masks)
         log_prob = distribution.log_prob(as_sampled(self.action_space, actions.flatten(0, 1))).view(reset.shape)
         entropy = distribution.entropy()
-        return Evaluation(values, log_prob, None if entropy is None else entropy.view(reset.shape))
+        return Evaluation(
+            values,
+            log_prob,
+            None if entropy is None else entropy.view(reset.shape),
+            memory=latents.memory.view(*reset.shape, -1),
+            latent_actor=latents.actor.view(*reset.shape, -1),
+            latent_critic=latents.critic.view(*reset.shape, -1),
+        )
 
     def advance(self, obs: Any, state: PolicyState, reset: Tensor) -> PolicyState:
         """Memory state after a sequence: obs [B, T, ...], reset bool [B, T]."""
-        return self.latents(obs, state, reset, heads=False)[2]
+        return self.latents(obs, state, reset, heads=False).state
 
     @property
     def dtype(self) -> torch.dtype:
@@ -255,7 +271,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
 
     def latents(
         self, obs: Any, state: PolicyState, reset: Tensor, *, heads: bool = True, reuse_state: bool = False
-    ) -> tuple[Tensor, Tensor, PolicyState]:
+    ) -> Latents:
         """Inputs of the action and value heads, flat over [B, T], and the next state.
 
         Args:
@@ -278,8 +294,9 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             latent_vf = latent_pi if self.critic is None else self.critic(vf_features)
         state = PolicyState(actor_state, critic_state)
         if not heads:
-            return latent_pi, latent_vf, state
-        return self.mlp_extractor.forward_actor(latent_pi), self.mlp_extractor.forward_critic(latent_vf), state
+            return Latents(latent_pi, latent_vf, latent_pi, state)
+        actor, critic = self.mlp_extractor.forward_actor(latent_pi), self.mlp_extractor.forward_critic(latent_vf)
+        return Latents(actor, critic, latent_pi, state)
 
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
         """Actions [n_envs, ...] as the environment wants them: in bounds, from the start of its space, in its dtype."""

@@ -90,11 +90,6 @@ class PPOLoss(NamedTuple):
     approx_kl: Tensor
     clip_fraction: Tensor
 
-    def explain(self, place: str, error: FloatingPointError) -> str:
-        """What is not finite in an update, at a place such as "minibatch 2 of epoch 0"."""
-        wrong = [name for name, part in self._asdict().items() if not bool(part.isfinite())]
-        return f"{'the gradient alone' if not wrong else 'the loss (' + ', '.join(wrong) + ')'} in {place}: {error}"
-
 
 def ppo_loss(
     *,

@@ -12,6 +12,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from torch import Tensor
 
 from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, check_advantage_floor, ppo_loss
 from xlstm_rl.agents.on_policy import RecurrentOnPolicyAlgorithm
@@ -187,22 +188,24 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
             counted = torch.from_numpy(~self.rollout_buffer.skipped)
             advantages = self._advantage_scale.normalize(advantages, floor=self.advantage_floor, counted=counted)
         chunks = self.rollout_buffer.chunks(advantages)
-        parts: list[PPOLoss] = []
+        parts: list[dict[str, Tensor]] = []
         keep_going, skipped = True, 0
         for epoch in range(self.n_epochs):
             if self.refresh_state and epoch > 0:
                 chunks = self._refresh(chunks)
             batches = minibatches(chunks, self.batch_size or self.n_steps * self.n_envs)
             for minibatch, batch in enumerate(batches):
-                loss = self._loss(batch)
-                parts.append(PPOLoss(*(part.detach() for part in loss)))
+                loss, terms = self._loss(batch)
+                total = loss.total + sum(self.policy.loss_terms.weights[name] * term for name, term in terms.items())
+                named = {**loss._asdict(), **{f"loss_{name}": term for name, term in terms.items()}, "total": total}
+                parts.append({name: part.detach() for name, part in named.items()})
                 if self.target_kl is not None and loss.approx_kl > 1.5 * self.target_kl:
                     keep_going = False
                     if self.verbose >= 1:
                         print(f"Early stopping at epoch {epoch}: KL {loss.approx_kl:.3f}, target {self.target_kl}")
                     break
                 place = f"minibatch {minibatch} of epoch {epoch}"
-                skipped += not self.gradient_step(loss.total, partial(loss.explain, place))
+                skipped += not self.gradient_step(total, partial(_explain, parts[-1], place))
             self._n_updates += 1
             if not keep_going:
                 break
@@ -216,12 +219,12 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         if self.on_nonfinite == "skip":
             self.logger.record("train/skipped_updates", skipped)
 
-    def _loss(self, batch: RolloutChunks) -> PPOLoss:
+    def _loss(self, batch: RolloutChunks) -> tuple[PPOLoss, dict[str, Tensor]]:
         progress = self._current_progress_remaining
         result = self.policy.evaluate_sequence(
             batch.observations, batch.actions, batch.state, batch.episode_starts, batch.action_masks
         )
-        return ppo_loss(
+        loss = ppo_loss(
             log_prob=result.log_prob,
             old_log_prob=batch.old_log_prob,
             advantage=batch.advantages,
@@ -235,6 +238,7 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
             ent_coef=self.ent_coef(progress) if callable(self.ent_coef) else self.ent_coef,
             vf_coef=self.vf_coef,
         )
+        return loss, self.policy.loss_terms(batch, result)
 
     @torch.no_grad()
     def _refresh(self, chunks: RolloutChunks) -> RolloutChunks:
@@ -248,15 +252,17 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
             states.append(self.policy.advance(obs, states[-1], starts))
         return chunks._replace(state=stack_states(states))
 
-    def _log(self, parts: list[PPOLoss]) -> None:
-        mean = PPOLoss(*(float(torch.stack(part).mean()) for part in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    def _log(self, parts: list[dict[str, Tensor]]) -> None:
+        mean = {name: float(torch.stack([part[name] for part in parts]).mean()) for name in parts[0]}
         buffer, record = self.rollout_buffer, self.logger.record
-        record("train/entropy_loss", -mean.entropy)
-        record("train/policy_gradient_loss", mean.policy)
-        record("train/value_loss", mean.value)
-        record("train/approx_kl", mean.approx_kl)
-        record("train/clip_fraction", mean.clip_fraction)
-        record("train/loss", float(parts[-1].total))
+        record("train/entropy_loss", -mean["entropy"])
+        record("train/policy_gradient_loss", mean["policy"])
+        record("train/value_loss", mean["value"])
+        record("train/approx_kl", mean["approx_kl"])
+        record("train/clip_fraction", mean["clip_fraction"])
+        for name in self.policy.loss_terms.weights:
+            record(f"train/loss_{name}", mean[f"loss_{name}"])
+        record("train/loss", float(parts[-1]["total"]))
         record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
         record("train/gradient_norm", self._gradient_norm)
         record("train/advantage_std", float(buffer.advantages.std()))
@@ -266,3 +272,9 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         record("train/clip_range", self.clip_range(self._current_progress_remaining))  # type: ignore[operator]
         if self.clip_range_vf is not None:
             record("train/clip_range_vf", self.clip_range_vf(self._current_progress_remaining))  # type: ignore[operator]
+
+
+def _explain(parts: dict[str, Tensor], place: str, error: FloatingPointError) -> str:
+    """What is not finite in an update, at a place such as "minibatch 2 of epoch 0"."""
+    wrong = [name for name, part in parts.items() if not bool(part.isfinite())]
+    return f"{'the gradient alone' if not wrong else 'the loss (' + ', '.join(wrong) + ')'} in {place}: {error}"

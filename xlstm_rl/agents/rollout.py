@@ -44,6 +44,23 @@ class RolloutChunks(NamedTuple):
     """Memory state before the first step of every chunk, leaves [B, ...]."""
 
 
+class Evaluation(NamedTuple):
+    """What the present policy thinks of chunks of past actions."""
+
+    values: Tensor
+    """[B, L]"""
+    log_prob: Tensor
+    """[B, L]"""
+    entropy: Tensor | None
+    """[B, L], or None where the distribution has no closed form."""
+    memory: Tensor
+    """[B, L, output_size], what the actor's memory gives."""
+    latent_actor: Tensor
+    """[B, L, width], input of the action head."""
+    latent_critic: Tensor
+    """[B, L, width], input of the value head."""
+
+
 class ChunkedRolloutBuffer(BaseBuffer):
     """Rollout of [n_steps, n_envs] that keeps the memory state at chunk starts only.
 

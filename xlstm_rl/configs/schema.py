@@ -25,6 +25,7 @@ from xlstm_rl.configs.validation import (
     Whole,
     Word,
     nearest,
+    plain,
     settings,
 )
 from xlstm_rl.memory import make_memory, memory_names
@@ -132,12 +133,15 @@ class PolicyConfig:
             critic the observation only.
         net_arch: hidden layers after the memory, for actor and critic each; None takes the policy's default.
         kwargs: further keyword arguments of the policy, other than those that have a place of their own: the memory
-            (`memory`), `critic_memory` (here) and `use_sde` (`ppo`).
+            (`memory`), `critic_memory` and `extra_losses` (here) and `use_sde` (`ppo`).
+        extra_losses: losses beside PPO's by the name under which `xlstm_rl.register_loss` knows them, each with its
+            settings and its `weight`.
     """
 
     critic_memory: Literal["shared", "separate", "none"] = "shared"
     net_arch: tuple[Count, ...] | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    extra_losses: Mapping[Word, Mapping[Word, Any]] = field(default_factory=dict)
 
     @model_validator(mode="after")
     def _keys_are_free(self) -> PolicyConfig:
@@ -150,6 +154,7 @@ class PolicyConfig:
             "memory": "memory.name",
             "memory_kwargs": "memory",
             "critic_memory": "policy.critic_memory",
+            "extra_losses": "policy.extra_losses",
             "use_sde": "ppo.use_sde",
             "lr_schedule": "ppo.lr_schedule",
         } | ({} if self.net_arch is None else {"net_arch": "policy.net_arch"})
@@ -246,6 +251,8 @@ def agent_arguments(memory: MemoryConfig, policy: PolicyConfig, ppo: PPOConfig) 
     }
     if policy.net_arch is not None:
         policy_kwargs["net_arch"] = list(policy.net_arch)
+    if policy.extra_losses:
+        policy_kwargs["extra_losses"] = plain(policy.extra_losses)
     return {**ppo.model_arguments(), "policy_kwargs": policy_kwargs}
 
 

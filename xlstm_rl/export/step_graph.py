@@ -60,10 +60,10 @@ class PolicyStep(nn.Module):
         obs: Any = parts[SINGLE] if isinstance(parts.get(SINGLE), Tensor) else parts
         reset = given[RESET]
         state = self._state_of(given, reset.shape[0])
-        latent_pi, latent_vf, state = self.policy.latents(obs, state, reset)
-        value = self.policy.value_net(latent_vf).squeeze(-1)
-        action, parameters = self._head(latent_pi, given.get(MASK))
-        named = dict(zip(leaf_names(state), leaves(state), strict=True))
+        latents = self.policy.latents(obs, state, reset)
+        value = self.policy.value_net(latents.critic).squeeze(-1)
+        action, parameters = self._head(latents.actor, given.get(MASK))
+        named = dict(zip(leaf_names(latents.state), leaves(latents.state), strict=True))
         return action, value, *parameters, *(named[name] for name in self.state_leaves)
 
     def _state_of(self, given: dict[str, Tensor], batch: int) -> PolicyState:

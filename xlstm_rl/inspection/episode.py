@@ -94,10 +94,11 @@ def _play(model: BaseAlgorithm, policy: MemoryActorCritic, env: VecEnv, max_step
         masks = torch.as_tensor(read_masks(env, env.action_space), device=policy.device) if masked else None
         seen = _flat(env, obs)
         with recorded_calls() as recorded:
-            latent_pi, latent_vf, state = policy.latents(obs_as_tensor(obs, policy.device), state, reset)  # type: ignore[arg-type]
-            distribution = policy.action_distribution(latent_pi, masks)
+            latents = policy.latents(obs_as_tensor(obs, policy.device), state, reset)  # type: ignore[arg-type]
+            state = latents.state
+            distribution = policy.action_distribution(latents.actor, masks)
             action = distribution.get_actions(deterministic=deterministic)
-            value = float(policy.value_net(latent_vf))
+            value = float(policy.value_net(latents.critic))
         taken = policy.to_env_actions(action.numpy(force=True).reshape(1, *(env.action_space.shape or ())))
         obs, rewards, dones, infos = env.step(taken)
         # the critic's blocks run after as many of the actor's
