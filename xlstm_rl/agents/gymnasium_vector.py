@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import gymnasium as gym
@@ -12,7 +14,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
+from xlstm_rl.agents.env_contract import FaultyEnvironmentError, flags_by_env, numbers_by_env
 from xlstm_rl.agents.nonfinite import SKIPPED
+from xlstm_rl.agents.observations import map_obs
 
 Indices = int | Iterable[int] | None
 
@@ -45,7 +49,7 @@ class GymnasiumVecEnv(VecEnv):
                 f"env is a {type(env).__name__}: make one with gymnasium.make_vec, or hand over a gymnasium.Env"
             )
         self.env = env
-        self._mode = AutoresetMode(env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+        self._mode = AutoresetMode((env.metadata or {}).get("autoreset_mode", AutoresetMode.NEXT_STEP))
         # vector wrappers do not expect resets that the mode does not announce
         self._masked_reset = self._mode is AutoresetMode.DISABLED or (
             self._mode is AutoresetMode.NEXT_STEP and isinstance(env, SyncVectorEnv | AsyncVectorEnv)
@@ -53,20 +57,57 @@ class GymnasiumVecEnv(VecEnv):
         self._masked_through_wrappers = self._masked_reset and env is not env.unwrapped
         self._actions: Any = None
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
-        self._start = time.perf_counter()
+        self._start, self._begun, self._steps = time.perf_counter(), False, 0
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         self._resets_next = np.zeros(self.num_envs, bool)
 
     def reset(self) -> Any:
         """Start new episodes everywhere: observations [n_envs, ...], or a dict of those."""
-        options = {key: value for given in self._options for key, value in given.items()}
-        seed: Any = _for_gymnasium(self._seeds)
-        obs, infos = self.env.reset(seed=seed, options=options or None)
+        seeds: Any = _for_gymnasium(self._seeds)
+        obs: Any = None
+        for options, rows in self._groups_of_options():
+            # the first reset of gymnasium's must be one of all; those of other options are then reset once more
+            masked = {"reset_mask": rows} if self._begun and not rows.all() else {}
+            told = {"options": options | masked} if options or masked else {}
+            obs, infos = self._ask(partial(self.env.reset, seed=seeds, **told), "on reset", 2)
+            self._begun = True
+            for row in np.flatnonzero(rows):
+                self.reset_infos[row] = _by_environment(infos, self.num_envs)[row]
         self._reset_seeds()
         self._reset_options()
-        self.reset_infos = _by_environment(infos, self.num_envs)
         self._returns[:], self._lengths[:], self._resets_next[:] = 0, 0, False
-        return _copied(obs)
+        return map_obs(np.array, obs)
+
+    def _ask(self, question: Callable[[], Any], place: str, parts: int) -> Any:
+        """What the environment answers, a tuple of so many parts."""
+        try:
+            answer = question()
+        # everything that an environment can raise is to be told
+        except Exception as error:
+            raise FaultyEnvironmentError(None, f"failed {place}: {type(error).__name__}: {error}") from error
+        if not isinstance(answer, tuple) or len(answer) != parts:
+            raise FaultyEnvironmentError(None, f"answered {place} what is no tuple of {parts} entries: {answer!r:.200}")
+        return answer
+
+    def _groups_of_options(self) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """Different options of the next reset, and the environments that they are for, bool [n_envs]."""
+        if len(self._options) != self.num_envs:
+            raise ValueError(f"set_options got {len(self._options)} options for {self.num_envs} environments")
+        kinds: list[dict[str, Any]] = []
+        of_row = []
+        for given in self._options:
+            known = [index for index, kind in enumerate(kinds) if _same(kind, given)]
+            if not known:
+                kinds.append(given)
+            of_row.append(known[0] if known else len(kinds) - 1)
+        if len(kinds) > 1 and not (self._masked_reset or isinstance(self.env, SyncVectorEnv | AsyncVectorEnv)):
+            raise ValueError(
+                f"the environments got different options, and {type(self.env.unwrapped).__name__} takes the same for "
+                "all: use a SyncVectorEnv or AsyncVectorEnv without wrappers, or a vector environment of "
+                "Stable-Baselines3"
+            )
+        for index, options in enumerate(kinds):
+            yield options, np.array(of_row) == index
 
     def step_async(self, actions: np.ndarray) -> None:
         """Keep the actions [n_envs, ...] for `step_wait`."""
@@ -74,10 +115,15 @@ class GymnasiumVecEnv(VecEnv):
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Step every environment: observations, rewards [n_envs], dones [n_envs] and infos."""
-        obs, rewards, terminated, truncated, vector_infos = self.env.step(self._actions)
-        obs, rewards = _copied(obs), np.asarray(rewards, np.float32)
-        terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
-        infos = _by_environment(vector_infos, self.num_envs)
+        place = f"in step {self._steps} of this environment"
+        self._steps += 1
+        answer = self._ask(partial(self.env.step, self._actions), place, 5)
+        # in arrays of their own, which later steps do not write over
+        obs = map_obs(np.array, answer[0])
+        rewards = numbers_by_env(answer[1], "rewards", self.num_envs, place).astype(np.float32)
+        terminated = flags_by_env(answer[2], "terminated", self.num_envs, place)
+        truncated = flags_by_env(answer[3], "truncated", self.num_envs, place)
+        infos = _by_environment(answer[4], self.num_envs)
         skipped, dones = self._resets_next, terminated | truncated
         self._returns += np.where(skipped, 0, rewards)
         self._lengths += ~skipped
@@ -99,7 +145,7 @@ class GymnasiumVecEnv(VecEnv):
             self.reset_infos[row] = {key: part for key, part in info.items() if not key.startswith("final_")}
             info = dict(info.get("final_info") or {})
         else:
-            final = _row(obs, row)
+            final = map_obs(itemgetter(row), obs)
         elapsed = round(time.perf_counter() - self._start, 6)
         episode = {"r": round(float(self._returns[row]), 6), "l": int(self._lengths[row]), "t": elapsed}
         told = info | {"episode": episode} if self._masked_through_wrappers else {"episode": episode} | info
@@ -118,25 +164,43 @@ class GymnasiumVecEnv(VecEnv):
         for row, info in enumerate(_by_environment(infos, self.num_envs)):
             if mask[row]:
                 self.reset_infos[row] = info
-        if isinstance(obs, dict):
-            return {key: _where(mask, first[key], part) for key, part in obs.items()}
-        return _where(mask, first, obs)
+        return map_obs(partial(_where, mask), first, obs)
 
     def close(self) -> None:
         """Close the environment."""
         self.env.close()
 
+    @property
+    def calls_one_alone(self) -> bool:
+        """Whether methods can be called in one environment and not in the others."""
+        return isinstance(self.env.unwrapped, SyncVectorEnv)
+
+    def has_attr(self, attr_name: str) -> bool:
+        """Whether all environments have an attribute; gymnasium's would call methods to find out."""
+        inner = self.env.unwrapped
+        if isinstance(inner, SyncVectorEnv | AsyncVectorEnv) and attr_name != "render_mode":
+            return all(inner.call("has_wrapper_attr", attr_name))
+        return hasattr(self._layer_with(attr_name), attr_name)
+
     def get_attr(self, attr_name: str, indices: Indices = None) -> list[Any]:
-        """An attribute of each environment; of environments without parts, the one of all.
+        """An attribute of each environment.
+
+        Of environments without parts, the one of all; an array, list or tuple with an entry for each is taken apart.
 
         Raises:
             AttributeError: there is no such attribute.
         """
-        if _has_parts(self.env) and attr_name != "render_mode":
-            values = self.env.unwrapped.get_attr(attr_name)  # type: ignore[attr-defined]
-            return [values[row] for row in self._get_indices(indices)]
-        value = getattr(self.env, attr_name)
-        return [value for _ in self._get_indices(indices)]
+        rows = self._rows(indices)
+        inner = self.env.unwrapped
+        if isinstance(inner, SyncVectorEnv | AsyncVectorEnv) and attr_name != "render_mode":
+            self._require(attr_name)
+            # its own get_attr would call what can be called
+            values = inner.call("get_wrapper_attr", attr_name)
+            return [values[row] for row in rows]
+        value = getattr(self._layer_with(attr_name), attr_name)
+        if isinstance(value, np.ndarray | list | tuple) and len(value) == self.num_envs:
+            return [value[row] for row in rows]
+        return [value for _ in rows]
 
     def set_attr(self, attr_name: str, value: Any, indices: Indices = None) -> None:
         """Set an attribute of each environment; of environments without parts, of all at once.
@@ -144,27 +208,42 @@ class GymnasiumVecEnv(VecEnv):
         Raises:
             ValueError: a choice among environments without parts.
         """
-        rows = list(self._get_indices(indices))
-        if _has_parts(self.env):
-            values = list(self.env.unwrapped.get_attr(attr_name))  # type: ignore[attr-defined]
+        rows = self._rows(indices)
+        inner = self.env.unwrapped
+        if isinstance(inner, SyncVectorEnv):
             for row in rows:
-                values[row] = value
-            self.env.unwrapped.set_attr(attr_name, values)  # type: ignore[attr-defined]
-            return
-        self._refuse_choice(f"set {attr_name!r}", rows)
-        setattr(self.env.unwrapped, attr_name, value)
+                inner.envs[row].set_wrapper_attr(attr_name, value)
+        elif isinstance(inner, AsyncVectorEnv):
+            everywhere = len(set(rows)) == self.num_envs
+            values = [None] * self.num_envs if everywhere else self.get_attr(attr_name)
+            inner.set_attr(attr_name, [value if row in rows else kept for row, kept in enumerate(values)])
+        else:
+            self._refuse_choice(f"set {attr_name!r}", rows)
+            setattr(inner, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Indices = None, **kwargs: Any) -> list[Any]:
-        """Call a method of each environment; of environments without parts, once, for results [n_envs, ...].
+        """Call a method of each environment; of environments without parts, once, for results [n_envs, ...] or None.
 
         Raises:
             AttributeError: there is no such method.
+            ValueError: a choice among environments that are called together, or results that are not one for each.
         """
-        rows = list(self._get_indices(indices))
-        if _has_parts(self.env):
-            results: Sequence[Any] = self.env.unwrapped.call(method_name, *args, **kwargs)  # type: ignore[attr-defined]
+        rows = self._rows(indices)
+        inner = self.env.unwrapped
+        if isinstance(inner, SyncVectorEnv):
+            return [inner.envs[row].get_wrapper_attr(method_name)(*args, **kwargs) for row in rows]
+        self._refuse_choice(f"call {method_name!r}", rows)
+        if isinstance(inner, AsyncVectorEnv):
+            self._require(method_name)
+            results: Any = inner.call(method_name, *args, **kwargs)
         else:
-            results = getattr(self.env, method_name)(*args, **kwargs)
+            results = getattr(self._layer_with(method_name), method_name)(*args, **kwargs)
+        if results is None:
+            return [None for _ in rows]
+        if not isinstance(results, np.ndarray | Sequence) or len(results) != self.num_envs:
+            raise ValueError(
+                f"{method_name!r} of {inner} gave {results!r:.80}, not a result for each of {self.num_envs}"
+            )
         return [results[row] for row in rows]
 
     def env_is_wrapped(
@@ -178,11 +257,27 @@ class GymnasiumVecEnv(VecEnv):
         images: Any = self.env.render()
         return [None] * self.num_envs if images is None else list(images)
 
+    def _rows(self, indices: Indices) -> list[int]:
+        return [int(row) for row in ([indices] if isinstance(indices, np.integer) else self._get_indices(indices))]
+
+    def _layer_with(self, name: str) -> Any:
+        """The outermost layer that has an attribute, or the innermost: wrappers of gymnasium hide what is inside."""
+        layer: Any = self.env
+        while not hasattr(layer, name) and layer is not layer.unwrapped:
+            layer = layer.env
+        return layer
+
+    def _require(self, name: str) -> None:
+        if not self.has_attr(name):
+            # asked for it, a process of gymnasium ends
+            raise AttributeError(f"the environments have no attribute {name!r}")
+
     def _refuse_choice(self, what: str, rows: list[int]) -> None:
-        if len(rows) != self.num_envs:
+        if sorted(rows) != list(range(self.num_envs)):
+            why = "calls all its parts at once" if isinstance(self.env.unwrapped, AsyncVectorEnv) else "has no parts"
             raise ValueError(
-                f"cannot {what} in environments {rows} alone: {type(self.env.unwrapped).__name__} has no parts; "
-                "leave out indices"
+                f"cannot {what} in environments {rows} alone: {type(self.env.unwrapped).__name__} {why}; leave out "
+                "indices, or use a SyncVectorEnv or a vector environment of Stable-Baselines3"
             )
 
 
@@ -194,17 +289,11 @@ def _for_gymnasium(seeds: Sequence[int | None]) -> int | list[int | None] | None
     return None if all(seed is None for seed in seeds) else list(seeds)
 
 
-def _has_parts(env: VectorEnv[Any, Any, Any]) -> bool:
-    return hasattr(env.unwrapped, "call")
-
-
-def _copied(obs: Any) -> Any:
-    """Observations that later steps do not write over."""
-    return {key: np.array(part) for key, part in obs.items()} if isinstance(obs, dict) else np.array(obs)
-
-
-def _row(obs: Any, row: int) -> Any:
-    return {key: part[row] for key, part in obs.items()} if isinstance(obs, dict) else obs[row]
+def _same(one: Any, other: Any) -> bool:
+    """Whether two options are equal, arrays in them too."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    return one is other or np.array_equal(one, other)
 
 
 def _where(mask: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
@@ -213,6 +302,8 @@ def _where(mask: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
 
 def _by_environment(infos: dict[str, Any], n_envs: int) -> list[dict[str, Any]]:
     """gymnasium's dict of arrays, with masks under names with a leading "_", as a dict for each environment."""
+    if not isinstance(infos, dict):
+        raise FaultyEnvironmentError(None, f"answered infos {infos!r:.80}: those of gymnasium are a dict of arrays")
     rows: list[dict[str, Any]] = [{} for _ in range(n_envs)]
     for key, values in infos.items():
         if key.startswith("_") and key[1:] in infos:
@@ -221,5 +312,10 @@ def _by_environment(infos: dict[str, Any], n_envs: int) -> list[dict[str, Any]]:
         parts = _by_environment(values, n_envs) if isinstance(values, dict) else values
         for row in np.flatnonzero(mask):
             part = parts[row]
-            rows[row][key] = part.item() if isinstance(part, np.generic) else part
+            rows[row][key] = part.item() if isinstance(part, np.generic) else _copied(part)
     return rows
+
+
+def _copied(part: Any) -> Any:
+    """An entry of an info that later steps do not write over."""
+    return map_obs(_copied, part) if isinstance(part, dict) else part.copy() if isinstance(part, np.ndarray) else part

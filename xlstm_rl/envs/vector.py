@@ -168,11 +168,11 @@ class TaskVectorEnv(gym.vector.VectorEnv[Observations, Symbols, NDArray[Any]], G
     def _seed_list(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         if seed is None:
             return [None] * self.num_envs
-        if isinstance(seed, int):
-            return [seed + row for row in range(self.num_envs)]
+        if isinstance(seed, int | np.integer):
+            return [int(seed) + row for row in range(self.num_envs)]
         if len(seed) != self.num_envs:
             raise ValueError(f"seed must have an entry for each of {self.num_envs} environments, got {len(seed)}")
-        return list(seed)
+        return [None if one is None else int(one) for one in seed]
 
     def _mask(self, options: dict[str, Any]) -> Flags:
         mask = options.get("reset_mask")
