@@ -15,9 +15,9 @@ import pytest
 from gymnasium import spaces
 
 from tests.agents.small_agents import agent
-from xlstm_rl.agents import subprocesses
+from xlstm_rl.agents import guarded_vec_env
+from xlstm_rl.agents.guarded_vec_env import GuardedSubprocVecEnv, WorkerError
 from xlstm_rl.agents.nonfinite import SKIPPED
-from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv, WorkerError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
@@ -123,7 +123,7 @@ def test_environment_that_cannot_be_made_is_named() -> None:
 
 
 def test_workers_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocesses, "CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr(guarded_vec_env, "CLOSE_SECONDS", 0.3)
     env = envs("hang")
     env.reset()
     for _ in range(2):

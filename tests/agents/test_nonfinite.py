@@ -218,4 +218,4 @@ def test_lost_step_has_no_advantage() -> None:
 
 def test_whole_numbers_are_not_searched() -> None:
     env = faulty("reward")
-    check_step(env, np.zeros((3, 2), np.uint8), np.zeros(3), [{}] * 3, step=0, total=3)
+    check_step(env, np.zeros((3, 2), np.uint8), np.zeros(3), [{}] * 3, "in step 0")

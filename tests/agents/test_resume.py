@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack,
 from tests.agents.small_agents import SMALL, assert_same
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.checkpoint import CheckpointError
-from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
+from xlstm_rl.agents.guarded_vec_env import GuardedSubprocVecEnv
 from xlstm_rl.envs import Resumable, TMaze
 from xlstm_rl.memory import leaves
 

@@ -14,6 +14,7 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
+from xlstm_rl.agents.env_contract import copies, reset_envs, seed_envs, step_envs
 from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.masked_evaluation import MaskedModel
 from xlstm_rl.agents.masks import masks_actions, read_masks, sample_allowed
@@ -150,22 +151,14 @@ def _as_vec_env(env: Any) -> VecEnv:
 def plays_in(model: Any, env: VecEnv) -> bool:
     """Whether the model learns in any of these environments."""
     own = getattr(model, "env", None)
-    return isinstance(own, VecEnv) and not _innermost(own).isdisjoint(_innermost(env))
-
-
-def _innermost(env: VecEnv) -> set[int]:
-    """What tells environments apart, however they are wrapped."""
-    inner: Any = env.unwrapped
-    if isinstance(inner, DummyVecEnv):
-        return {id(one.unwrapped) for one in inner.envs}
-    return {id(inner.env.unwrapped if isinstance(inner, GymnasiumVecEnv) else inner)}
+    return isinstance(own, VecEnv) and not copies(own).isdisjoint(copies(env))
 
 
 def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> EvaluationResult:
     if n_episodes < 1:
         raise ValueError(f"n_episodes={n_episodes} must be at least 1")
     if seed is not None:
-        env.seed(seed)
+        seed_envs(env, seed)
     # every environment has its quota from the start: taking what ends first would favour short episodes
     quota = (n_episodes + np.arange(env.num_envs)) // env.num_envs
     counts = np.zeros(env.num_envs, int)
@@ -173,11 +166,12 @@ def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> Evalu
     finished: list[tuple[float, int, bool | None]] = []
     normalizer = unwrap_vec_normalize(env)
     with statistics_kept(normalizer):
-        obs, state = env.reset(), None
+        obs, state, step = reset_envs(env), None, 0
         episode_start = np.ones(env.num_envs, bool)
         while (counts < quota).any():
             actions, state = actor(obs, state, episode_start)
-            obs, rewards, episode_start, infos = env.step(actions)
+            obs, rewards, episode_start, infos = step_envs(env, actions, f"in step {step} of the evaluation")
+            step += 1
             totals += rewards if normalizer is None else normalizer.get_original_reward()
             lengths += 1
             for row in np.flatnonzero(episode_start):

@@ -1,4 +1,4 @@
-"""Environments in processes of their own whose faults are named, and which can be started again."""
+"""Environments whose faults are named: one after the other here, or each in a process that can be started again."""
 
 from __future__ import annotations
 
@@ -8,28 +8,129 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
+from stable_baselines3.common.env_util import is_wrapped
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper, VecEnvStepReturn
-from stable_baselines3.common.vec_env.subproc_vec_env import _stack_obs, _worker
 
+from xlstm_rl.agents.env_contract import FaultyEnvironmentError, env_reset, env_step
 from xlstm_rl.agents.nonfinite import SKIPPED
+from xlstm_rl.agents.observations import map_obs
 
 # For a worker to close its environment before it is killed.
 CLOSE_SECONDS = 5.0
 
 
-class WorkerError(RuntimeError):
-    """An environment failed, died or hung; the message names it and holds its traceback."""
+# For environments to be made, imports of large libraries and the start of a simulator included.
+START_SECONDS = 300.0
 
-    def __init__(self, index: int, reason: str) -> None:
-        super().__init__(f"environment {index} {reason}")
-        self.index = index
+
+class WorkerError(FaultyEnvironmentError):
+    """An environment in a process of its own failed, died or hung; the message names it and holds its traceback."""
+
+    index: int
+
+
+class EnvPlayer:
+    """One environment as Stable-Baselines3 plays it, reset in the step that ends an episode, and checked.
+
+    Args:
+        env: the environment.
+        index: its number among others, for messages.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], index: int) -> None:
+        self.env, self._index, self._steps = env, index, 0
+
+    def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """First observation and info of a new episode.
+
+        Raises:
+            FaultyEnvironmentError: the environment failed, or answered what cannot be used.
+        """
+        arguments = {"options": options} if options else {}
+        answer = self._ask("on reset", lambda: self.env.reset(seed=seed, **arguments))
+        self._steps = 0
+        return env_reset(answer, self.env.observation_space, self._index)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, dict[str, Any], dict[str, Any] | None]:
+        """Observation, reward, done, info, and the info of the reset where there was one; raises as `reset`."""
+        self._steps += 1
+        place = f"in step {self._steps} of its episode"
+        answer = self._ask(place, lambda: self.env.step(action))
+        obs, reward, terminated, truncated, info = env_step(answer, self.env.observation_space, self._index, place)
+        info["TimeLimit.truncated"] = truncated and not terminated
+        reset_info = None
+        if terminated or truncated:
+            info["terminal_observation"] = obs
+            obs, reset_info = self.reset()
+        return obs, reward, terminated or truncated, info, reset_info
+
+    def _ask(self, place: str, question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        # everything that an environment can raise is to be told
+        except Exception as error:
+            raise FaultyEnvironmentError(self._index, f"failed {place}: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    """An error in a line, and where it was raised."""
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({raised.filename}, line {raised.lineno})"
+
+
+class GuardedDummyVecEnv(DummyVecEnv):
+    """A `DummyVecEnv` of Stable-Baselines3 that names the environment which failed, the step and the cause.
+
+    Answers of another kind or shape are refused as well; `DummyVecEnv` would repeat one number for all.
+
+    Args:
+        env_fns: functions that make the environments.
+
+    Raises:
+        FaultyEnvironmentError: an environment cannot be made, or has other spaces than the first.
+    """
+
+    def __init__(self, env_fns: list[Callable[[], gym.Env[Any, Any]]]) -> None:
+        super().__init__(env_fns)
+        _check_spaces([(env.observation_space, env.action_space) for env in self.envs])
+        self._players = [EnvPlayer(env, index) for index, env in enumerate(self.envs)]
+
+    def reset(self) -> Any:
+        """Start new episodes everywhere."""
+        for index, player in enumerate(self._players):
+            obs, self.reset_infos[index] = player.reset(self._seeds[index], self._options[index])
+            self._save_obs(index, obs)
+        self._reset_seeds()
+        self._reset_options()
+        return self._obs_from_buf()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Step every environment."""
+        for index, player in enumerate(self._players):
+            obs, self.buf_rews[index], self.buf_dones[index], self.buf_infos[index], reset_info = player.step(
+                self.actions[index]
+            )
+            if reset_info is not None:
+                self.reset_infos[index] = reset_info
+            self._save_obs(index, obs)
+        return self._obs_from_buf(), self.buf_rews.copy(), self.buf_dones.copy(), deepcopy(self.buf_infos)
+
+
+def _check_spaces(spaces: list[tuple[Any, Any]]) -> None:
+    for index, given in enumerate(spaces):
+        for name, space, first in zip(("observations", "actions"), given, spaces[0], strict=True):
+            if space != first:
+                raise FaultyEnvironmentError(
+                    index, f"has {name} {space}, and environment 0 has {first}: make them equal"
+                )
 
 
 class _Failure:
@@ -42,8 +143,12 @@ class _Failure:
 class _Remote:
     """The parent's end of a pipe; faults of the worker are raised as `WorkerError`."""
 
-    def __init__(self, index: int, pipe: Connection, process: Any, timeout: float | None) -> None:
-        self.index, self.pipe, self.process, self.timeout = index, pipe, process, timeout
+    def __init__(
+        self, index: int, pipe: Connection, process: Any, timeout: float | None, start_timeout: float | None
+    ) -> None:
+        self.index, self.pipe, self.process = index, pipe, process
+        self._timeout, self._start_timeout = timeout, start_timeout
+        self._started = False
         self.fault: WorkerError | None = None
 
     def send(self, message: Any) -> None:
@@ -59,20 +164,28 @@ class _Remote:
         if self.fault is not None:
             raise self.fault
         try:
-            if self.timeout is not None and not self.pipe.poll(self.timeout):
-                raise self._failed(
-                    f"(process {self.process.pid}) did not answer within {self.timeout:g} seconds: it hangs, or needs "
-                    "a longer timeout"
-                )
+            self._wait()
             answer = self.pipe.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
         if isinstance(answer, _Failure):
             raise self._failed(f"(process {self.process.pid}) failed:\n{answer.text}")
+        self._started = True
         return answer
 
     def close(self) -> None:
         self.pipe.close()
+
+    def _wait(self) -> None:
+        """Wait for an answer, the first one as long as it may take to start."""
+        patience = self._timeout if self._started else self._start_timeout
+        if patience is None or self.pipe.poll(patience):
+            return
+        what = ("answer", "timeout") if self._started else ("start", "start timeout")
+        raise self._failed(
+            f"(process {self.process.pid}) did not {what[0]} within {patience:g} seconds: it hangs, or needs a longer "
+            f"{what[1]}"
+        )
 
     def _receive_last(self, error: OSError) -> None:
         if self.pipe.poll():
@@ -104,9 +217,11 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
         start_method: of processes, as for `multiprocessing`; None: "forkserver" where available, else "spawn".
         timeout: seconds to wait for an answer; None waits forever.
         restarts: how often each environment may be restarted.
+        start_timeout: seconds to wait for an environment to be made, the start of its process and all imports included;
+            None waits forever.
 
     Raises:
-        WorkerError: an environment cannot be made.
+        FaultyEnvironmentError: an environment has other spaces than the first; `WorkerError`: it cannot be made.
     """
 
     def __init__(
@@ -116,11 +231,12 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
         *,
         timeout: float | None = None,
         restarts: int = 0,
+        start_timeout: float | None = START_SECONDS,
     ) -> None:
         if start_method is None:
             start_method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self._context: Any = multiprocessing.get_context(start_method)
-        self._env_fns, self._timeout = env_fns, timeout
+        self._env_fns, self._timeout, self._start_timeout = env_fns, timeout, start_timeout
         self.waiting, self.closed = False, False
         self.remotes: Any = []
         self.processes: list[Any] = []
@@ -132,17 +248,22 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
             self.processes.append(remote.process)
         self._restarts_left = [restarts] * len(env_fns)
         self._base_seed: int | None = None
-        self.remotes[0].send(("get_spaces", None))
-        VecEnv.__init__(self, len(env_fns), *self.remotes[0].recv())
+        try:
+            spaces = [remote.recv() for remote in self.remotes]
+            _check_spaces(spaces)
+        except FaultyEnvironmentError:
+            self.close()
+            raise
+        VecEnv.__init__(self, len(env_fns), *spaces[0])
 
     def _start(self, index: int) -> _Remote:
         ours, theirs = self._context.Pipe()
-        arguments = (theirs, ours, CloudpickleWrapper(self._env_fns[index]))
-        process = self._context.Process(target=_guarded_worker, args=arguments, daemon=True)
+        arguments = (theirs, ours, CloudpickleWrapper(self._env_fns[index]), index)
+        process = self._context.Process(target=_guarded_work, args=arguments, daemon=True)
         process.start()
         # else a dead worker's pipe would not end
         theirs.close()
-        return _Remote(index, ours, process, self._timeout)
+        return _Remote(index, ours, process, self._timeout, self._start_timeout)
 
     def seed(self, seed: int | None = None) -> Any:
         """Seed the next reset of every environment, and what restarted environments are seeded from."""
@@ -168,9 +289,20 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
                 self._check_restart(error)
                 results.append(self._restart(index, error))
         self.waiting = False
-        obs, rewards, dones, infos, self.reset_infos = zip(*results, strict=True)  # type: ignore[assignment]
-        stacked = _stack_obs(obs, self.observation_space)
-        return stacked, np.stack(rewards), np.stack(dones), infos  # type: ignore[return-value]
+        obs, rewards, dones, infos, reset_infos = zip(*results, strict=True)
+        self.reset_infos = [new or kept for new, kept in zip(reset_infos, self.reset_infos, strict=True)]
+        stacked = map_obs(lambda *parts: np.stack(parts), *obs)
+        return stacked, np.array(rewards, np.float32), np.array(dones, bool), list(infos)
+
+    def reset(self) -> Any:
+        """Start new episodes everywhere."""
+        for remote, seed, options in zip(self.remotes, self._seeds, self._options, strict=True):
+            remote.send(("reset", (seed, options)))
+        results = [remote.recv() for remote in self.remotes]
+        self.reset_infos = [info for _, info in results]
+        self._reset_seeds()
+        self._reset_options()
+        return map_obs(lambda *parts: np.stack(parts), *(obs for obs, _ in results))
 
     def _check_restart(self, error: WorkerError) -> None:
         if not self._restarts_left[error.index]:
@@ -199,6 +331,8 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
         self.remotes[index].close()
         remote = self._start(index)
         self.remotes[index], self.processes[index] = remote, remote.process
+        # the spaces, which it tells first
+        remote.recv()
         seed = None
         if self._base_seed is not None:
             # other episodes than the first environment had
@@ -228,9 +362,10 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
             remote.close()
 
 
-def _guarded_worker(pipe: Connection, parents: Connection, make_env: CloudpickleWrapper) -> None:
+def _guarded_work(pipe: Connection, parents: Connection, make_env: CloudpickleWrapper, index: int) -> None:
+    parents.close()
     try:
-        _worker(pipe, parents, make_env)
+        _work(pipe, make_env, index)
     # everything that an environment can raise is to be told
     except Exception:
         try:
@@ -238,6 +373,35 @@ def _guarded_worker(pipe: Connection, parents: Connection, make_env: Cloudpickle
         except OSError:
             # the parent is gone
             return
+
+
+def _work(pipe: Connection, make_env: CloudpickleWrapper, index: int) -> None:
+    """Tell the spaces, then answer what `SubprocVecEnv` asks."""
+    # which takes environments of older interfaces too
+    env = DummyVecEnv([make_env.var]).envs[0]
+    player = EnvPlayer(env, index)
+    answers: dict[str, Callable[[Any], Any]] = {
+        "step": player.step,
+        "reset": lambda data: player.reset(*data),
+        "render": lambda _: env.render(),
+        "get_spaces": lambda _: (env.observation_space, env.action_space),
+        "env_method": lambda data: env.get_wrapper_attr(data[0])(*data[1], **data[2]),
+        "get_attr": env.get_wrapper_attr,
+        "has_attr": env.has_wrapper_attr,
+        "set_attr": lambda data: setattr(env, *data),
+        "is_wrapped": lambda kind: is_wrapped(env, kind),
+    }
+    pipe.send(answers["get_spaces"](None))
+    while True:
+        try:
+            command, data = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if command == "close":
+            env.close()
+            pipe.close()
+            return
+        pipe.send(answers[command](data))
 
 
 def _end(processes: list[Any], patience: float, pipes: list[Connection] | None = None) -> None:

@@ -11,6 +11,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
+from xlstm_rl.agents.env_contract import reset_envs, vec_step
+
 MEMORY_INPUTS = ("action", "reward", "start")
 # The names of the inputs in the observation, and that of an observation which is no Dict itself.
 KEYS = {"action": "previous_action", "reward": "previous_reward", "start": "episode_start"}
@@ -152,7 +154,7 @@ class VecMemoryInputs(VecEnvWrapper):
         """First observations: previous actions and rewards are zeros, the start flags are 1."""
         n = self.num_envs
         return self._layout.join(
-            self.venv.reset(), np.zeros((n, self._layout.action_size)), np.zeros((n, 1)), np.ones((n, 1))
+            reset_envs(self.venv), np.zeros((n, self._layout.action_size)), np.zeros((n, 1)), np.ones((n, 1))
         )
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -162,7 +164,7 @@ class VecMemoryInputs(VecEnvWrapper):
 
     def step_wait(self) -> Any:
         """Observations with what led to them; a final observation with it too, the one after it as on `reset`."""
-        obs, rewards, dones, infos = self.venv.step_wait()
+        obs, rewards, dones, infos = vec_step(self.venv, self.venv.step_wait(), "in a step")
         actions = np.stack([self._layout.encode(action) for action in self._actions])
         paid = np.array(rewards, np.float32)[:, None]
         for row in np.flatnonzero(dones):

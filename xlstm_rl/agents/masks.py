@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
+from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
+
+from xlstm_rl.agents.env_contract import has_method
 
 # exp of it is 0, and 0 times it is still 0.
 _FORBIDDEN = -1e8
@@ -50,7 +52,7 @@ def masks_actions(env: VecEnv, space: spaces.Space[Any], use_masking: bool | Non
     """
     if use_masking is False:
         return False
-    if is_masking_supported(env):
+    if has_method(env, EXPECTED_METHOD_NAME):
         mask_parts(space)
         return True
     if use_masking:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
+from xlstm_rl.agents.observations import entries, map_obs, rows_of
+
 # In the info of a step that did not happen, because the environment was lost or only reset in it; tells why.
 SKIPPED = "skipped_step"
 
 
-def check_step(
-    env: VecEnv, obs: Any, rewards: np.ndarray, infos: Sequence[dict[str, Any]], *, step: int, total: int
-) -> None:
+def check_step(env: VecEnv, obs: Any, rewards: np.ndarray, infos: Sequence[dict[str, Any]], place: str) -> None:
     """Refuse what the environments answered if there is NaN or infinity in it.
 
     Args:
@@ -22,13 +23,11 @@ def check_step(
         obs: [n_envs, ...] or a dict of those.
         rewards: [n_envs].
         infos: of the step; final observations are checked too.
-        step: of the rollout.
-        total: environment steps of the run so far.
+        place: where this happens, for the message.
 
     Raises:
         FloatingPointError: names the quantity, the environment and the step.
     """
-    place = f"in step {step} of the rollout ({total} steps into the run)"
     if not (_is_finite(rewards) and _is_finite(obs)):
         normalizer = unwrap_vec_normalize(env)
         if normalizer is not None:
@@ -56,19 +55,17 @@ def check_first_observations(env: VecEnv, obs: Any) -> None:
 
 
 def _is_finite(values: Any) -> bool:
-    if isinstance(values, dict):
-        return all(map(_is_finite, values.values()))
-    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+    return all(part.dtype.kind != "f" or bool(np.isfinite(part).all()) for _, part in entries(values))
 
 
 def _check_rows(values: Any, name: str, place: str) -> None:
-    for env_index in range(len(next(iter(values.values())) if isinstance(values, dict) else values)):
-        row = {key: part[env_index] for key, part in values.items()} if isinstance(values, dict) else values[env_index]
+    for env_index in range(rows_of(values)):
+        row = map_obs(itemgetter(env_index), values)
         _check_one(row, f"{name} of environment {env_index}", place)
 
 
 def _check_one(values: Any, name: str, place: str) -> None:
-    for key, part in (values if isinstance(values, dict) else {None: values}).items():
+    for key, part in entries(values):
         array = np.asarray(part)
         if not _is_finite(array):
             entry = tuple(int(index) for index in np.argwhere(~np.isfinite(array))[0])

@@ -16,11 +16,12 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import check_for_correct_spaces, obs_as_tensor
+from stable_baselines3.common.utils import check_for_correct_spaces, obs_as_tensor, set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from xlstm_rl.agents.actor_critic import PolicyState
+from xlstm_rl.agents.env_contract import checked_observations, reset_envs, seed_envs, step_envs
 from xlstm_rl.agents.gradient_clip import clip_gradients
 from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
@@ -194,6 +195,15 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             self._setup_rollout_buffer()
             self._last_state = self.policy.initial_state(self.n_envs)
 
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed Python, NumPy, torch, the action space and the environments; None: nothing."""
+        if seed is None:
+            return
+        set_random_seed(seed, using_cuda=self.device.type == "cuda")
+        self.action_space.seed(seed)
+        if self.env is not None:
+            seed_envs(self.env, seed)
+
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         self._rollout_start = None
         if self.rollout_buffer.buffer_size == self.n_steps and self.rollout_buffer.seq_len != self.chunk_length:
@@ -203,6 +213,8 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         fresh = self._last_obs is None
         before = self._read_statistics()
         result = super()._setup_learn(*args, **kwargs)
+        assert self.env is not None and self._last_obs is not None, "the parent class has reset it"
+        self._last_obs = checked_observations(self.env, self._last_obs, "on reset")
         if fresh or self._last_state is None:
             self._last_state = self.policy.initial_state(self.n_envs)
         if self.on_nonfinite == "skip":
@@ -268,7 +280,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
             rollout_buffer.add_state(state)
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)
             if masked:
                 action_masks = read_masks(env, self.action_space)
                 masks = torch.as_tensor(action_masks, device=self.device)
@@ -279,13 +291,14 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             actions = step.actions.cpu().numpy()
             clipped_actions = self.policy.to_env_actions(actions)
             with _timing(seconds, "env"):
-                new_obs, rewards, dones, infos = env.step(clipped_actions)
+                place = f"in step {n_steps} of the rollout ({self.num_timesteps + env.num_envs} steps into the run)"
+                new_obs, rewards, dones, infos = step_envs(env, clipped_actions, place)
             self.num_timesteps += env.num_envs
-            check_step(env, new_obs, rewards, infos, step=n_steps, total=self.num_timesteps)
+            check_step(env, new_obs, rewards, infos, place)
             rewards = rewards_without_skipped(rewards, values, infos)
             last_obs, starts = self._last_obs, self._last_episode_starts
             # before callbacks, which may save the agent or end training: the memory has been written over already
-            self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state  # type: ignore[assignment]
+            self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
@@ -295,7 +308,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             rollout_buffer.add_outcome(dones, truncation.mask, truncation.values, skipped_steps(infos))
         with torch.inference_mode():
             episode_starts = torch.as_tensor(dones, dtype=torch.bool, device=self.device)
-            last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, episode_starts)  # type: ignore[arg-type]
+            last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, episode_starts)
         rollout_buffer.check_finite()
         rollout_buffer.compute_returns_and_advantage(last_values.cpu().numpy())
         self._rollout_start = None
@@ -374,7 +387,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
     def _begin_episodes(self) -> None:
         """All environments begin new episodes, with empty memories."""
         assert self.env is not None, "learn() has refused to go without one"
-        self._last_obs = self.env.reset()  # type: ignore[assignment]
+        self._last_obs = reset_envs(self.env)
         self._last_episode_starts = np.ones(self.n_envs, bool)
         self._last_state = self.policy.initial_state(self.n_envs)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState, within_bounds
 from xlstm_rl.agents.masks import check_masks
+from xlstm_rl.agents.observations import rows_of
 from xlstm_rl.agents.saving import load_policy, save_policy
 from xlstm_rl.memory import MemoryCore, map_leaves, pack, unpack
 
@@ -169,7 +170,7 @@ class XLSTMPolicy(MemoryActorCritic):
         """
         self.set_training_mode(False)
         obs, vectorized = self.obs_to_tensor(observation)
-        n_envs = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+        n_envs = rows_of(obs)
         start = np.zeros(n_envs, bool) if episode_start is None else np.ravel(np.asarray(episode_start, dtype=bool))
         if len(start) != n_envs:
             raise ValueError(f"episode_start has {len(start)} flags for {n_envs} environment(s); give one for each")

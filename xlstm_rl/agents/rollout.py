@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, Roll
 from torch import Tensor
 
 from xlstm_rl.agents.losses import gae
+from xlstm_rl.agents.observations import map_obs
 from xlstm_rl.memory import map_leaves, take
 
 
@@ -102,14 +104,9 @@ class ChunkedRolloutBuffer(BaseBuffer):
     def reset(self) -> None:
         """Forget the rollout."""
         steps = (self.buffer_size, self.n_envs)
-        space = self.observation_space
-        if isinstance(space, spaces.Dict):
-            self.observations = {
-                key: np.zeros((*steps, *self.obs_shape[key]), part.dtype)  # type: ignore[call-overload]
-                for key, part in space.spaces.items()
-            }
-        else:
-            self.observations = np.zeros((*steps, *self.obs_shape), space.dtype)
+        space: Any = self.observation_space
+        parts = dict(space.spaces) if isinstance(space, spaces.Dict) else space
+        self.observations = map_obs(lambda part, shape: np.zeros((*steps, *shape), part.dtype), parts, self.obs_shape)
         action_shape = self.action_space.shape or ()
         action_dtype = np.float32 if isinstance(self.action_space, spaces.Box) else np.int64
         self.actions = np.zeros((*steps, *action_shape), action_dtype)
@@ -142,11 +139,7 @@ class ChunkedRolloutBuffer(BaseBuffer):
         An episode that starts here ended in the step before: by termination, unless `add_outcome` has told otherwise.
         """
         t = self.pos
-        if isinstance(self.observations, dict):
-            for key in self.observations:
-                self.observations[key] = _store(self.observations[key], t, obs[key])
-        else:
-            self.observations = _store(self.observations, t, obs)
+        self.observations = map_obs(partial(_store, t), self.observations, obs)
         self.actions[t] = np.reshape(action, self.actions[t].shape)
         self.rewards[t], self.episode_starts[t] = np.ravel(reward), np.ravel(episode_start)
         self.values[t], self.log_probs[t] = _flat(value), _flat(log_prob)
@@ -228,9 +221,8 @@ class ChunkedRolloutBuffer(BaseBuffer):
         overlap = self.chunk_starts[-1] % self.seq_len
         if overlap:
             weights[-self.n_envs :, : self.seq_len - overlap] = 0.0
-        observations = self.observations
         return RolloutChunks(
-            observations=map_leaves_numpy(self._cut, observations),
+            observations=map_obs(self._cut, self.observations),
             actions=self._cut(self.actions),
             episode_starts=self._cut(self.episode_starts),
             old_values=self._cut(self.values),
@@ -250,7 +242,7 @@ class ChunkedRolloutBuffer(BaseBuffer):
     def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
         """Single steps, numbered environment by environment."""
         step, row = batch_inds % self.buffer_size, batch_inds // self.buffer_size
-        obs = map_leaves_numpy(lambda part: self.to_torch(part[step, row]), self.observations)
+        obs = map_obs(lambda part: self.to_torch(part[step, row]), self.observations)
         # flat and float32, as Stable-Baselines3 keeps them
         actions = self.to_torch(self.actions[step, row].reshape(len(step), self.action_dim).astype(np.float32))
         numbers = (self.values, self.log_probs, self.advantages, self.returns)
@@ -270,7 +262,7 @@ def _flat(values: np.ndarray | Tensor) -> np.ndarray:
     return np.ravel(values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values))
 
 
-def _store(stored: np.ndarray, t: int, given: Any) -> np.ndarray:
+def _store(t: int, stored: np.ndarray, given: Any) -> np.ndarray:
     """What is stored, with a step more."""
     given = np.asarray(given)
     if given.dtype.kind == "f" and stored.dtype.kind != "f":
@@ -278,11 +270,6 @@ def _store(stored: np.ndarray, t: int, given: Any) -> np.ndarray:
         stored = stored.astype(np.float32)
     stored[t] = given.reshape(stored[t].shape)
     return stored
-
-
-def map_leaves_numpy(function: Callable[[np.ndarray], Tensor], tree: Any) -> Any:
-    """Apply `function` to an array or to every array of a dict."""
-    return {key: function(value) for key, value in tree.items()} if isinstance(tree, dict) else function(tree)
 
 
 def first_steps(chunks: RolloutChunks, count: int) -> tuple[Any, Tensor]:

@@ -52,6 +52,7 @@ from xlstm_rl.agents.checkpoint import (
     rebuild,
     write_archive,
 )
+from xlstm_rl.agents.env_contract import FaultyEnvironmentError, seed_envs
 from xlstm_rl.agents.losses import AdvantageScale
 from xlstm_rl.agents.training_state import (
     TrainingPoint,
@@ -469,12 +470,15 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         try:
             notes = dict(state["notes"])
             restarted = restore_training(env_of(model), state, model.device)
+        except FaultyEnvironmentError:
+            # says nothing about the file
+            raise
         except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{archive.name}, {TRAINING}.json: {type(error).__name__}: {error}") from error
         if restarted is not None:
             model._last_obs = None
             # other episodes than those at the start of training
-            env_of(model).seed(None if model.seed is None else _other_seed(model.seed, model.num_timesteps))
+            seed_envs(env_of(model), None if model.seed is None else _other_seed(model.seed, model.num_timesteps))
         return Resumed(model, notes, restarted)
 
 

@@ -15,6 +15,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 
+from xlstm_rl.agents.env_contract import calls_one_alone, has_method
+from xlstm_rl.agents.observations import entries, map_obs
+
 _NORMALIZER = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
 
 
@@ -32,7 +35,7 @@ class TrainingPoint(NamedTuple):
 def mark_point(model: OnPolicyAlgorithm) -> TrainingPoint:
     """Note the present, which must lie between two rollouts; the environments keep theirs until the next mark."""
     env = env_of(model)
-    if env.has_attr("mark_point"):
+    if has_method(env, "mark_point"):
         env.env_method("mark_point")
     changing = ("num_timesteps", "ep_info_buffer", "ep_success_buffer")
     names = [name for name in vars(model) if name in changing or name.startswith("_last_")]
@@ -45,7 +48,7 @@ def mark_point(model: OnPolicyAlgorithm) -> TrainingPoint:
 
 def read_training(env: VecEnv, point: TrainingPoint) -> dict[str, Any]:
     """The training run at a point as plain values; `restore_training` takes them."""
-    episodes = env.env_method("resume_point") if env.has_attr("resume_point") else None
+    episodes = env.env_method("resume_point") if has_method(env, "resume_point") else None
     return {"random": point.random, "wrappers": point.wrappers, "episodes": episodes}
 
 
@@ -83,11 +86,14 @@ def env_of(model: OnPolicyAlgorithm) -> VecEnv:
 def _resume_episodes(env: VecEnv, points: Any) -> str | None:
     if points is None:
         return "their state was not noted (wrap each in xlstm_rl.envs.Resumable)"
-    if not env.has_attr("resume_at"):
+    if not has_method(env, "resume_at") or not calls_one_alone(env):
         return "these environments cannot be brought back (wrap each in xlstm_rl.envs.Resumable)"
     for index, point in enumerate(points):
         if point is None:
-            return f"the episode of environment {index} was not kept: it was too long, or its worker had been restarted"
+            return (
+                f"the episode of environment {index} was not kept: it was too long, its worker had been restarted, or "
+                "its random generator cannot be read"
+            )
         if env.env_method("resume_at", point, indices=index) != [True]:
             return f"environment {index} is not deterministic: its episode, played again, went another way"
     return None
@@ -221,10 +227,7 @@ def normalizer_statistics(normalizer: VecNormalize) -> dict[str, Any]:
     """The running statistics as numbers and lists of them, every number exact."""
     statistics: dict[str, Any] = {"returns": _moments(normalizer.ret_rms)}
     if normalizer.norm_obs:
-        rms = normalizer.obs_rms
-        statistics["observations"] = (
-            {key: _moments(part) for key, part in rms.items()} if isinstance(rms, dict) else _moments(rms)
-        )
+        statistics["observations"] = map_obs(_moments, normalizer.obs_rms)
     return statistics
 
 
@@ -237,8 +240,7 @@ def restore_statistics(normalizer: VecNormalize, statistics: dict[str, Any]) -> 
     """
     _restore(normalizer.ret_rms, statistics["returns"], "returns")
     if normalizer.norm_obs:
-        rms = normalizer.obs_rms
-        for key, part in (rms if isinstance(rms, dict) else {None: rms}).items():
+        for key, part in entries(normalizer.obs_rms):
             given = statistics["observations"]
             _restore(part, given if key is None else given[key], "observations" if key is None else key)
 

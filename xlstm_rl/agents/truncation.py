@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.utils import obs_as_tensor
 
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState
+from xlstm_rl.agents.observations import map_obs
 from xlstm_rl.memory import take
 
 
@@ -38,11 +39,7 @@ def value_of_cut_episodes(
     if cut.any():
         rows = np.flatnonzero(cut)
         final = [infos[row]["terminal_observation"] for row in rows]
-        stacked: Any = (
-            {key: np.stack([obs[key] for obs in final]) for key in final[0]}
-            if isinstance(final[0], dict)
-            else np.stack(final)
-        )
+        stacked = map_obs(lambda *parts: np.stack(parts), *final)
         with torch.inference_mode():
             # the state that saw the episode, and no reset: the final observation belongs to it
             seen = take(state, torch.as_tensor(rows, device=policy.device))

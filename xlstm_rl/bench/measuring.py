@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.agents.env_contract import has_method
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate
 from xlstm_rl.agents.nonfinite import SKIPPED
 from xlstm_rl.bench.plan import LENGTHS, PlannedRun, fingerprint, lengthened, score
@@ -176,7 +177,7 @@ def _play_longer(model: RecurrentPPO, run: PlannedRun, n_episodes: int) -> tuple
 def _play_oracle(run: PlannedRun) -> Figure | None:
     seed, n_episodes = environment_seed(run.config.seed, Purpose.FINAL_EVALUATION), run.config.eval.n_episodes
     with closing(make_env(run.config, min(run.config.eval.n_envs, n_episodes), seed, here=True)) as env:
-        if not env.has_attr("oracle_action"):
+        if not has_method(env, "oracle_action"):
             return None
         return _figure(evaluate(_Oracle(env), env, n_episodes, seed=seed), run.task.facts)
 

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, evaluating
+from xlstm_rl.agents.env_contract import first_image, render_mode, reset_envs, step_envs
 from xlstm_rl.agents.evaluation import plays_in
 from xlstm_rl.agents.masks import masks_actions, read_masks
 from xlstm_rl.agents.training_state import statistics_kept
@@ -84,23 +85,23 @@ def record_episode(model: BaseAlgorithm, env: VecEnv, *, max_steps: int, determi
 def _play(model: BaseAlgorithm, policy: MemoryActorCritic, env: VecEnv, max_steps: int, deterministic: bool) -> Episode:
     masked = masks_actions(env, env.action_space, getattr(model, "use_masking", False))
     normalizer = unwrap_vec_normalize(env)
-    draws = env.render_mode == "rgb_array"
-    obs, reset, state = env.reset(), torch.ones(1, dtype=torch.bool, device=policy.device), policy.initial_state(1)
+    obs, reset, state = reset_envs(env), torch.ones(1, dtype=torch.bool, device=policy.device), policy.initial_state(1)
     steps: list[dict[str, Any]] = []
     calls: list[list[KernelCall]] = []
-    frames = [_frame(env)] if draws else []
+    first = first_image(env) if render_mode(env) == "rgb_array" else None
+    frames = [] if first is None else [first]
     ended = "cut"
     while len(steps) < max_steps:
         masks = torch.as_tensor(read_masks(env, env.action_space), device=policy.device) if masked else None
         seen = _flat(env, obs)
         with recorded_calls() as recorded:
-            latents = policy.latents(obs_as_tensor(obs, policy.device), state, reset)  # type: ignore[arg-type]
+            latents = policy.latents(obs_as_tensor(obs, policy.device), state, reset)
             state = latents.state
             distribution = policy.action_distribution(latents.actor, masks)
             action = distribution.get_actions(deterministic=deterministic)
             value = float(policy.value_net(latents.critic))
         taken = policy.to_env_actions(action.numpy(force=True).reshape(1, *(env.action_space.shape or ())))
-        obs, rewards, dones, infos = env.step(taken)
+        obs, rewards, dones, infos = step_envs(env, taken, f"in step {len(steps)} of the episode")
         # the critic's blocks run after as many of the actor's
         calls.append(recorded if policy.memory_critic is None else recorded[: len(recorded) // 2])
         paid = rewards if normalizer is None else normalizer.get_original_reward()
@@ -121,8 +122,8 @@ def _play(model: BaseAlgorithm, policy: MemoryActorCritic, env: VecEnv, max_step
         if dones[0]:
             ended = "truncated" if infos[0].get("TimeLimit.truncated") else "terminated"
             break
-        if draws:
-            frames.append(_frame(env))
+        if first is not None:
+            frames += [image for image in [first_image(env)] if image is not None]
     return _joined(steps, calls, frames, ended, env)
 
 
@@ -190,10 +191,6 @@ def _probabilities(distribution: Any) -> np.ndarray | None:
     parts = inner if isinstance(inner, list) else [inner]
     probs = [part.probs for part in parts if hasattr(part, "probs")]
     return torch.cat([part[0] for part in probs]).numpy(force=True) if probs else None
-
-
-def _frame(env: VecEnv) -> np.ndarray:
-    return np.asarray(env.get_images()[0], np.uint8)
 
 
 def _flat(env: VecEnv, obs: Any) -> np.ndarray:

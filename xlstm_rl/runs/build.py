@@ -21,8 +21,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO
 from xlstm_rl.agents.inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
+from xlstm_rl.agents.guarded_vec_env import GuardedSubprocVecEnv
 from xlstm_rl.agents.saving import load_normalizer
-from xlstm_rl.agents.subprocesses import GuardedSubprocVecEnv
 from xlstm_rl.agents.training_state import make_normalizer
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
 from xlstm_rl.configs.schema import agent_arguments

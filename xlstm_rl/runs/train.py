@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import CheckpointError, RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
-from xlstm_rl.agents.subprocesses import WorkerError
+from xlstm_rl.agents.guarded_vec_env import WorkerError
 from xlstm_rl.agents.saving import Resumed
 from xlstm_rl.runs.build import (
     check_device,

@@ -1,0 +1,314 @@
+"""What environments answer, converted and checked once where it comes in, and what they may do without."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
+from torch import Tensor
+
+from xlstm_rl.agents.observations import map_obs
+
+# What a vector environment does that lacks a method; RecursionError: a wrapper without its parent's attributes.
+LACKING = (AttributeError, NotImplementedError, RecursionError)
+# What one does that was never asked such a question.
+_NO_ANSWER = (*LACKING, LookupError, TypeError, ValueError)
+
+
+class FaultyEnvironmentError(RuntimeError):
+    """An environment failed or answered what cannot be used; the message names it, the step and the cause.
+
+    Attributes:
+        index: of the environment; None where only a vector environment as a whole can be named.
+    """
+
+    def __init__(self, index: int | None, reason: str) -> None:
+        super().__init__(f"{'the vector environment' if index is None else f'environment {index}'} {reason}")
+        self.index = index
+
+
+class VecStep(NamedTuple):
+    """What a step of a vector environment led to."""
+
+    observations: Any
+    """[n_envs, ...], or a dict of those."""
+    rewards: np.ndarray
+    """[n_envs], float."""
+    dones: np.ndarray
+    """bool [n_envs]"""
+    infos: list[dict[str, Any]]
+    """One for each environment."""
+
+
+class EnvStep(NamedTuple):
+    """What a step of one environment led to."""
+
+    observation: Any
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+# A vector environment.
+
+
+def step_envs(env: VecEnv, actions: np.ndarray, place: str) -> VecStep:
+    """Step a vector environment and take its answer in the forms that Stable-Baselines3 accepts.
+
+    Args:
+        env: the environments.
+        actions: [n_envs, ...], as the environment takes them.
+        place: where this happens, for messages: "in step 3".
+
+    Raises:
+        FaultyEnvironmentError: the answer is another, or of another shape; names the environment and the step.
+    """
+    try:
+        answer = env.step(actions)
+    except Exception as error:
+        _say_where(error, place)
+        raise
+    return vec_step(env, answer, place)
+
+
+def vec_step(env: VecEnv, answer: Any, place: str) -> VecStep:
+    """What a step of a vector environment answered, checked; see `step_envs`."""
+    if not isinstance(answer, tuple | list) or len(answer) != 4:
+        raise FaultyEnvironmentError(
+            None,
+            f"answered {_told(answer)} {place}: a step of a vector environment of Stable-Baselines3 leads to "
+            "observations, rewards, dones and infos; hand over one of gymnasium as it is",
+        )
+    obs, rewards, dones, infos = answer
+    n_envs = env.num_envs
+    checked = VecStep(
+        checked_observations(env, obs, place),
+        numbers_by_env(rewards, "rewards", n_envs, place),
+        flags_by_env(dones, "dones", n_envs, place),
+        _infos(infos, n_envs, place),
+    )
+    for row, info in enumerate(checked.infos):
+        final = info.get("terminal_observation")
+        if final is not None:
+            name = f"final observation {place}"
+            info["terminal_observation"] = _observation(final, env.observation_space, name, row)
+    return checked
+
+
+def reset_envs(env: VecEnv) -> Any:
+    """First observations [n_envs, ...], or a dict of those; raises as `step_envs`."""
+    return checked_observations(env, env.reset(), "on reset")
+
+
+def checked_observations(env: VecEnv, obs: Any, place: str) -> Any:
+    """Observations [n_envs, ...], or a dict of those, of the environment's space; raises as `step_envs`."""
+    checked = _observation(obs, env.observation_space, f"observations {place}", None, (env.num_envs,))
+    if isinstance(innermost(env), DummyVecEnv | SubprocVecEnv):
+        return checked
+    # others may write over them in their next step
+    return map_obs(np.array, checked)
+
+
+def numbers_by_env(values: Any, name: str, n_envs: int, place: str) -> np.ndarray:
+    """Numbers as float [n_envs], in an array of their own; raises as `step_envs`."""
+    array = as_numbers(values)
+    if array is None or not (array.shape == (n_envs,) or (n_envs == 1 and array.ndim == 0)):
+        raise FaultyEnvironmentError(None, f"answered {name} {_told(values)} {place}: one number for each of {n_envs}")
+    own: np.ndarray = np.array(array, None if array.dtype.kind == "f" else np.float32).reshape(n_envs)
+    return own
+
+
+def flags_by_env(values: Any, name: str, n_envs: int, place: str) -> np.ndarray:
+    """bool [n_envs] of booleans, or of numbers that are 0 or 1; raises as `step_envs`."""
+    numbers = numbers_by_env(values, name, n_envs, place)
+    odd = np.flatnonzero((numbers != 0) & (numbers != 1))
+    if len(odd):
+        raise FaultyEnvironmentError(int(odd[0]), f"answered {name} {numbers[odd[0]]} {place}: must be true or false")
+    return np.asarray(numbers == 1)
+
+
+def _infos(infos: Any, n_envs: int, place: str) -> list[dict[str, Any]]:
+    if not isinstance(infos, Sequence) or len(infos) != n_envs:
+        raise FaultyEnvironmentError(None, f"answered infos {_told(infos)} {place}: one dict for each of {n_envs}")
+    return [_info(info, row, place) for row, info in enumerate(infos)]
+
+
+def _say_where(error: Exception, place: str) -> None:
+    """Add the place to an error that goes on as it is; Python 3.10 has no notes."""
+    if sys.version_info >= (3, 11):
+        error.add_note(f"{place}, while stepping the environments")
+
+
+# One environment.
+
+
+def env_step(answer: Any, space: spaces.Space[Any], index: int, place: str) -> EnvStep:
+    """What `step` of one environment answered, checked.
+
+    Args:
+        answer: observation, reward, terminated, truncated and info.
+        space: of the observation.
+        index: of the environment.
+        place: where this happens, for messages.
+
+    Raises:
+        FaultyEnvironmentError: it is another, or of another shape.
+    """
+    if not isinstance(answer, tuple | list) or len(answer) != 5:
+        raise FaultyEnvironmentError(
+            index,
+            f"answered {_told(answer)} {place}: step() returns observation, reward, terminated, truncated and info",
+        )
+    obs, reward, terminated, truncated, info = answer
+    number = as_numbers(reward)
+    if number is None or number.size != 1:
+        raise FaultyEnvironmentError(index, f"answered the reward {_told(reward)} {place}: it must be a number")
+    flags = {"terminated": terminated, "truncated": truncated}
+    for name, flag in flags.items():
+        value = as_numbers(flag)
+        if value is None or value.size != 1 or value.item() not in (0, 1):
+            raise FaultyEnvironmentError(index, f"answered {name} {_told(flag)} {place}: must be true or false")
+    return EnvStep(
+        _observation(obs, space, f"observation {place}", index),
+        float(number.item()),
+        bool(as_numbers(terminated)),
+        bool(as_numbers(truncated)),
+        _info(info, index, place),
+    )
+
+
+def env_reset(answer: Any, space: spaces.Space[Any], index: int) -> tuple[Any, dict[str, Any]]:
+    """What `reset` of one environment answered, checked; as for `env_step`."""
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
+        raise FaultyEnvironmentError(
+            index, f"answered {_told(answer)} on reset: reset() returns an observation and an info"
+        )
+    obs, info = answer
+    return _observation(obs, space, "observation on reset", index), _info(info, index, "on reset")
+
+
+def _observation(
+    obs: Any, space: spaces.Space[Any], name: str, index: int | None, leading: tuple[int, ...] = ()
+) -> Any:
+    """An observation of a space, [*leading, ...], as arrays in a dtype that the space's can hold."""
+    if isinstance(space, spaces.Dict):
+        if not isinstance(obs, Mapping) or any(key not in obs for key in space.spaces):
+            raise FaultyEnvironmentError(index, f"answered the {name} {_told(obs)}: it must have {list(space.spaces)}")
+        return {
+            key: _observation(obs[key], part, f"{name}, key {key!r}", index, leading)
+            for key, part in space.spaces.items()
+        }
+    array = as_numbers(obs)
+    shape = (*leading, *(space.shape or ()))
+    if array is not None and array.shape == (*shape, 1) and not space.shape:
+        # single numbers, as Stable-Baselines3 takes them too
+        array = array.reshape(shape)
+    if array is None or array.shape != shape:
+        raise FaultyEnvironmentError(index, f"answered the {name} {_told(obs)}: {space} wants the shape {shape}")
+    if array.dtype == space.dtype or (array.dtype.kind == "f" and array.dtype.isnative and array.dtype.itemsize <= 8):
+        # floats of spaces of whole numbers come from normalisation
+        return array
+    converted = array.astype(np.float32 if array.dtype.kind == "f" else space.dtype)
+    if array.dtype.kind in "iu" and not np.array_equal(converted, array):
+        raise FaultyEnvironmentError(
+            index, f"answered the {name} with numbers that {space} of {space.dtype} cannot hold"
+        )
+    return converted
+
+
+def _info(info: Any, index: int, place: str) -> dict[str, Any]:
+    if not isinstance(info, Mapping):
+        raise FaultyEnvironmentError(index, f"answered the info {_told(info)} {place}: must be a dict, {{}} at least")
+    return info if isinstance(info, dict) else dict(info)
+
+
+def as_numbers(values: Any) -> np.ndarray | None:
+    """An array of booleans, whole or real numbers, from whatever holds some; None if these are none."""
+    try:
+        array = values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
+    # lists of unequal length, objects that refuse
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return array if array.dtype.kind in "biuf" else None
+
+
+def _told(value: Any) -> str:
+    """A value in few words: its kind, and its shape or length where it has one."""
+    if isinstance(value, np.ndarray | Tensor):
+        return f"of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, tuple | list | Mapping):
+        return f"of type {type(value).__name__} with {len(value)} entries"
+    return f"{value!r:.80} of type {type(value).__name__}"
+
+
+# What an environment may do without.
+
+
+def innermost(env: VecEnv) -> Any:
+    """What all vector wrappers stand around; some wrappers stand around what is no `VecEnv`."""
+    inner: Any = env
+    while isinstance(inner, VecEnvWrapper) and "venv" in vars(inner):
+        inner = inner.venv
+    return inner
+
+
+def has_method(env: VecEnv, name: str) -> bool:
+    """Whether every environment has a method of this name; one that cannot tell has none."""
+    trusted = isinstance(innermost(env), SubprocVecEnv)
+    try:
+        if not env.has_attr(name):
+            return False
+        # processes would have to send what they have
+        found = [] if trusted else env.get_attr(name)
+    except _NO_ANSWER:
+        return False
+    return trusted or (isinstance(found, Sequence) and len(found) == env.num_envs and all(map(callable, found)))
+
+
+def calls_one_alone(env: VecEnv) -> bool:
+    """Whether methods can be called in one environment and not in the others."""
+    return bool(getattr(innermost(env), "calls_one_alone", True))
+
+
+def seed_envs(env: VecEnv, seed: int | None) -> None:
+    """Seed the next reset; warns where an environment cannot be seeded."""
+    try:
+        env.seed(seed)
+    except LACKING:
+        if seed is not None:
+            warnings.warn(
+                f"{type(innermost(env)).__name__} takes no seed: its episodes do not follow from seed={seed}",
+                stacklevel=2,
+            )
+
+
+def render_mode(env: VecEnv) -> str | None:
+    """How the environments draw; None where they do not."""
+    try:
+        mode = env.render_mode
+    except LACKING:
+        return None
+    return mode if isinstance(mode, str) else None
+
+
+def first_image(env: VecEnv) -> np.ndarray | None:
+    """What the first environment draws, uint8 [height, width, 3]; None where it draws nothing."""
+    try:
+        images = env.get_images()
+    except LACKING:
+        return None
+    return None if not images or images[0] is None else np.asarray(images[0], np.uint8)
+
+
+def copies(env: VecEnv) -> set[int]:
+    """What tells environments apart, however they are wrapped."""
+    inner = innermost(env)
+    if isinstance(inner, DummyVecEnv):
+        return {id(one.unwrapped) for one in inner.envs}
+    return {id(getattr(getattr(inner, "env", inner), "unwrapped", inner))}
