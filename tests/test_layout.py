@@ -155,21 +155,30 @@ def test_citation_names_the_version() -> None:
     assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize(("compiler", "builds"), [("msvc", False), ("unix", True)])
+@pytest.mark.parametrize(
+    ("compiler", "clang_cl", "flag"),
+    [("msvc", None, None), ("msvc", "clang-cl.exe", "/clang:-std=c++17"), ("unix", None, "-std=c++17")],
+)
 def test_kernels_are_left_to_compilers_that_know_their_vectors(
-    compiler: str, builds: bool, monkeypatch: pytest.MonkeyPatch
+    compiler: str, clang_cl: str | None, flag: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {}
-    built: list[str] = []
+    built: dict[str, Any] = {}
     monkeypatch.setattr("setuptools.setup", lambda **given: settings.update(given))
-    monkeypatch.setattr("setuptools.command.build_ext.build_ext.build_extension", lambda _, ext: built.append(ext.name))
+    monkeypatch.setattr(
+        "setuptools.command.build_ext.build_ext.build_extension",
+        lambda _, ext: built.update({ext.name: ext.extra_compile_args}),
+    )
+    monkeypatch.setattr("shutil.which", lambda name: clang_cl)
     monkeypatch.chdir(ROOT)
     runpy.run_path("setup.py")
     command = settings["cmdclass"]["build_ext"](Distribution({"ext_modules": settings["ext_modules"]}))
     command.finalize_options()
-    command.compiler = SimpleNamespace(compiler_type=compiler)
+    command.compiler = SimpleNamespace(compiler_type=compiler, initialize=lambda: None, cc="cl.exe")
     command.build_extensions()
-    assert ("xlstm_rl.kernels._cpp_base" in built) == builds
+    assert ("xlstm_rl.kernels._cpp_base" in built) == (flag is not None)
+    assert all(flag in flags for flags in built.values())
+    assert command.compiler.cc == (clang_cl or "cl.exe")
 
 
 def test_package_says_that_it_is_typed() -> None:
