@@ -29,17 +29,47 @@ def test_trains_as_the_command_line_does_for_a_plain_id() -> None:
     # Two rollouts: the schedule has fallen when the second is trained on.
     theirs = make_model(config, normalized(make_env(config, config.env.n_envs, config.seed), config)).learn(512)
     env = VecNormalize(make_vec_env("CartPole-v1", n_envs=16))
-    ours = RecurrentPPO("MlpXLSTMPolicy", env, seed=0, device="cpu", **general_settings(**SMALL)).learn(512)
+    settings = general_settings(lr_schedule="linear", **SMALL)
+    ours = RecurrentPPO("MlpXLSTMPolicy", env, seed=0, device="cpu", **settings).learn(512)
     for mine, other in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
         assert torch.equal(mine, other)
     assert ours._n_updates == 2 * ours.n_epochs
 
 
 def test_number_starts_the_schedule_and_a_function_replaces_it() -> None:
-    schedule = general_settings(learning_rate=4e-4)["learning_rate"]
+    schedule = general_settings(learning_rate=4e-4, lr_schedule="linear")["learning_rate"]
     assert (schedule(1.0), schedule(0.5), schedule(0.0)) == (4e-4, 2e-4, 0.0)
-    assert general_settings(learning_rate=4e-4, lr_schedule="constant")["learning_rate"] == 4e-4
+    assert general_settings(learning_rate=4e-4)["learning_rate"] == 4e-4
     assert general_settings(learning_rate=abs)["learning_rate"] is abs
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_rounds_of_one_rollout_are_trained_as_one_call(reset: bool) -> None:
+    """Self-play and imitation call `learn` again and again, with either way to count steps."""
+
+    def weights(rounds: int) -> list[torch.Tensor]:
+        env = make_vec_env("xlstm_rl/CueRecall-v0", n_envs=4, seed=0)
+        model = RecurrentPPO("MlpXLSTMPolicy", env, seed=0, device="cpu", **general_settings(**SMALL))
+        for _ in range(rounds):
+            model.learn(4 * 64 // rounds, reset_num_timesteps=reset)
+        return list(model.policy.parameters())
+
+    one, four = weights(1), weights(4)
+    # with `reset_num_timesteps` a call begins new episodes, which is all that may differ
+    assert reset or all(map(torch.equal, one, four))
+    start = RecurrentPPO("MlpXLSTMPolicy", "xlstm_rl/CueRecall-v0", seed=0, device="cpu", **general_settings(**SMALL))
+    before = torch.nn.utils.parameters_to_vector(start.policy.parameters())
+    moved = [float(torch.dist(torch.nn.utils.parameters_to_vector(after), before).detach()) for after in (one, four)]
+    assert 0.5 < moved[1] / moved[0] < 2.0
+
+
+def test_rate_of_zero_in_all_updates_is_told() -> None:
+    settings = general_settings(lr_schedule="linear", **SMALL)
+    model = RecurrentPPO("MlpXLSTMPolicy", make_vec_env("CartPole-v1", n_envs=4), device="cpu", **settings)
+    with pytest.warns(UserWarning, match="the learning rate was 0 in every update"):
+        model.learn(64)
+    # the second of two rollouts has it too, after one that moved
+    model.learn(128)
 
 
 def test_numbers_may_be_those_of_numpy() -> None:

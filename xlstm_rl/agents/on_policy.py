@@ -110,9 +110,14 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         self.on_nonfinite = on_nonfinite
         self._gradient_norm: float | None = None
         self._last_state: PolicyState | None = None
+        # of the updates of one call of `learn`
+        self._largest_rate = 0.0
         self.check_settings()
         if _init_setup_model:
             self._setup_model()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_largest_rate"]
 
     def check_settings(self) -> None:
         """Refuse settings that do not fit; see the constructor."""
@@ -356,6 +361,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             warnings.warn(f"{explained}; this update is skipped", stacklevel=2)
             return False
         self.policy.optimizer.step()
+        self._largest_rate = max(self._largest_rate, *(group["lr"] for group in self.policy.optimizer.param_groups))
         return True
 
     def predict(
@@ -379,7 +385,15 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         progress_bar: bool = False,
     ) -> Self:
         """Train for `total_timesteps` environment steps, rounded up to whole rollouts."""
+        updates, self._largest_rate = self._n_updates, 0.0
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        if self._n_updates > updates and self._largest_rate == 0:
+            warnings.warn(
+                "the learning rate was 0 in every update of this call of learn, so no weight has changed: schedules of "
+                "Stable-Baselines3 end with each call, and one that falls to 0 leaves a call of one rollout nothing; "
+                "give a constant learning_rate where learn is called again and again",
+                stacklevel=2,
+            )
         # a rollout that a callback broke off is over once all callbacks have seen the end
         self._rollout_start = None
         return self
