@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: None takes those of the process.
 
     Returns:
-        The exit code: 0, 1 where a fault ended training, 2 for a wrong configuration, 128 plus the signal after an
-        interruption.
+        The exit code: 0, 1 where a fault ended training or an evaluation, 2 for a wrong configuration, 128 plus the
+        signal after an interruption.
     """
     parser = _parser()
     options, left = parser.parse_known_args(arguments)
@@ -46,6 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"xlstm-rl: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except RuntimeError as error:
+        # Loaded here because few commands need it.
+        from xlstm_rl.agents.env_contract import FaultyEnvironmentError
+        from xlstm_rl.runs.train import TrainingStoppedError
+
+        if not isinstance(error, FaultyEnvironmentError | TrainingStoppedError):
+            raise
+        print(f"xlstm-rl: {error}", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("xlstm-rl: interrupted; what was saved until now is kept", file=sys.stderr)
         return INTERRUPTED
@@ -113,18 +122,14 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         parser.error("--resume goes on in the folder of the run, so --run-dir has no place")
     config = None if options.resume is not None else load(options.name, options.overrides)
     # Loaded only now, so that mistakes in the arguments are told at once.
-    from xlstm_rl.runs.train import TrainingStoppedError, resume, train
+    from xlstm_rl.runs.train import resume, train
 
-    try:
-        if config is None:
-            overrides = [text for text in (options.name, *options.overrides) if text is not None]
-            result = resume(options.resume, overrides, console=Console())
-        else:
-            run_dir = options.run_dir or default_run_path(Path(options.name).name.removesuffix(".yaml"), config.seed)
-            result = train(config, run_dir, numbered=options.run_dir is None, console=Console())
-    except TrainingStoppedError as error:
-        print(f"xlstm-rl: {error}", file=sys.stderr)
-        return STOPPED
+    if config is None:
+        overrides = [text for text in (options.name, *options.overrides) if text is not None]
+        result = resume(options.resume, overrides, console=Console())
+    else:
+        run_dir = options.run_dir or default_run_path(Path(options.name).name.removesuffix(".yaml"), config.seed)
+        result = train(config, run_dir, numbered=options.run_dir is None, console=Console())
     return 0 if result.interrupted_by is None else SIGNAL_EXIT + result.interrupted_by
 
 

@@ -6,10 +6,11 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv
+from xlstm_rl.agents.guarded_vec_env import GuardedDummyVecEnv
 from xlstm_rl.runs.build import make_env, normalized
 from xlstm_rl.configs import load
 from xlstm_rl.envs import TaskVectorEnv
@@ -19,7 +20,6 @@ from xlstm_rl.envs import TaskVectorEnv
     ("env_id", "kind", "mode"),
     [
         ("xlstm_rl/Parity-v0", TaskVectorEnv, AutoresetMode.SAME_STEP),
-        ("xlstm_rl/CartPoleNoVelocity-v0", SyncVectorEnv, AutoresetMode.SAME_STEP),
         ("CartPole-v1", object, AutoresetMode.NEXT_STEP),
         ("xlstm_rl:xlstm_rl/Parity-v0", TaskVectorEnv, AutoresetMode.SAME_STEP),
     ],
@@ -31,6 +31,11 @@ def test_vector_takes_the_own_vectorised_form_and_resets_at_once_where_it_can(
     assert isinstance(env, GymnasiumVecEnv)
     assert isinstance(env.env, kind) and env.env.metadata["autoreset_mode"] is mode
     assert np.asarray(env.reset()).shape[0] == 4
+
+
+def test_vector_steps_one_after_the_other_what_has_no_vectorised_form() -> None:
+    config = load("xlstm_rl/CartPoleNoVelocity-v0", ["env.vec=vector"])
+    assert isinstance(make_env(config, 4, seed=0), GuardedDummyVecEnv)
 
 
 def test_vector_and_dummy_show_the_same_episodes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_runs_of_neighbouring_seeds_start_in_other_episodes(vec: str) -> None:
 def test_evaluations_of_a_run_meet_episodes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def noted(model: object, env: VecEnv, n_episodes: int, *, seed: int, **options: bool) -> EvaluationResult:
+    def noted(model: object, env: VecEnv, n_episodes: int, *, seed: int, **options: Any) -> EvaluationResult:
         seen.append(seed)
         return evaluate(model, env, n_episodes, seed=seed, **options)
 

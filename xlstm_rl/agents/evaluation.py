@@ -12,9 +12,10 @@ import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from xlstm_rl.agents.env_contract import copies, reset_envs, seed_envs, step_envs
+from xlstm_rl.agents.guarded_vec_env import GuardedDummyVecEnv
 from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.masked_evaluation import MaskedModel
 from xlstm_rl.agents.masks import masks_actions, read_masks, sample_allowed
@@ -31,6 +32,8 @@ class EvaluationResult(NamedTuple):
     """[n_episodes], steps."""
     successes: np.ndarray | None
     """bool [n_episodes], `info["is_success"]` of the last step; None where the task does not say."""
+    cut_episodes: int = 0
+    """How many did not end within `max_episode_steps`; they count with what they had until then."""
 
     @property
     def mean_return(self) -> float:
@@ -43,7 +46,11 @@ class EvaluationResult(NamedTuple):
         return float(self.returns.std() / max(len(self.returns) - 1, 1) ** 0.5)
 
 
+# More than an episode of any usual task takes; those of Atari end after 27,000.
+MAX_EPISODE_STEPS = 30_000
+
 Actor = Callable[[Any, Any, np.ndarray], tuple[np.ndarray, Any]]
+OnStep = Callable[[int, int], object]
 
 
 def evaluate(
@@ -54,6 +61,8 @@ def evaluate(
     deterministic: bool = True,
     empty_state_every_step: bool = False,
     seed: int | None = None,
+    max_episode_steps: int | None = MAX_EPISODE_STEPS,
+    on_step: OnStep | None = None,
 ) -> EvaluationResult:
     """Play episodes with a model that has Stable-Baselines3's `predict`.
 
@@ -71,10 +80,15 @@ def evaluate(
         seed: of the environments and of what the policy samples, by torch's generators, which are afterwards as they
             were; None leaves the random state of both. Environment i has `seed + i`, as in training: episodes are
             others than those of training where the two seeds are further apart than there are environments.
+        max_episode_steps: an episode is cut there, for tasks without an end and agents that walk in circles; None:
+            never.
+        on_step: called after every step with the number of finished episodes and that of steps so far, for signs of
+            life; an exception that it raises ends the evaluation.
 
     Raises:
         TypeError: `env` is no environment.
-        ValueError: `n_episodes` is below 1, or the model is collecting a rollout in `env`.
+        ValueError: `n_episodes` or `max_episode_steps` is below 1, or the model is collecting a rollout in `env`.
+        FaultyEnvironmentError: an environment failed or answered what cannot be used.
     """
     env = _as_vec_env(env)
     own = plays_in(model, env)
@@ -91,15 +105,21 @@ def evaluate(
         return player.predict(obs, state=state, episode_start=episode_start, deterministic=deterministic)
 
     with nullcontext() if seed is None else _seeded_sampling(model, env.num_envs, seed):
-        result = _play(actor, env, n_episodes, seed)
-    if own:
-        # its episodes are over: the next `learn` begins new ones, with an empty memory
-        model._last_obs = None
-    return result
+        try:
+            return _play(actor, env, n_episodes, seed, max_episode_steps, on_step)
+        finally:
+            if own:
+                # its episodes are over: the next `learn` begins new ones, with an empty memory
+                model._last_obs = None
 
 
 def evaluate_random(
-    env: GymEnv | VectorEnv[Any, Any, Any], n_episodes: int, *, seed: int | None = None
+    env: GymEnv | VectorEnv[Any, Any, Any],
+    n_episodes: int,
+    *,
+    seed: int | None = None,
+    max_episode_steps: int | None = MAX_EPISODE_STEPS,
+    on_step: OnStep | None = None,
 ) -> EvaluationResult:
     """Play episodes with uniformly random actions, allowed ones where there are masks; arguments as for `evaluate`."""
     env = _as_vec_env(env)
@@ -112,7 +132,7 @@ def evaluate_random(
             return np.stack([sample_allowed(space, mask) for mask in read_masks(env, space)]), state
         return np.stack([space.sample() for _ in episode_start]), state
 
-    return _play(actor, env, n_episodes, seed)
+    return _play(actor, env, n_episodes, seed, max_episode_steps, on_step)
 
 
 @contextmanager
@@ -139,7 +159,7 @@ def _as_vec_env(env: Any) -> VecEnv:
     if isinstance(env, VectorEnv):
         return GymnasiumVecEnv(env)
     if isinstance(env, gymnasium.Env):
-        return DummyVecEnv([lambda: env])
+        return GuardedDummyVecEnv([lambda: env])
     if not isinstance(env, VecEnv):
         raise TypeError(
             f"env={env!r} is no environment: hand over what gymnasium.make, gymnasium.make_vec or Stable-Baselines3's "
@@ -154,42 +174,70 @@ def plays_in(model: Any, env: VecEnv) -> bool:
     return isinstance(own, VecEnv) and not copies(own).isdisjoint(copies(env))
 
 
-def _play(actor: Actor, env: VecEnv, n_episodes: int, seed: int | None) -> EvaluationResult:
-    if n_episodes < 1:
-        raise ValueError(f"n_episodes={n_episodes} must be at least 1")
+def _play(
+    actor: Actor,
+    env: VecEnv,
+    n_episodes: int,
+    seed: int | None,
+    max_episode_steps: int | None,
+    on_step: OnStep | None,
+) -> EvaluationResult:
+    for name, value in (("n_episodes", n_episodes), ("max_episode_steps", max_episode_steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     if seed is not None:
         seed_envs(env, seed)
     # every environment has its quota from the start: taking what ends first would favour short episodes
-    quota = (n_episodes + np.arange(env.num_envs)) // env.num_envs
-    counts = np.zeros(env.num_envs, int)
+    left = (n_episodes + np.arange(env.num_envs)) // env.num_envs
     totals, lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, int)
-    finished: list[tuple[float, int, bool | None]] = []
+    # episodes that were cut and go on all the same, for one environment alone cannot be reset
+    stuck = np.zeros(env.num_envs, bool)
+    finished: list[_Outcome] = []
     normalizer = unwrap_vec_normalize(env)
     with statistics_kept(normalizer):
-        obs, state, step = reset_envs(env), None, 0
+        obs, state, steps = reset_envs(env), None, 0
         episode_start = np.ones(env.num_envs, bool)
-        while (counts < quota).any():
+        while left.any():
+            if stuck[left > 0].all():
+                obs, episode_start = reset_envs(env), np.ones(env.num_envs, bool)
+                totals[:], lengths[:], stuck[:] = 0.0, 0, False
             actions, state = actor(obs, state, episode_start)
-            obs, rewards, episode_start, infos = step_envs(env, actions, f"in step {step} of the evaluation")
-            step += 1
+            obs, rewards, episode_start, infos = step_envs(env, actions, f"in step {steps} of the evaluation")
+            steps += 1
             totals += rewards if normalizer is None else normalizer.get_original_reward()
             lengths += 1
-            for row in np.flatnonzero(episode_start):
-                if counts[row] < quota[row] and SKIPPED not in infos[row]:
-                    finished.append(_outcome(infos[row], totals[row], lengths[row]))
-                    counts[row] += 1
-                totals[row], lengths[row] = 0.0, 0
+            too_long = (lengths == max_episode_steps) & ~episode_start
+            for row in np.flatnonzero(episode_start | too_long):
+                if left[row] and not stuck[row] and SKIPPED not in infos[row]:
+                    cut = bool(too_long[row])
+                    finished.append(_outcome({} if cut else infos[row], totals[row], lengths[row], cut=cut))
+                    left[row] -= 1
+            stuck = (stuck | too_long) & ~episode_start
+            totals[episode_start], lengths[episode_start] = 0.0, 0
+            if on_step is not None:
+                on_step(len(finished), steps)
     return _result(finished)
 
 
-def _outcome(info: dict[str, Any], total: float, length: int) -> tuple[float, int, bool | None]:
+class _Outcome(NamedTuple):
+    total: float
+    length: int
+    success: bool | None
+    cut: bool
+
+
+def _outcome(info: dict[str, Any], total: float, length: int, *, cut: bool) -> _Outcome:
     # a Monitor saw the rewards before any wrapper around it scaled them
     episode = info.get("episode", {"r": total, "l": length})
     success = info.get("is_success")
-    return float(episode["r"]), int(episode["l"]), None if success is None else bool(success)
+    if cut:
+        # what is not over has not succeeded, where episodes can
+        success = False
+    return _Outcome(float(episode["r"]), int(episode["l"]), None if success is None else bool(success), cut)
 
 
-def _result(finished: list[tuple[float, int, bool | None]]) -> EvaluationResult:
-    returns, lengths, successes = zip(*finished, strict=True)
-    told = all(success is not None for success in successes)
-    return EvaluationResult(np.array(returns), np.array(lengths), np.array(successes, bool) if told else None)
+def _result(finished: list[_Outcome]) -> EvaluationResult:
+    returns, lengths, successes, cut = zip(*finished, strict=True)
+    whole = [success for success, one in zip(successes, cut, strict=True) if not one]
+    told = bool(whole) and all(success is not None for success in whole)
+    return EvaluationResult(np.array(returns), np.array(lengths), np.array(successes, bool) if told else None, sum(cut))

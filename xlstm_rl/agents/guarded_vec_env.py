@@ -16,6 +16,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.env_util import is_wrapped
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper, VecEnvStepReturn
 
@@ -78,6 +79,35 @@ class EnvPlayer:
         # everything that an environment can raise is to be told
         except Exception as error:
             raise FaultyEnvironmentError(self._index, f"failed {place}: {_cause(error)}") from error
+
+
+class EpisodeMonitor(Monitor[Any, Any]):
+    """A `Monitor` of Stable-Baselines3 that keeps nothing of episodes that are over, nor every reward of a long one."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self._return, self._length = 0.0, 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Start an episode."""
+        self._return, self._length = 0.0, 0
+        return super().reset(**kwargs)
+
+    def step(self, action: Any) -> Any:
+        """Step; the info of the last step has "episode" with return "r", length "l" and seconds "t"."""
+        answer: Any = self.env.step(action)
+        if not isinstance(answer, tuple) or len(answer) != 5 or not isinstance(answer[4], dict):
+            # whoever stands outside refuses it
+            return answer
+        _, reward, terminated, truncated, info = answer
+        self._return += float(reward)
+        self._length += 1
+        self.total_steps += 1
+        if terminated or truncated:
+            self.needs_reset = True
+            elapsed = round(time.time() - self.t_start, 6)
+            info["episode"] = {"r": round(self._return, 6), "l": self._length, "t": elapsed}
+        return answer
 
 
 def _cause(error: Exception) -> str:

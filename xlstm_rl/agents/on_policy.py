@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import is_wrapped
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import check_for_correct_spaces, obs_as_tensor, set_random_seed
@@ -23,6 +26,7 @@ from torch import Tensor
 from xlstm_rl.agents.actor_critic import PolicyState
 from xlstm_rl.agents.env_contract import checked_observations, reset_envs, seed_envs, step_envs
 from xlstm_rl.agents.gradient_clip import clip_gradients
+from xlstm_rl.agents.guarded_vec_env import GuardedDummyVecEnv
 from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.masks import masks_actions, read_masks
@@ -180,7 +184,11 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        env = GymnasiumVecEnv(env) if isinstance(env, VectorEnv) else env
+        if isinstance(env, VectorEnv):
+            env = GymnasiumVecEnv(env)
+        elif isinstance(env, gymnasium.Env):
+            one = Monitor(env) if monitor_wrapper and not is_wrapped(env, Monitor) else env
+            env = GuardedDummyVecEnv([lambda: one])
         return SavedAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:

@@ -95,7 +95,7 @@ def _resume_episodes(env: VecEnv, points: Any) -> str | None:
                 "its random generator cannot be read"
             )
         if env.env_method("resume_at", point, indices=index) != [True]:
-            return f"environment {index} is not deterministic: its episode, played again, went another way"
+            return f"environment {index} is not deterministic: its episode, played again, went another way or failed"
     return None
 
 

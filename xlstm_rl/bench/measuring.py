@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.env_contract import has_method
-from xlstm_rl.agents.evaluation import EvaluationResult, evaluate
+from xlstm_rl.agents.evaluation import EvaluationResult, OnStep, evaluate
 from xlstm_rl.agents.nonfinite import SKIPPED
 from xlstm_rl.bench.plan import LENGTHS, PlannedRun, fingerprint, lengthened, score
 from xlstm_rl.bench.results import Figure, Record, StateHealth
@@ -119,15 +119,33 @@ class _Oracle:
         return np.array(self._env.env_method("oracle_action")), None
 
 
-def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Callable[[], float]) -> Record:
-    """The record of a run that has just ended; `cpu_seconds` is asked last, for what was spent until then."""
+def measure(
+    run: PlannedRun,
+    spec: BenchSpec,
+    result: RunResult,
+    cpu_seconds: Callable[[], float],
+    check: Callable[[], object] = lambda: None,
+) -> Record:
+    """The record of a run that has just ended.
+
+    Args:
+        run: as planned.
+        spec: how it is measured.
+        result: of the run.
+        cpu_seconds: asked last, for what was spent until then.
+        check: called after every step that is played, to end the measuring by an exception.
+    """
+
+    def on_step(finished: int, steps: int) -> None:
+        check()
+
     config, folder = run.config, RunFolder(result.folder)
     with closing(make_env(config, 1, config.seed, here=True)) as env:
         model = RecurrentPPO.load(folder.model, env=normalized_as_saved(env, config, folder.model), device="cpu")
         scores = {line.agent: line for line in result.scores}
         seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
-        sampled = play(model, config, config.eval.n_episodes, seed, deterministic=False)
-        long_figures, state = _play_longer(model, run, spec.long_episodes)
+        sampled = play(model, config, config.eval.n_episodes, seed, deterministic=False, on_step=on_step)
+        long_figures, state = _play_longer(model, run, spec.long_episodes, on_step)
         evaluations = [row for row in result.rows if row.kind == "eval"]
         return Record(
             task=run.task.name,
@@ -150,7 +168,7 @@ def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Ca
             greedy=_of_score(scores[TRAINED], run.task.facts),
             sampled=_figure(sampled, run.task.facts),
             emptied=_of_score(scores[EMPTIED], run.task.facts),
-            oracle=_play_oracle(run),
+            oracle=_play_oracle(run, on_step),
             longer=long_figures,
             in_a_row=run.task.in_a_row,
             state=state,
@@ -159,27 +177,31 @@ def measure(run: PlannedRun, spec: BenchSpec, result: RunResult, cpu_seconds: Ca
         )
 
 
-def _play_longer(model: RecurrentPPO, run: PlannedRun, n_episodes: int) -> tuple[dict[str, Figure], StateHealth]:
+def _play_longer(
+    model: RecurrentPPO, run: PlannedRun, n_episodes: int, on_step: OnStep
+) -> tuple[dict[str, Figure], StateHealth]:
     """Figures at each multiple of the training length, and the state's health at the greatest."""
     figures: dict[str, Figure] = {}
     seed = environment_seed(run.config.seed, Purpose.FINAL_EVALUATION)
     for factor in LENGTHS:
         watched = WatchedModel(model)
+        limit = run.config.eval.max_episode_steps
+        how: dict[str, Any] = {"max_episode_steps": None if limit is None else factor * limit, "on_step": on_step}
         if run.task.in_a_row:
-            played = play(watched, run.config, n_episodes, seed, wrap=partial(EpisodesInARow, count=factor))
+            played = play(watched, run.config, n_episodes, seed, wrap=partial(EpisodesInARow, count=factor), **how)
             figures[str(factor)] = _figure(played._replace(returns=played.returns / factor), run.task.facts)
         else:
             config, facts = lengthened(run.config, run.task, factor)
-            figures[str(factor)] = _figure(play(watched, config, n_episodes, seed), facts)
+            figures[str(factor)] = _figure(play(watched, config, n_episodes, seed, **how), facts)
     return figures, watched.health(factor)
 
 
-def _play_oracle(run: PlannedRun) -> Figure | None:
+def _play_oracle(run: PlannedRun, on_step: OnStep) -> Figure | None:
     seed, n_episodes = environment_seed(run.config.seed, Purpose.FINAL_EVALUATION), run.config.eval.n_episodes
     with closing(make_env(run.config, min(run.config.eval.n_envs, n_episodes), seed, here=True)) as env:
         if not has_method(env, "oracle_action"):
             return None
-        return _figure(evaluate(_Oracle(env), env, n_episodes, seed=seed), run.task.facts)
+        return _figure(evaluate(_Oracle(env), env, n_episodes, seed=seed, on_step=on_step), run.task.facts)
 
 
 def _figure(result: EvaluationResult, facts: TaskFacts) -> Figure:

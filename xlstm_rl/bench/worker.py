@@ -43,6 +43,7 @@ def _finish(run: PlannedRun, spec: BenchSpec) -> bool:
     from xlstm_rl.bench.measuring import measure
     from xlstm_rl.runs.build import torch_threads
     from xlstm_rl.runs.folder import RunFolder
+    from xlstm_rl.runs.interruption import InterruptedEvaluationError, Interruption
     from xlstm_rl.runs.train import resume, train
 
     spent = _Spent(run)
@@ -61,8 +62,12 @@ def _finish(run: PlannedRun, spec: BenchSpec) -> bool:
     if result.interrupted_by is not None:
         spent.note()
         return False
-    with torch_threads(run.config.threads):
-        record = measure(run, spec, result, spent.note)
+    with torch_threads(run.config.threads), Interruption() as interruption:
+        try:
+            record = measure(run, spec, result, spent.note, interruption.check)
+        except InterruptedEvaluationError:
+            spent.note()
+            return False
     run.record.parent.mkdir(parents=True, exist_ok=True)
     write_whole(run.record, to_json(record).encode())
     return True

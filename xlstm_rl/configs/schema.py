@@ -14,6 +14,8 @@ from pydantic_core import ArgsKwargs
 from stable_baselines3.common.utils import LinearSchedule
 
 from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
+from xlstm_rl.agents.evaluation import MAX_EPISODE_STEPS
+from xlstm_rl.agents.guarded_vec_env import START_SECONDS
 from xlstm_rl.configs.validation import (
     Count,
     Flag,
@@ -47,8 +49,9 @@ class EnvConfig:
         kwargs: keyword arguments of the environment.
         n_envs: copies stepped together.
         vec: "dummy" steps them one after the other in this process, "subproc" gives each its own process, "vector"
-            takes the vectorised form that `gymnasium.make_vec` knows, or lets gymnasium step them where there is none.
+            takes the vectorised form that `gymnasium.make_vec` knows, and where there is none does what "dummy" does.
         worker_timeout: seconds in which a process of "subproc" must answer; None waits forever.
+        worker_start_timeout: seconds in which it must have started and made its environment; None waits forever.
         worker_restarts: how often a process that failed, died or hung is started again, per environment.
         normalize_observation, normalize_reward: running normalisation by SB3's VecNormalize; of observations the Box
             parts, but not images, which the network scales itself.
@@ -61,6 +64,7 @@ class EnvConfig:
     n_envs: Count = 16
     vec: Literal["dummy", "subproc", "vector"] = "dummy"
     worker_timeout: Positive | None = None
+    worker_start_timeout: Positive | None = START_SECONDS
     worker_restarts: Natural = 0
     normalize_observation: Flag = False
     normalize_reward: Flag = False
@@ -265,6 +269,7 @@ class EvalConfig:
         interim_episodes: during training.
         every_steps: environment steps between evaluations during training; None for none.
         n_envs: copies stepped together.
+        max_episode_steps: an episode is cut there, and the result says so; None: never.
         success_return: an episode counts as success from this return on, for tasks that do not report success.
     """
 
@@ -272,6 +277,7 @@ class EvalConfig:
     interim_episodes: Count = 32
     every_steps: Count | None = 20_000
     n_envs: Count = 16
+    max_episode_steps: Count | None = MAX_EPISODE_STEPS
     success_return: Real | None = None
 
 

@@ -80,11 +80,16 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
         }
 
     def resume_point(self) -> Point | None:
-        """The marked point as plain values; None without a mark, or where the episode is too long to be kept."""
+        """The marked point as plain values.
+
+        None without a mark, where the episode is too long to be kept, or where a random generator is none of NumPy's.
+        """
         marked = self._marked
         if marked is None or marked["length"] > MAX_ACTIONS:
             return None
         episode: _Episode = marked["episode"]
+        if any(state is None for state in (*episode.generators, *marked["generators"])):
+            return None
         actions = episode.actions[: marked["length"]]
         return {
             "generators": episode.generators,
@@ -99,29 +104,43 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
         """Go to a point that `resume_point` told.
 
         Returns:
-            Whether the observation there is the one noted; False means that the environment is not deterministic or
-            another one, and wants a reset.
+            Whether the observation there is the one noted; False means that the environment is not deterministic,
+            another one, or failed on the way, and wants a reset.
 
         Raises:
             KeyError, TypeError, ValueError: this is no point of such an environment.
         """
+        actions = list(point["actions"])
+        for action in actions:
+            if not self.action_space.contains(action):
+                raise ValueError(f"action {str(action):.200} is none of {self.action_space}")
         if point["own"] is not None:
             self.env.get_wrapper_attr("set_state")(copy.deepcopy(point["own"]))
         self._set_generators(point["generators"])
-        self.reset(**point["arguments"])
-        for action in point["actions"]:
-            if not self.action_space.contains(action):
-                raise ValueError(f"action {str(action):.200} is none of {self.action_space}")
-            _, _, terminated, truncated, _ = self.step(action)
-            if terminated or truncated:
-                return False
+        if not self._replay(point["arguments"], actions):
+            return False
         # whoever drew actions from the space is no part of the episode
         self._set_generators(point["generators_after"])
         return _equal(self._observation, point["observation"])
 
+    def _replay(self, arguments: dict[str, Any], actions: list[Any]) -> bool:
+        """Play an episode again; whether it was as long as that."""
+        if not isinstance(arguments, dict) or set(arguments) - {"seed", "options"}:
+            raise ValueError(f"arguments {arguments!r:.200} are none of reset()")
+        try:
+            self.reset(**arguments)
+            for action in actions:
+                _, _, terminated, truncated, _ = self.step(action)
+                if terminated or truncated:
+                    return False
+        # whatever an environment can raise: it did not when the episode was played first
+        except Exception:
+            return False
+        return True
+
     def _generators(self) -> list[Any]:
-        """States of the random generators of the environment and its spaces."""
-        return [part.np_random.bit_generator.state for part in self._random]
+        """States of the random generators of the environment and its spaces; None of one that has no such generator."""
+        return [_state_of(part) for part in self._random]
 
     def _set_generators(self, states: list[Any]) -> None:
         for part, state in zip(self._random, states, strict=True):
@@ -134,6 +153,14 @@ def _parts(space: gym.Space[Any]) -> Iterator[gym.Space[Any]]:
     inner = getattr(space, "spaces", ())
     for part in inner.values() if isinstance(inner, dict) else inner:
         yield from _parts(part)
+
+
+def _state_of(part: Any) -> Any:
+    """The state of a random generator; None where there is none of NumPy's, as in simulators with their own."""
+    try:
+        return part.np_random.bit_generator.state
+    except AttributeError:
+        return None
 
 
 def _equal(one: Any, other: Any) -> bool:

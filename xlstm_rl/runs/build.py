@@ -15,13 +15,13 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from rich.console import Console
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO
 from xlstm_rl.agents.inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
-from xlstm_rl.agents.guarded_vec_env import GuardedSubprocVecEnv
+from xlstm_rl.agents.env_contract import FaultyEnvironmentError
+from xlstm_rl.agents.guarded_vec_env import EpisodeMonitor, GuardedDummyVecEnv, GuardedSubprocVecEnv
 from xlstm_rl.agents.saving import load_normalizer
 from xlstm_rl.agents.training_state import make_normalizer
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
@@ -44,20 +44,32 @@ def make_env(config: TrainConfig, n_envs: int, seed: int, *, here: bool = False)
         here: for evaluation: one after the other in this process whatever the configuration says, and never resumed.
 
     Raises:
-        ConfigError: as for `read_facts`.
+        ConfigError: as for `read_facts`; or a copy cannot be made, or not in time.
     """
     read_facts(config.env)
-    if config.env.vec == "vector" and not here:
+    # a module to import may stand before the id
+    batched = gymnasium.spec(config.env.id.rpartition(":")[2]).vector_entry_point is not None
+    if config.env.vec == "vector" and batched and not here:
         return _make_vector(config.env, n_envs, seed)
-    subproc = config.env.vec == "subproc" and not here
-    guards: dict[str, Any] = {"timeout": config.env.worker_timeout, "restarts": config.env.worker_restarts}
-    return make_vec_env(
-        partial(_make_one, config.env, subproc),
-        n_envs=n_envs,
-        seed=seed,
-        wrapper_class=Resumable if config.checkpoint.replay and not here else None,
-        vec_env_cls=GuardedSubprocVecEnv if subproc else DummyVecEnv,
-        vec_env_kwargs=guards if subproc else None,
+    vec = "dummy" if here else config.env.vec
+    replay = config.checkpoint.replay and not here
+    makers: Any = [partial(_make_one, config.env, vec, replay, seed + index) for index in range(n_envs)]
+    try:
+        env = _guarded(config.env, makers) if vec == "subproc" else GuardedDummyVecEnv(makers)
+    except FaultyEnvironmentError as error:
+        raise ConfigError(
+            f"environment {config.env.id!r} cannot be made {n_envs} times (env.vec={vec!r}): {error}"
+        ) from error
+    env.seed(seed)
+    return env
+
+
+def _guarded(config: EnvConfig, makers: Any) -> VecEnv:
+    return GuardedSubprocVecEnv(
+        makers,
+        timeout=config.worker_timeout,
+        start_timeout=config.worker_start_timeout,
+        restarts=config.worker_restarts,
     )
 
 
@@ -102,28 +114,27 @@ def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
     return model
 
 
-def _make_one(config: EnvConfig, ignore_interrupts: bool) -> gymnasium.Env[Any, Any]:
-    if ignore_interrupts:
+def _make_one(config: EnvConfig, vec: str, replay: bool, seed: int) -> gymnasium.Env[Any, Any]:
+    if vec == "subproc":
         # Ctrl-C reaches the worker processes too, and so does the SIGTERM of a cluster; the main process acts on them.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     env = gymnasium.make(config.id, **config.kwargs)
-    return MemoryInputs(env, config.memory_inputs) if config.memory_inputs else env
+    env.action_space.seed(seed)
+    if config.memory_inputs:
+        env = MemoryInputs(env, config.memory_inputs)
+    env = EpisodeMonitor(env)
+    return Resumable(env) if replay else env
 
 
 def _make_vector(config: EnvConfig, n_envs: int, seed: int) -> VecEnv:
-    # In this mode no step is spent on resets.
-    at_once = AutoresetMode.SAME_STEP
-    # a module to import may stand before the id
-    if gymnasium.spec(config.id.rpartition(":")[2]).vector_entry_point is None:
-        vector_env = gymnasium.make_vec(config.id, n_envs, "sync", {"autoreset_mode": at_once}, **config.kwargs)
-    else:
-        make = partial(gymnasium.make_vec, config.id, n_envs, "vector_entry_point", **config.kwargs)
-        try:
-            vector_env = make(autoreset_mode=at_once)
-        # not all have the choice
-        except TypeError:
-            vector_env = make()
+    make = partial(gymnasium.make_vec, config.id, n_envs, "vector_entry_point", **config.kwargs)
+    try:
+        # no step is then spent on resets
+        vector_env = make(autoreset_mode=AutoresetMode.SAME_STEP)
+    # not all have the choice
+    except TypeError:
+        vector_env = make()
     env: VecEnv = GymnasiumVecEnv(vector_env)
     if config.memory_inputs:
         env = VecMemoryInputs(env, config.memory_inputs)

@@ -12,6 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from xlstm_rl.runs.live import LiveView
 from xlstm_rl.runs.returns import Returns, Row
+from xlstm_rl.runs.table import Score
 
 # Episodes that the live view averages over, as SB3's own log does.
 RECENT = 100
@@ -115,16 +116,20 @@ class Periodic(BaseCallback):
 
     Args:
         every_steps: None for never.
+        due: whether it is due where a resumed run goes on, and was not done before.
+
+    Attributes:
+        due: whether it is due at present, and was not done.
     """
 
-    def __init__(self, every_steps: int | None) -> None:
+    def __init__(self, every_steps: int | None, *, due: bool = False) -> None:
         super().__init__()
         self._every_steps = every_steps
         self._next = 0
+        self.due = due
 
     def _on_training_start(self) -> None:
-        # what was due where a resumed run goes on was done before
-        self._next = self._after(self.model.num_timesteps)
+        self._next = self.model.num_timesteps if self.due else self._after(self.model.num_timesteps)
 
     def _on_step(self) -> bool:
         return True
@@ -140,15 +145,15 @@ class Periodic(BaseCallback):
     def _act_if_due(self) -> None:
         if self._every_steps is not None and self.num_timesteps >= self._next:
             self._next = self._after(self.num_timesteps)
-            self._act()
+            self.due = not self._act()
 
     def _after(self, step: int) -> int:
         """The first step after `step` at which to act."""
         return 0 if self._every_steps is None else (step // self._every_steps + 1) * self._every_steps
 
     @abstractmethod
-    def _act(self) -> None:
-        """What is done each time."""
+    def _act(self) -> bool:
+        """What is done each time; whether it came to its end."""
 
 
 class PeriodicCheckpoint(Periodic):
@@ -163,8 +168,9 @@ class PeriodicCheckpoint(Periodic):
         super().__init__(every_steps)
         self._save = save
 
-    def _act(self) -> None:
+    def _act(self) -> bool:
         self._save(self.model)
+        return True
 
 
 class PeriodicEvaluation(Periodic):
@@ -172,25 +178,31 @@ class PeriodicEvaluation(Periodic):
 
     Args:
         every_steps: environment steps between evaluations, None for none.
-        evaluate: called with the model; gives mean return, success and number of episodes.
+        evaluate: called with the model; gives its score, or None where it was interrupted.
         returns: takes a row each.
         view: gets a line each.
         save_best: called with the model where the mean return is above all before.
+        due: as for `Periodic`.
     """
 
     def __init__(
         self,
         every_steps: int | None,
-        evaluate: Callable[[Any], tuple[float, float | None, int]],
+        evaluate: Callable[[Any], Score | None],
         returns: Returns,
         view: LiveView,
         save_best: Callable[[Any], object],
+        *,
+        due: bool = False,
     ) -> None:
-        super().__init__(every_steps)
+        super().__init__(every_steps, due=due)
         self._evaluate, self._returns, self._view, self._save_best = evaluate, returns, view, save_best
 
-    def _act(self) -> None:
-        mean_return, success, episodes = self._evaluate(self.model)
+    def _act(self) -> bool:
+        score = self._evaluate(self.model)
+        if score is None:
+            return False
+        mean_return, success, episodes = score.mean_return, score.success, score.episodes or 0
         if mean_return > max((row.mean_return for row in self._returns.of("eval")), default=float("-inf")):
             self._save_best(self.model)
         seconds = self._returns.seconds()
@@ -200,7 +212,9 @@ class PeriodicEvaluation(Periodic):
             self.logger.record("eval/success_rate", success)
         self.logger.dump(self.num_timesteps)
         shown = "" if success is None else f", success {success:.2f}"
+        shown += f", {score.cut_episodes} of {episodes} episodes cut" if score.cut_episodes else ""
         self._view.say(f"{self.num_timesteps:>9,} steps  evaluation: return {mean_return:.2f}{shown}")
+        return True
 
 
 def _means(episodes: Sequence[_Episode] | deque[_Episode]) -> tuple[float, float | None]:

@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 PLAIN_SECONDS = 5.0
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+class SignOfLife:
+    """Says every few seconds how far an evaluation is; called after each of its steps.
+
+    Args:
+        console: where to print.
+        what: is evaluated.
+        n_episodes: to finish.
+        check: called first, to end the evaluation by an exception.
+    """
+
+    def __init__(
+        self, console: Console, what: str, n_episodes: int, check: Callable[[], object] = lambda: None
+    ) -> None:
+        self._console, self._what, self._n_episodes, self._check = console, what, n_episodes, check
+        self._last = time.monotonic()
+
+    def __call__(self, finished: int, steps: int) -> None:
+        """Take note of a step.
+
+        Args:
+            finished: episodes until now.
+            steps: of each environment until now.
+        """
+        self._check()
+        if time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._last = time.monotonic()
+            say(self._console, f"evaluating {self._what}: {finished} of {self._n_episodes} episodes, step {steps:,}")
 
 
 class LiveView:
@@ -54,7 +89,7 @@ class LiveView:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        say(self._console, text)
 
     def _describe(self, step: int, mean_return: float | None, success: float | None) -> str:
         speed = (step - self._first_step) / max(time.monotonic() - self._started, 1e-9)

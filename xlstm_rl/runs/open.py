@@ -14,6 +14,7 @@ from rich.console import Console
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.agents.env_contract import seed_envs
 from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.runs.build import evaluation_device, make_env, normalized_as_saved, torch_threads
 from xlstm_rl.configs import ConfigError, TrainConfig
@@ -127,13 +128,14 @@ def inspect_run(
     paths = (folder.inspection, folder.video)
     picture, video = (path.with_stem(f"{path.stem}-best") if best else path for path in paths)
     with open_run(run_dir, best=best, device="cpu", render=True) as run:
-        run.env.seed(environment_seed(run.config.seed, Purpose.INSPECTION) if seed is None else seed)
+        seed_envs(run.env, environment_seed(run.config.seed, Purpose.INSPECTION) if seed is None else seed)
         episode = record_episode(run.model, run.env, max_steps=max_steps)
         title = f"{run.config.env.id}, memory {run.config.memory.name}, {run.model.num_timesteps:,} steps of training"
         draw_episode(episode, picture, title, gamma=run.model.gamma)
         if episode.frames:
-            frames_per_second: Any = run.env.metadata.get("render_fps", DEFAULT_FPS)
-            write_gif(episode.frames, video, frames_per_second)
+            # an environment may have none, or none that tells
+            told: Any = (getattr(run.env, "metadata", None) or {}).get("render_fps")
+            write_gif(episode.frames, video, told or DEFAULT_FPS)
     if console is not None:
         end = f"{len(episode.rewards)} steps, {episode.ended}, return {episode.total:.2f}"
         drawn = f"video: {video}" if episode.frames else "no video: the environment draws none here"

@@ -18,6 +18,7 @@ class Score(NamedTuple):
         standard_error: of the mean return, None where it is known exactly.
         success: share of successes, None where the task does not say.
         episodes: how many were played, None where none had to be.
+        cut_episodes: how many of them did not end within `eval.max_episode_steps`.
     """
 
     agent: str
@@ -25,6 +26,7 @@ class Score(NamedTuple):
     standard_error: float | None = None
     success: float | None = None
     episodes: int | None = None
+    cut_episodes: int = 0
 
 
 def score_table(scores: Sequence[Score], title: str) -> Table:
@@ -38,7 +40,8 @@ def score_table(scores: Sequence[Score], title: str) -> Table:
         mean = f"{score.mean_return:,.0f}" if abs(score.mean_return) >= 100 else f"{score.mean_return:.2f}"
         error = "" if score.standard_error is None else f" ± {_two_digits(score.standard_error)}"
         success = [_or_dash(score.success, ".2f")] if show_success else []
-        table.add_row(score.agent, mean + error, *success, _or_dash(score.episodes, "d"))
+        cut = f" ({score.cut_episodes} cut)" if score.cut_episodes else ""
+        table.add_row(score.agent, mean + error, *success, _or_dash(score.episodes, "d") + cut)
     return table
 
 

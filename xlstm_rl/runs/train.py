@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,8 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, con
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import CheckpointError, RecurrentPPO
+from xlstm_rl.agents.env_contract import FaultyEnvironmentError
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
-from xlstm_rl.agents.guarded_vec_env import WorkerError
 from xlstm_rl.agents.saving import Resumed
 from xlstm_rl.runs.build import (
     check_device,
@@ -39,8 +39,8 @@ from xlstm_rl.runs.callbacks import (
 from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.envs import TaskFacts, suite_versions
 from xlstm_rl.runs.open import open_run
-from xlstm_rl.runs.interruption import Interruption
-from xlstm_rl.runs.live import LiveView
+from xlstm_rl.runs.interruption import InterruptedEvaluationError, Interruption
+from xlstm_rl.runs.live import LiveView, SignOfLife, say
 from xlstm_rl.runs.returns import Returns, Row, read_returns
 from xlstm_rl.runs.table import Score, score_table
 from xlstm_rl.runs.curve import plot_curve
@@ -50,7 +50,7 @@ from xlstm_rl.runs.seeds import Purpose, environment_seed
 StopWhen = Callable[[Sequence[Row]], bool]
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-TRAINED, EMPTIED = "trained agent", "same agent, memory emptied every step"
+TRAINED, EMPTIED, RANDOM = "trained agent", "same agent, memory emptied every step", "random actions"
 
 
 class TrainingStoppedError(RuntimeError):
@@ -85,8 +85,8 @@ def train(
 ) -> RunResult:
     """Train, save and evaluate an agent.
 
-    SIGINT (Ctrl-C) and SIGTERM end training at the next step; the model and a checkpoint are saved and the result says
-    so.
+    SIGINT (Ctrl-C) and SIGTERM end training and evaluations at the next step; the model and a checkpoint are saved and
+    the result says so.
 
     Args:
         config: the run.
@@ -99,16 +99,17 @@ def train(
     Raises:
         ConfigError: the environment or the agent cannot be built as configured, this machine has no such device, or
             `run_dir` is in use or cannot be written.
-        TrainingStoppedError: NaN or infinity, a lost environment, or a full disk ended training.
+        TrainingStoppedError: NaN or infinity, a faulty environment, or a full disk ended training or the closing
+            evaluation.
     """
     console = console or Console(quiet=True)
     check_device(config.device)
     with torch_threads(config.threads), closing(_training_env(config)) as env:
         model = make_model(config, normalized(env, config))
         folder = RunFolder.create(Path(run_dir), config, versions=suite_versions(config.env.id), numbered=numbered)
-        _say(console, f"run folder {folder.path}")
+        say(console, f"run folder {folder.path}")
         with folder.training():
-            return _run(model, config, folder, Returns(folder.returns), {}, stop_when, console)
+            return _run(model, config, folder, Returns(folder.returns), {"log": {}}, stop_when, console)
 
 
 def resume(
@@ -143,14 +144,15 @@ def resume(
     check_device(config.device)
     with torch_threads(config.threads), folder.training(), closing(_training_env(config)) as env:
         env = normalized(env, config)
-        resumed = _last_usable(folder, config, env, console)
+        with _faults_told(folder, "the running episodes cannot be brought back"):
+            resumed = _last_usable(folder, config, env, console)
         if resumed is None:
             if folder.model.is_file():
                 raise ConfigError(
                     f"{folder.path} is finished and has no checkpoint to go on from (checkpoint.every_steps="
                     f"{config.checkpoint.every_steps}): train anew, into another folder"
                 )
-            _say(console, f"{folder.path} has no checkpoint yet; it starts anew")
+            say(console, f"{folder.path} has no checkpoint yet; it starts anew")
         elif config.total_steps < resumed.model.num_timesteps and overrides:
             raise ConfigError(
                 f"total_steps={config.total_steps:,} is below the {resumed.model.num_timesteps:,} steps that are done; "
@@ -159,15 +161,16 @@ def resume(
         if overrides:
             folder.write_config(config)
         if resumed is None:
-            return _run(make_model(config, env), config, folder, Returns(folder.returns), {}, stop_when, console)
+            model = make_model(config, env)
+            return _run(model, config, folder, Returns(folder.returns), {"log": {}}, stop_when, console)
         done, of = resumed.model.num_timesteps, config.total_steps
         longer = f"; all {of:,} are done, and total_steps=N goes on for longer" if done >= of else ""
-        _say(console, f"{folder.path} goes on after {done:,} steps{longer}")
+        say(console, f"{folder.path} goes on after {done:,} steps{longer}")
         if resumed.restarted is not None:
-            _say(console, f"all environments start new episodes: {resumed.restarted}")
+            say(console, f"all environments start new episodes: {resumed.restarted}")
         notes = resumed.notes
         returns = Returns(folder.returns, read_returns(folder.returns, notes["rows"]), notes["seconds"])
-        return _run(resumed.model, config, folder, returns, notes["log"], stop_when, console)
+        return _run(resumed.model, config, folder, returns, notes, stop_when, console)
 
 
 def evaluate_run(
@@ -187,11 +190,12 @@ def evaluate_run(
         seed: of the episodes; None takes the one of the closing evaluation of `train`.
         device: as torch knows it, or "auto"; None takes the configured one, or the CPU if this machine lacks it.
         best: take the model of the best evaluation during training instead of the last one.
-        console: told when the configured device is not taken; None tells nobody.
+        console: told when the configured device is not taken, and how far it is; None tells nobody.
 
     Raises:
         ConfigError: this is no run folder, it holds no model, the model or its normalisation statistics are missing or
             damaged, this machine has no such device, or `n_episodes` is below 1.
+        FaultyEnvironmentError: an environment failed or answered what cannot be used.
     """
     with open_run(run_dir, best=best, device=device, console=console) as run:
         config = run.config
@@ -199,24 +203,41 @@ def evaluate_run(
         n_episodes = config.eval.n_episodes if n_episodes is None else n_episodes
         if n_episodes < 1:
             raise ConfigError(f"n_episodes={n_episodes} must be at least 1")
-        return final_scores(run.model, config, read_facts(config.env), n_episodes, seed)
+        console = console or Console(quiet=True)
+        return list(final_scores(run.model, config, read_facts(config.env), n_episodes, seed, console))
 
 
 def final_scores(
-    model: RecurrentPPO, config: TrainConfig, facts: TaskFacts | None, n_episodes: int, seed: int
-) -> list[Score]:
-    """The agent, the same agent without memory, random actions and the known bounds of the task."""
-    run = partial(play, model, config, n_episodes, seed)
+    model: RecurrentPPO,
+    config: TrainConfig,
+    facts: TaskFacts | None,
+    n_episodes: int,
+    seed: int,
+    console: Console,
+    check: Callable[[], object] = lambda: None,
+) -> Iterator[Score]:
+    """The agent, the same agent without memory, random actions and the known bounds of the task, one after the other.
+
+    Args:
+        model: agent of the run.
+        config: the run.
+        facts: known bounds of the task, None if there are none.
+        n_episodes: episodes to finish.
+        seed: of the environments, and of what the policy samples.
+        console: told now and then how far it is.
+        check: called after every step, to end the evaluation by an exception.
+    """
+    for agent, emptied in ((TRAINED, False), (EMPTIED, True)):
+        alive = SignOfLife(console, f"the {agent}", n_episodes, check)
+        played = play(model, config, n_episodes, seed, empty_state_every_step=emptied, on_step=alive)
+        yield _score(agent, played, config)
     with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
-        random_actions = evaluate_random(env, n_episodes, seed=seed)
-    scores = [
-        _score(TRAINED, run(), config),
-        _score(EMPTIED, run(empty_state_every_step=True), config),
-        _score("random actions", random_actions, config),
-    ]
+        limit, alive = config.eval.max_episode_steps, SignOfLife(console, RANDOM, n_episodes, check)
+        played = evaluate_random(env, n_episodes, seed=seed, max_episode_steps=limit, on_step=alive)
+        yield _score(RANDOM, played, config)
     if facts is not None:
-        scores += [Score("best without memory", facts.memoryless_return), Score("optimum", facts.optimal_return)]
-    return scores
+        yield Score("best without memory", facts.memoryless_return)
+        yield Score("optimum", facts.optimal_return)
 
 
 def _training_env(config: TrainConfig) -> VecEnv:
@@ -231,7 +252,7 @@ def _last_usable(folder: RunFolder, config: TrainConfig, env: VecEnv, console: C
             return RecurrentPPO.resume_with_notes(path, env, config.device)
         except CheckpointError as error:
             refused = f"{path.name} cannot be used: {error}"
-            _say(console, f"{refused}; trying the one before")
+            say(console, f"{refused}; trying the one before")
         except ValueError as error:
             raise ConfigError(f"{path} does not fit the environment: {error}") from error
     if refused:
@@ -244,33 +265,47 @@ def _run(
     config: TrainConfig,
     folder: RunFolder,
     returns: Returns,
-    log: Mapping[str, Sequence[Any]],
+    notes: Mapping[str, Any],
     stop_when: StopWhen | None,
     console: Console,
 ) -> RunResult:
     """Learn what is left to learn, save, evaluate and report."""
     facts = read_facts(config.env)
-    model.set_logger(_make_logger(folder, model.num_timesteps, log))
+    model.set_logger(_make_logger(folder, model.num_timesteps, notes["log"]))
+    scores: list[Score] = []
+    with Interruption(partial(say, console)) as interruption:
+        with _faults_told(folder, "training stopped", model):
+            _learn(model, config, folder, returns, notes, stop_when, console, interruption)
+        folder.save(model, folder.model)
+        trained = interruption.signal is None
+        if trained:
+            seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
+            closing_scores = final_scores(
+                model, config, facts, config.eval.n_episodes, seed, console, interruption.check
+            )
+            with _faults_told(folder, "the closing evaluation stopped", model), suppress(InterruptedEvaluationError):
+                for score in closing_scores:
+                    scores.append(score)
+            scores[1:1] = _worst_of_last(returns.of("eval"), 5) if scores else []
+    _draw(folder, config, returns.rows, facts, scores)
+    _close(console, folder, config, model, scores, trained=trained, interrupted=interruption.signal is not None)
+    return RunResult(folder.path, folder.model, returns.rows, scores, interruption.signal)
+
+
+@contextmanager
+def _faults_told(folder: RunFolder, what: str, model: RecurrentPPO | None = None) -> Iterator[None]:
+    """Faults of environments, numbers and disks as `TrainingStoppedError`, with what is left to go on from."""
     try:
-        interruption = _learn(model, config, folder, returns, stop_when, console)
-    except (FloatingPointError, WorkerError, OSError) as error:
+        yield
+    except (FloatingPointError, FaultyEnvironmentError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
             raise
         kept = folder.list_checkpoints()
         left = f"{kept[-1]} is kept" if kept else "there is no checkpoint yet"
+        when = "" if model is None else f" after {model.num_timesteps:,} steps"
         raise TrainingStoppedError(
-            f"training stopped after {model.num_timesteps:,} steps: {error}\n{left}; once the cause is mended, go on "
-            f"with: xlstm-rl train --resume {folder.path}"
+            f"{what}{when}: {error}\n{left}; once the cause is mended, go on with: xlstm-rl train --resume {folder.path}"
         ) from error
-    folder.save(model, folder.model)
-    scores: list[Score] = []
-    if interruption.signal is None:
-        seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
-        scores = final_scores(model, config, facts, config.eval.n_episodes, seed)
-        scores[1:1] = _worst_of_last(returns.of("eval"), 5)
-    _draw(folder, config, returns.rows, facts, scores)
-    _close(console, folder, config, model, scores)
-    return RunResult(folder.path, folder.model, returns.rows, scores, interruption.signal)
 
 
 def _learn(
@@ -278,25 +313,30 @@ def _learn(
     config: TrainConfig,
     folder: RunFolder,
     returns: Returns,
+    notes: Mapping[str, Any],
     stop_when: StopWhen | None,
     console: Console,
-) -> Interruption:
+    interruption: Interruption,
+) -> None:
     def save(model: RecurrentPPO) -> None:
         for output in model.logger.output_formats:
             if isinstance(output, TensorBoardOutputFormat) and output.writer is not None:
                 # a killed process loses what it had not written
                 output.writer.flush()
-        notes = {"rows": len(returns.rows), "seconds": returns.seconds(), "log": _pending(model.logger)}
-        folder.save_checkpoint(model, config.checkpoint.keep, notes)
+        kept = {"rows": len(returns.rows), "seconds": returns.seconds(), "log": _pending(model.logger)}
+        folder.save_checkpoint(model, config.checkpoint.keep, kept | {"evaluation_due": evaluation.due})
 
     left = config.total_steps - model.num_timesteps
-    with Interruption() as interruption, LiveView(config.total_steps, console, model.num_timesteps) as view:
-        interim = partial(_interim, config=config)
+    with LiveView(config.total_steps, console, model.num_timesteps) as view:
+        interim = partial(_interim, config=config, console=console, interruption=interruption)
         save_best = partial(folder.save, path=folder.best)
+        # files of earlier versions have no such note
+        due = bool(notes.get("evaluation_due", False))
+        evaluation = PeriodicEvaluation(config.eval.every_steps, interim, returns, view, save_best, due=due)
         callbacks = [
             *([] if stop_when is None else [StopAfterEvaluation(returns, stop_when)]),
             EpisodeRecorder(returns, view, config.eval.success_return),
-            PeriodicEvaluation(config.eval.every_steps, interim, returns, view, save_best),
+            evaluation,
             # last: what is written must be all that the others did
             PeriodicCheckpoint(config.checkpoint.every_steps, save),
             StopOnRequest(lambda: interruption.signal is not None, save),
@@ -306,7 +346,6 @@ def _learn(
         # so that a finished run can be made longer
         save(model)
     model.logger.close()
-    return interruption
 
 
 def _make_logger(folder: RunFolder, step: int, pending: Mapping[str, Sequence[Any]]) -> Logger:
@@ -339,15 +378,16 @@ def _pending(logger: Logger) -> dict[str, list[Any]]:
     }
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-
-def _interim(model: RecurrentPPO, config: TrainConfig) -> tuple[float, float | None, int]:
+def _interim(
+    model: RecurrentPPO, config: TrainConfig, console: Console, interruption: Interruption
+) -> Score | None:
     n_episodes = config.eval.interim_episodes
     seed = environment_seed(config.seed, Purpose.INTERIM_EVALUATION)
-    score = _score("", play(model, config, n_episodes, seed), config)
-    return score.mean_return, score.success, n_episodes
+    alive = SignOfLife(console, "the agent", n_episodes, interruption.check)
+    try:
+        return _score("", play(model, config, n_episodes, seed, on_step=alive), config)
+    except InterruptedEvaluationError:
+        return None
 
 
 def play(
@@ -357,7 +397,7 @@ def play(
     seed: int,
     *,
     wrap: Callable[[VecEnv], VecEnv] | None = None,
-    **how: bool,
+    **how: Any,
 ) -> EvaluationResult:
     """Play episodes in new environments of a run.
 
@@ -367,10 +407,12 @@ def play(
         n_episodes: episodes to finish.
         seed: of the environments, and of what the policy samples.
         wrap: put around the environments, outermost.
-        **how: `deterministic` and `empty_state_every_step`, as for `evaluate`.
+        **how: `deterministic`, `empty_state_every_step`, `max_episode_steps` and `on_step`, as for `evaluate`; episodes
+            are cut where the run cuts them if nothing else is said.
     """
     with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
         env = normalized_like(env, model.get_vec_normalize_env())
+        how = {"max_episode_steps": config.eval.max_episode_steps, **how}
         return evaluate(model, env if wrap is None else wrap(env), n_episodes, seed=seed, **how)
 
 
@@ -384,6 +426,7 @@ def _score(agent: str, result: EvaluationResult, config: TrainConfig) -> Score:
         standard_error=result.standard_error,
         success=None if successes is None else float(successes.mean()),
         episodes=len(result.returns),
+        cut_episodes=result.cut_episodes,
     )
 
 
@@ -398,20 +441,37 @@ def _worst_of_last(rows: list[Row], count: int) -> list[Score]:
 def _draw(
     folder: RunFolder, config: TrainConfig, rows: list[Row], facts: TaskFacts | None, scores: list[Score]
 ) -> None:
-    references = {score.agent: score.mean_return for score in scores if score.agent == "random actions"}
+    references = {score.agent: score.mean_return for score in scores if score.agent == RANDOM}
     if facts is not None:
         references |= {"best without memory": facts.memoryless_return, "optimum": facts.optimal_return}
     if rows:
         plot_curve(rows, folder.curve, f"{config.env.id}, memory {config.memory.name}, seed {config.seed}", references)
 
 
-def _close(console: Console, folder: RunFolder, config: TrainConfig, model: RecurrentPPO, scores: list[Score]) -> None:
+def _close(
+    console: Console,
+    folder: RunFolder,
+    config: TrainConfig,
+    model: RecurrentPPO,
+    scores: list[Score],
+    *,
+    trained: bool,
+    interrupted: bool,
+) -> None:
     if scores:
         console.print(score_table(scores, f"{config.env.id} after {model.num_timesteps:,} steps"))
-        said = f"model saved in {folder.model}; play it again with: xlstm-rl evaluate {folder.path}"
-    else:
-        said = (
+    if any(score.cut_episodes for score in scores):
+        limit = config.eval.max_episode_steps
+        say(console, f"episodes that did not end were cut after {limit:,} steps (eval.max_episode_steps)")
+    again = f"xlstm-rl evaluate {folder.path}"
+    if not trained:
+        text = (
             f"interrupted after {model.num_timesteps:,} steps; model saved in {folder.model}; "
             f"go on with: xlstm-rl train --resume {folder.path}"
         )
-    _say(console, said)
+    elif interrupted:
+        text = f"all steps are done, the closing evaluation was interrupted; model saved in {folder.model}; evaluate it "
+        text += f"with: {again}"
+    else:
+        text = f"model saved in {folder.model}; play it again with: {again}"
+    say(console, text)
