@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from xlstm_rl._version import __version__
@@ -16,6 +16,7 @@ from xlstm_rl.bench.commands import add_parser as add_bench_parser
 from xlstm_rl.configs import ConfigError, dump, load, preset_names
 from xlstm_rl.configs.arguments import natural, positive
 from xlstm_rl.runs.folder import default_run_path
+from xlstm_rl.runs.live import LastingConsole, drop_output
 
 # What a shell reports for a program that a signal ended, less the signal's number.
 SIGNAL_EXIT = 128
@@ -31,9 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: None takes those of the process.
 
     Returns:
-        The exit code: 0, 1 where a fault ended training or an evaluation, 2 for a wrong configuration, 128 plus the
-        signal after an interruption.
+        The exit code: 0, 1 where a fault ended training or an evaluation or a file cannot be read or written, 2 for a
+        wrong configuration, 128 plus the signal after an interruption.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # terminals that do not know a character get its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
     options, left = parser.parse_known_args(arguments)
     # argparse takes no more of a list of arguments once an option has come between
@@ -43,6 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        return STOPPED
+    except OSError as error:
+        place = "" if error.filename is None else f" ({error.filename})"
+        print(f"xlstm-rl: {error.strerror or error}{place}; what was saved until now is kept", file=sys.stderr)
+        return STOPPED
     except ConfigError as error:
         print(f"xlstm-rl: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -126,18 +138,18 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
     if config is None:
         overrides = [text for text in (options.name, *options.overrides) if text is not None]
-        result = resume(options.resume, overrides, console=Console())
+        result = resume(options.resume, overrides, console=LastingConsole())
     else:
         run_dir = options.run_dir or default_run_path(Path(options.name).name.removesuffix(".yaml"), config.seed)
-        result = train(config, run_dir, numbered=options.run_dir is None, console=Console())
+        result = train(config, run_dir, numbered=options.run_dir is None, console=LastingConsole())
     return 0 if result.interrupted_by is None else SIGNAL_EXIT + result.interrupted_by
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from xlstm_rl.runs.table import score_table
+    from xlstm_rl.runs.table import show_scores
     from xlstm_rl.runs.train import evaluate_run
 
-    console = Console()
+    console = LastingConsole()
     scores = evaluate_run(
         options.run_dir,
         n_episodes=options.episodes,
@@ -146,21 +158,23 @@ def _evaluate(options: argparse.Namespace) -> int:
         best=options.best,
         console=console,
     )
-    console.print(score_table(scores, str(options.run_dir)))
+    show_scores(console, scores, str(options.run_dir))
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from xlstm_rl.runs.open import export_run
 
-    export_run(options.run_dir, options.path, best=options.best, console=Console())
+    export_run(options.run_dir, options.path, best=options.best, console=LastingConsole())
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from xlstm_rl.runs.open import inspect_run
 
-    inspect_run(options.run_dir, best=options.best, max_steps=options.max_steps, seed=options.seed, console=Console())
+    inspect_run(
+        options.run_dir, best=options.best, max_steps=options.max_steps, seed=options.seed, console=LastingConsole()
+    )
     return 0
 
 
@@ -171,7 +185,7 @@ def _list(options: argparse.Namespace) -> int:
     from xlstm_rl.envs import suite_ids, task_facts
     from xlstm_rl.memory import memory_names
 
-    console = Console()
+    console = LastingConsole()
     presets = _table("presets", "name", "memory", "steps", "task")
     for name in preset_names():
         config = load(name)

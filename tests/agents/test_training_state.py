@@ -304,3 +304,16 @@ def test_normalizer_that_cannot_take_the_settings_is_refused() -> None:
     model.save_checkpoint(file)
     with pytest.raises(CheckpointError, match="the run normalised observations.*norm_obs=False"):
         RecurrentPPO.resume(file, VecNormalize(envs(), norm_obs=False), device="cpu")
+
+
+def test_run_that_has_not_begun_is_saved_and_resumed() -> None:
+    def env() -> VecEnv:
+        return VecNormalize(envs())
+
+    whole, file = learner(env()), io.BytesIO()
+    whole.save_checkpoint(file)
+    whole.learn(ROLLOUT)
+    with pytest.warns(UserWarning, match="new episodes"):
+        parts = RecurrentPPO.resume(file, env(), device="cpu")
+    parts.learn(ROLLOUT)
+    assert parts.num_timesteps == whole.num_timesteps

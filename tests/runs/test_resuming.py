@@ -308,6 +308,7 @@ def test_full_disk_is_told_without_a_traceback(
     run_dir = tmp_path / "run"
     # the disk is full once the folder is there
     monkeypatch.setattr("xlstm_rl.runs.folder.write_whole", Path.write_bytes)
+    monkeypatch.setattr("xlstm_rl.runs.folder.make_folder", Path.mkdir)
     assert cli.main(["train", "cartpole-no-velocity", *SMALL, "--run-dir", str(run_dir)]) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error

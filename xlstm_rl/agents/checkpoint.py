@@ -279,6 +279,15 @@ def make_folder(path: Path) -> None:
         sync_folder(folder.parent)
 
 
+def flush_file(path: Path) -> None:
+    """Put what was written to a file on the disk; one that is not there has nothing."""
+    try:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    except FileNotFoundError:
+        return
+
+
 def sync_folder(path: Path) -> None:
     """Flush the names in a folder to the disk, where the system can."""
     if os.name == "nt":

@@ -129,7 +129,12 @@ def _wrappers(env: VecEnv) -> Iterator[VecEnvWrapper]:
 def _wrapper_state(wrapper: VecEnvWrapper) -> Any:
     """Arrays are copied, for wrappers change them in place."""
     if isinstance(wrapper, VecNormalize):
-        running = {"returns": wrapper.returns, "old_reward": wrapper.old_reward, "old_obs": wrapper.old_obs}
+        # before the first reset there is no observation
+        running = {
+            "returns": wrapper.returns,
+            "old_reward": wrapper.old_reward,
+            "old_obs": vars(wrapper).get("old_obs"),
+        }
         return normalizer_state(wrapper) | {"training": wrapper.training} | copy.deepcopy(running)
     if isinstance(wrapper, VecFrameStack):
         return copy.deepcopy(_stacks(wrapper))

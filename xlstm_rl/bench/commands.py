@@ -50,20 +50,19 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from xlstm_rl.bench.card import render
     from xlstm_rl.bench.plan import plan_runs, select_runs
     from xlstm_rl.bench.results import gather, write_results
     from xlstm_rl.bench.runner import check_settings, run_all
     from xlstm_rl.bench.spec import load_spec
+    from xlstm_rl.runs.live import LastingConsole
 
     spec = load_spec(options.spec)
     name = Path(options.spec).name.removesuffix(".yaml").removesuffix(".yml")
     out: Path = options.out or Path("bench") / name
     runs = plan_runs(spec, out)
     chosen = select_runs(runs, options.only)
-    console = Console()
+    console = LastingConsole()
     with _alone_in(out):
         check_settings(runs, spec)
         outcome = run_all(

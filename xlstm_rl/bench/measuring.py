@@ -141,7 +141,8 @@ def measure(
 
     config, folder = run.config, RunFolder(result.folder)
     with closing(make_env(config, 1, config.seed, here=True)) as env:
-        model = RecurrentPPO.load(folder.model, env=normalized_as_saved(env, config, folder.model), device="cpu")
+        with folder.model.open("rb") as file:
+            model = RecurrentPPO.load(file, env=normalized_as_saved(env, config, file), device="cpu")
         scores = {line.agent: line for line in result.scores}
         seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
         sampled = play(model, config, config.eval.n_episodes, seed, deterministic=False, on_step=on_step)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from signal import Signals
 
 from rich.console import Console
@@ -182,12 +181,7 @@ def _context() -> BaseContext:
 
 
 def _steps(run: PlannedRun) -> int:
-    path: Path = run.folder / "returns.csv"
-    try:
-        rows = read_returns(path)
-    # not there yet, or a line is being written
-    except (FileNotFoundError, KeyError, TypeError, ValueError):
-        return 0
+    rows = read_returns(run.folder / "returns.csv")
     return rows[-1].step if rows else 0
 
 

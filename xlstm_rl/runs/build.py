@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import gymnasium
 import torch
@@ -208,22 +208,26 @@ def _normalizes(config: EnvConfig) -> bool:
     return config.normalize_observation or config.normalize_reward
 
 
-def normalized_as_saved(env: VecEnv, config: TrainConfig, model: Path) -> VecEnv:
+def normalized_as_saved(env: VecEnv, config: TrainConfig, model: IO[bytes]) -> VecEnv:
     """The environment with the normalisation that a saved model was trained with, if the run normalises.
 
+    Args:
+        env: as it is.
+        config: of the run.
+        model: its file, opened.
+
     Raises:
-        ConfigError: it is missing or damaged.
-        FileNotFoundError: there is no such model.
+        ConfigError: the normalisation is missing or damaged.
     """
     if not _normalizes(config.env):
         return env
     try:
-        normalizer = load_normalizer(model, env) or _normalizer_beside(model, env)
+        normalizer = load_normalizer(model, env) or _normalizer_beside(Path(model.name), env)
     except ValueError as error:
-        raise ConfigError(f"the normalisation of {model} cannot be used: {error}") from error
+        raise ConfigError(f"the normalisation of {model.name} cannot be used: {error}") from error
     if normalizer is None:
         raise ConfigError(
-            f"{model} holds no normalisation, and the run normalises (env.normalize_observation="
+            f"{model.name} holds no normalisation, and the run normalises (env.normalize_observation="
             f"{config.env.normalize_observation}, env.normalize_reward={config.env.normalize_reward}); put back the "
             "file that the run wrote"
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.runs.returns import Row
 
 
@@ -35,9 +36,9 @@ def plot_curve(rows: Sequence[Row], path: Path, title: str, references: Mapping[
         _draw(panels[1], [(row, row.success) for row in rows if row.success is not None], "success rate")
         panels[1].set_ylim(-0.03, 1.03)
     figure.suptitle(title, fontsize="medium")
-    partial = path.with_name(path.name + ".part")
-    figure.savefig(partial, format="png", dpi=120)
-    os.replace(partial, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(path, picture.getvalue())
 
 
 def _draw(axes: Any, points: Sequence[tuple[Row, float]], label: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
 import platform
@@ -20,9 +22,14 @@ import torch
 import yaml
 
 from xlstm_rl._version import __version__
-from xlstm_rl.agents.checkpoint import write_whole
+from xlstm_rl.agents.checkpoint import make_folder, remove_unfinished, write_whole
 from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
 from xlstm_rl.runs.lock import LockedError, exclusive
+
+
+# The last line of config.yaml.
+CHECKSUM_NAME = b"xlstm_rl-sha256"
+CHECKSUM = b"# %b of the lines above: %%b\n" % CHECKSUM_NAME
 
 
 class RunFolder:
@@ -32,6 +39,7 @@ class RunFolder:
     `tensorboard/` events, `checkpoints/` to resume from, `best.zip` the model of the best evaluation during training,
     `model.zip` the last model of a run that ended, each with the normalisation that it was trained with. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked
     into (`inspection-best` that of the best model), `lock` the process that trains, or trained last.
+    The last line of `config.yaml` is a checksum of the others.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,7 +95,7 @@ class RunFolder:
         """The folder made, or None if it is taken."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             return None
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         folder = cls(path)
         try:
             # Of several processes only one can make it.
@@ -117,6 +125,8 @@ class RunFolder:
                 ) from error
             except OSError as error:
                 raise ConfigError(f"run folder {self.path} cannot be written: {error.strerror}") from error
+            for unfinished in (self.path, self.checkpoints):
+                remove_unfinished(unfinished)
             yield
 
     def load_config(self, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -127,11 +137,29 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise ConfigError(f"{self.path} is no run folder: it holds no config.yaml; give a folder that train made")
+        self._check_config()
         return load(str(self.config), overrides)
 
     def write_config(self, config: TrainConfig) -> None:
         """Replace the configuration of the run."""
-        write_whole(self.config, dump(config).encode())
+        text = dump(config).encode()
+        write_whole(self.config, text + CHECKSUM % hashlib.sha256(text).hexdigest().encode())
+
+    def _check_config(self) -> None:
+        """A checkpoint is sound in itself; of the configuration only its checksum can tell."""
+        try:
+            content = self.config.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"cannot read {self.config}: {error.strerror}") from error
+        if CHECKSUM_NAME not in content:
+            # of an earlier version, or taken away on purpose
+            return
+        text, _, line = content.removesuffix(b"\n").rpartition(b"\n")
+        if line + b"\n" != CHECKSUM % hashlib.sha256(text + b"\n").hexdigest().encode() or content[-1:] != b"\n":
+            raise ConfigError(
+                f"{self.config} is damaged or was changed after the run had written it: put it back, or remove its "
+                "last line to take it as it is"
+            )
 
     def latest_model(self) -> Path:
         """The last model, else the last checkpoint.
@@ -172,7 +200,9 @@ class RunFolder:
         path = self._checkpoint(model)
         model.save_checkpoint(path, notes)
         for old in self.list_checkpoints()[:-keep]:
-            old.unlink()
+            # somebody may have removed it, or hold it open where the system then keeps it
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                old.unlink()
         # that of a run before it was resumed is older than the checkpoint
         self.model.unlink(missing_ok=True)
         return path

@@ -1,7 +1,10 @@
-"""The live view of a training run: one updating line on a terminal, plain lines elsewhere."""
+"""How a run is shown while it goes on: one updating line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -10,11 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 PLAIN_SECONDS = 5.0
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is."""
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 class SignOfLife:
@@ -44,6 +42,35 @@ class SignOfLife:
         if time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             say(self._console, f"evaluating {self._what}: {finished} of {self._n_episodes} episodes, step {steps:,}")
+
+
+class LastingConsole(Console):
+    """A console whose reader may go away, as in `xlstm-rl train ... | head -1`: what is done goes on unseen."""
+
+    def on_broken_pipe(self) -> None:
+        """Print no more, and say so once where errors go."""
+        self.quiet = True
+        drop_output()
+        with contextlib.suppress(OSError):
+            print("xlstm-rl: nobody reads the output any more; it goes on without", file=sys.stderr, flush=True)
+
+
+def drop_output() -> None:
+    """Let everything that is printed from now on go nowhere, also what waits to be printed."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, in whatever characters the console has."""
+    console.print(printable(console, text), highlight=False, soft_wrap=True, markup=False)
+
+
+def printable(console: Console, text: str) -> str:
+    """The text, with numbers in place of characters that the console does not have."""
+    return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
 
 
 class LiveView:

@@ -5,20 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from filelock import FileLock, Timeout
 
-_TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
-# Windows keeps others from reading what is locked, and the name of the holder is at the start.
-_FAR = 2**30
+# What file systems without locks answer.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class LockedError(RuntimeError):
@@ -33,27 +27,27 @@ def exclusive(path: Path) -> Iterator[None]:
 
     Raises:
         LockedError: another process, or another place in this one, holds it.
+        OSError: the file cannot be written.
     """
-    # not "w": what the holder wrote must stay; not "a": it would not be written over
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8") as file:
-        try:
-            _lock(file)
-        except OSError as error:
-            if error.errno in _TAKEN:
-                raise LockedError(file.read().strip() or "another process") from error
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        # closing the file gives the lock back
+    # a soft lock would outlast a process that is killed
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise LockedError(_holder(path) or "another process") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    try:
+        # Windows keeps everybody from what is locked
+        with suppress(PermissionError):
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
+    finally:
+        lock.release()
 
 
-def _lock(file: IO[str]) -> None:
-    if sys.platform == "win32":
-        os.lseek(file.fileno(), _FAR, os.SEEK_SET)
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        finally:
-            os.lseek(file.fileno(), 0, os.SEEK_SET)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _holder(path: Path) -> str:
+    with suppress(FileNotFoundError, PermissionError):
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    return ""

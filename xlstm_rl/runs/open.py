@@ -25,6 +25,8 @@ from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.seeds import Purpose, environment_seed
 
 DEFAULT_FPS = 10
+# A run that trains has a new checkpoint before it removes the old one.
+ATTEMPTS = 100
 
 
 class FinishedRun(NamedTuple):
@@ -64,20 +66,12 @@ def open_run(
     """
     folder = RunFolder(Path(run_dir))
     config = folder.load_config()
-    path = folder.best if best else folder.latest_model()
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing: no evaluation during training was due yet; take the last model")
     device = evaluation_device(config.device, device, console or Console(quiet=True))
     with (
         torch_threads(config.threads),
         closing(make_env(_rendering(config) if render else config, 1, config.seed, here=True)) as env,
     ):
-        env = normalized_as_saved(env, config, path)
-        try:
-            model = RecurrentPPO.load(path, env=env, device=device)
-        # A damaged file, or spaces other than those of the environment.
-        except ValueError as error:
-            raise ConfigError(f"the model cannot be loaded: {error}") from error
+        model = _load(folder, best, config, env, device)
         wrapped = model.get_env()
         assert wrapped is not None, "loaded with one"
         normalizer = model.get_vec_normalize_env()
@@ -85,6 +79,26 @@ def open_run(
             # what is played now is no training
             normalizer.training = False
         yield FinishedRun(folder, config, model, wrapped)
+
+
+def _load(folder: RunFolder, best: bool, config: TrainConfig, env: VecEnv, device: str) -> RecurrentPPO:
+    """The model and its normalisation, both from one file, which a run that trains may replace at any moment."""
+    for _ in range(ATTEMPTS):
+        path = folder.best if best else folder.latest_model()
+        try:
+            with path.open("rb") as file:
+                return RecurrentPPO.load(file, env=normalized_as_saved(env, config, file), device=device)
+        except FileNotFoundError as error:
+            if best:
+                raise ConfigError(
+                    f"{path} is missing: no evaluation during training was due yet; take the last model"
+                ) from error
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        # A damaged file, or spaces other than those of the environment.
+        except ValueError as error:
+            raise ConfigError(f"the model cannot be loaded: {error}") from error
+    raise ConfigError(f"{folder.path} is written to faster than it can be read; try again when the run has ended")
 
 
 def _rendering(config: TrainConfig) -> TrainConfig:

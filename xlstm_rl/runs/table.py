@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rich.console import Console
 from rich.table import Table
+
+from xlstm_rl.runs.live import printable
 
 
 class Score(NamedTuple):
@@ -29,7 +32,12 @@ class Score(NamedTuple):
     cut_episodes: int = 0
 
 
-def score_table(scores: Sequence[Score], title: str) -> Table:
+def show_scores(console: Console, scores: Sequence[Score], title: str) -> None:
+    """Print the scores as a table, in whatever characters the console has."""
+    console.print(score_table(scores, printable(console, title), plus_minus=_plus_minus(console)))
+
+
+def score_table(scores: Sequence[Score], title: str, *, plus_minus: str = "±") -> Table:
     """The scores as a rich table; the success column only where any is known."""
     show_success = any(score.success is not None for score in scores)
     table = Table(title=title, title_justify="left", title_style="bold")
@@ -38,11 +46,15 @@ def score_table(scores: Sequence[Score], title: str) -> Table:
         table.add_column(column, justify="right")
     for score in scores:
         mean = f"{score.mean_return:,.0f}" if abs(score.mean_return) >= 100 else f"{score.mean_return:.2f}"
-        error = "" if score.standard_error is None else f" ± {_two_digits(score.standard_error)}"
+        error = "" if score.standard_error is None else f" {plus_minus} {_two_digits(score.standard_error)}"
         success = [_or_dash(score.success, ".2f")] if show_success else []
         cut = f" ({score.cut_episodes} cut)" if score.cut_episodes else ""
         table.add_row(score.agent, mean + error, *success, _or_dash(score.episodes, "d") + cut)
     return table
+
+
+def _plus_minus(console: Console) -> str:
+    return "±" if printable(console, "±") == "±" else "+-"
 
 
 def _two_digits(value: float) -> str:

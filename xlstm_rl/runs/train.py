@@ -11,12 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, configure
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import CheckpointError, RecurrentPPO
+from xlstm_rl.agents.checkpoint import flush_file
 from xlstm_rl.agents.env_contract import FaultyEnvironmentError
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
 from xlstm_rl.agents.saving import Resumed
@@ -41,14 +43,15 @@ from xlstm_rl.envs import TaskFacts, suite_versions
 from xlstm_rl.runs.open import open_run
 from xlstm_rl.runs.interruption import InterruptedEvaluationError, Interruption
 from xlstm_rl.runs.live import LiveView, SignOfLife, say
-from xlstm_rl.runs.returns import Returns, Row, read_returns
-from xlstm_rl.runs.table import Score, score_table
+from xlstm_rl.runs.returns import Returns, Row, pack_rows, read_returns, unpack_rows
+from xlstm_rl.runs.table import Score, show_scores
 from xlstm_rl.runs.curve import plot_curve
 from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.seeds import Purpose, environment_seed
 
 StopWhen = Callable[[Sequence[Row]], bool]
 
+# Of writing; what the system says of opening a file names the file.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 TRAINED, EMPTIED, RANDOM = "trained agent", "same agent, memory emptied every step", "random actions"
 
@@ -108,7 +111,7 @@ def train(
         model = make_model(config, normalized(env, config))
         folder = RunFolder.create(Path(run_dir), config, versions=suite_versions(config.env.id), numbered=numbered)
         say(console, f"run folder {folder.path}")
-        with folder.training():
+        with folder.training(), _faults_told(folder, "training stopped", model):
             return _run(model, config, folder, Returns(folder.returns), {"log": {}}, stop_when, console)
 
 
@@ -158,19 +161,39 @@ def resume(
                 f"total_steps={config.total_steps:,} is below the {resumed.model.num_timesteps:,} steps that are done; "
                 "give more, or leave it out"
             )
-        if overrides:
-            folder.write_config(config)
-        if resumed is None:
-            model = make_model(config, env)
-            return _run(model, config, folder, Returns(folder.returns), {"log": {}}, stop_when, console)
-        done, of = resumed.model.num_timesteps, config.total_steps
-        longer = f"; all {of:,} are done, and total_steps=N goes on for longer" if done >= of else ""
-        say(console, f"{folder.path} goes on after {done:,} steps{longer}")
-        if resumed.restarted is not None:
-            say(console, f"all environments start new episodes: {resumed.restarted}")
-        notes = resumed.notes
-        returns = Returns(folder.returns, read_returns(folder.returns, notes["rows"]), notes["seconds"])
-        return _run(resumed.model, config, folder, returns, notes, stop_when, console)
+        model = make_model(config, env) if resumed is None else resumed.model
+        with _faults_told(folder, "training stopped", model):
+            if overrides:
+                folder.write_config(config)
+            if resumed is None:
+                return _run(model, config, folder, Returns(folder.returns), {"log": {}}, stop_when, console)
+            _say_where(resumed, config, folder, console)
+            notes = resumed.notes
+            returns = Returns(folder.returns, _rows_so_far(notes, folder, console), notes["seconds"])
+            return _run(model, config, folder, returns, notes, stop_when, console)
+
+
+def _say_where(resumed: Resumed[RecurrentPPO], config: TrainConfig, folder: RunFolder, console: Console) -> None:
+    done, of = resumed.model.num_timesteps, config.total_steps
+    longer = f"; all {of:,} are done, and total_steps=N goes on for longer" if done >= of else ""
+    say(console, f"{folder.path} goes on after {done:,} steps{longer}")
+    if resumed.restarted is not None:
+        say(console, f"all environments start new episodes: {resumed.restarted}")
+
+
+def _rows_so_far(notes: Mapping[str, Any], folder: RunFolder, console: Console) -> list[Row]:
+    """The returns up to a checkpoint, which holds them itself since files have format 2."""
+    found, noted = read_returns(folder.returns), notes["rows"]
+    rows = found[:noted] if isinstance(noted, int) else unpack_rows(noted)
+    missing = (noted if isinstance(noted, int) else len(rows)) - len(found)
+    if missing > 0 or found[: len(rows)] != rows:
+        lost = "; they are lost" if isinstance(noted, int) else "; it is written anew from the checkpoint"
+        say(console, f"{folder.returns} is damaged, {max(missing, 0)} rows of it are missing{lost}")
+    for name, size in notes.get("events", {}).items():
+        path = folder.tensorboard / name
+        if not path.is_file() or path.stat().st_size < size:
+            say(console, f"{path} lacks events from before the checkpoint; TensorBoard will show a gap")
+    return rows
 
 
 def evaluate_run(
@@ -249,8 +272,12 @@ def _last_usable(folder: RunFolder, config: TrainConfig, env: VecEnv, console: C
     refused = ""
     for path in reversed(folder.list_checkpoints()):
         try:
-            return RecurrentPPO.resume_with_notes(path, env, config.device)
-        except CheckpointError as error:
+            resumed = RecurrentPPO.resume_with_notes(path, env, config.device)
+            _check_notes(resumed.notes, path)
+            return resumed
+        except (CheckpointError, OSError) as error:
+            if isinstance(error, OSError) and not _is_of(error, folder.path):
+                raise
             refused = f"{path.name} cannot be used: {error}"
             say(console, f"{refused}; trying the one before")
         except ValueError as error:
@@ -258,6 +285,15 @@ def _last_usable(folder: RunFolder, config: TrainConfig, env: VecEnv, console: C
     if refused:
         raise ConfigError(f"{folder.path} has no usable checkpoint left: {refused}")
     return None
+
+
+def _check_notes(notes: Mapping[str, Any], path: Path) -> None:
+    """Refuse a checkpoint that somebody else than `train` wrote."""
+    rows, log = notes.get("rows"), notes.get("log")
+    if not isinstance(rows, int | np.ndarray) or not isinstance(log, dict):
+        raise CheckpointError(f"{path} is no checkpoint of a run folder: it notes no returns; RecurrentPPO.resume reads it")
+    if isinstance(rows, np.ndarray):
+        unpack_rows(rows)
 
 
 def _run(
@@ -274,8 +310,7 @@ def _run(
     model.set_logger(_make_logger(folder, model.num_timesteps, notes["log"]))
     scores: list[Score] = []
     with Interruption(partial(say, console)) as interruption:
-        with _faults_told(folder, "training stopped", model):
-            _learn(model, config, folder, returns, notes, stop_when, console, interruption)
+        _learn(model, config, folder, returns, notes, stop_when, console, interruption)
         folder.save(model, folder.model)
         trained = interruption.signal is None
         if trained:
@@ -298,7 +333,7 @@ def _faults_told(folder: RunFolder, what: str, model: RecurrentPPO | None = None
     try:
         yield
     except (FloatingPointError, FaultyEnvironmentError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
+        if isinstance(error, OSError) and not _is_of(error, folder.path):
             raise
         kept = folder.list_checkpoints()
         left = f"{kept[-1]} is kept" if kept else "there is no checkpoint yet"
@@ -306,6 +341,12 @@ def _faults_told(folder: RunFolder, what: str, model: RecurrentPPO | None = None
         raise TrainingStoppedError(
             f"{what}{when}: {error}\n{left}; once the cause is mended, go on with: xlstm-rl train --resume {folder.path}"
         ) from error
+
+
+def _is_of(error: OSError, folder: Path) -> bool:
+    """Whether an error is about the disk, or a file in the folder, and not about what an environment does."""
+    named = isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder)
+    return named or error.errno in _DISK_ERRORS
 
 
 def _learn(
@@ -319,12 +360,16 @@ def _learn(
     interruption: Interruption,
 ) -> None:
     def save(model: RecurrentPPO) -> None:
-        for output in model.logger.output_formats:
-            if isinstance(output, TensorBoardOutputFormat) and output.writer is not None:
-                # a killed process loses what it had not written
-                output.writer.flush()
-        kept = {"rows": len(returns.rows), "seconds": returns.seconds(), "log": _pending(model.logger)}
-        folder.save_checkpoint(model, config.checkpoint.keep, kept | {"evaluation_due": evaluation.due})
+        # first, so that a power cut leaves no checkpoint that knows more than they do
+        returns.flush()
+        kept = {
+            "rows": pack_rows(returns.rows),
+            "seconds": returns.seconds(),
+            "log": _pending(model.logger),
+            "events": _flush_events(model.logger, folder.tensorboard),
+            "evaluation_due": evaluation.due,
+        }
+        folder.save_checkpoint(model, config.checkpoint.keep, kept)
 
     left = config.total_steps - model.num_timesteps
     with LiveView(config.total_steps, console, model.num_timesteps) as view:
@@ -350,7 +395,8 @@ def _learn(
 
 def _make_logger(folder: RunFolder, step: int, pending: Mapping[str, Sequence[Any]]) -> Logger:
     """TensorBoard events, those after `step` declared void, with values that wait to be written."""
-    before = [int(path.name.split(".")[3]) for path in folder.tensorboard.glob("events.out.tfevents.*")]
+    names = [path.name.split(".") for path in folder.tensorboard.glob("events.out.tfevents.*")]
+    before = [int(parts[3]) for parts in names if parts[3].isdecimal()]
     if max(before, default=0) >= int(time.time()):
         # readers order files by the second in their names
         time.sleep(1.0)
@@ -367,6 +413,17 @@ def _make_logger(folder: RunFolder, step: int, pending: Mapping[str, Sequence[An
         logger.name_to_value[name], logger.name_to_count[name] = value, count
         logger.name_to_excluded[name] = tuple(excluded)
     return logger
+
+
+def _flush_events(logger: Logger, folder: Path) -> dict[str, int]:
+    """Put all events on the disk; sizes of the files by name."""
+    for output in logger.output_formats:
+        if isinstance(output, TensorBoardOutputFormat) and output.writer is not None:
+            output.writer.flush()
+    paths = sorted(folder.glob("events.out.tfevents.*"))
+    for path in paths:
+        flush_file(path)
+    return {path.name: path.stat().st_size for path in paths}
 
 
 def _pending(logger: Logger) -> dict[str, list[Any]]:
@@ -459,7 +516,7 @@ def _close(
     interrupted: bool,
 ) -> None:
     if scores:
-        console.print(score_table(scores, f"{config.env.id} after {model.num_timesteps:,} steps"))
+        show_scores(console, scores, f"{config.env.id} after {model.num_timesteps:,} steps")
     if any(score.cut_episodes for score in scores):
         limit = config.eval.max_episode_steps
         say(console, f"episodes that did not end were cut after {limit:,} steps (eval.max_episode_steps)")
