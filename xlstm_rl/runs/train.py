@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -386,7 +387,10 @@ def _learn(
             PeriodicCheckpoint(config.checkpoint.every_steps, save),
             StopOnRequest(lambda: interruption.signal is not None, save),
         ]
-        model.learn(max(left, 0), callback=CallbackList(callbacks), reset_num_timesteps=False)
+        with warnings.catch_warnings():
+            # what is left of a run may be its last rollout, to whose end the rate is to have fallen to 0
+            warnings.filterwarnings("ignore", message="the learning rate was 0")
+            model.learn(max(left, 0), callback=CallbackList(callbacks), reset_num_timesteps=False)
     if interruption.signal is None and config.checkpoint.every_steps is not None and not folder.has_checkpoint(model):
         # so that a finished run can be made longer
         save(model)
