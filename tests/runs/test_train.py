@@ -161,7 +161,7 @@ def test_memory_inputs_are_trained_saved_and_evaluated(tmp_path: Path) -> None:
 
 
 def test_unknown_memory_input_is_named() -> None:
-    with pytest.raises(ConfigError, match="env.memory_inputs has 'actions'; did you mean 'action'"):
+    with pytest.raises(ConfigError, match=r"env\.memory_inputs.*'actions'.*did you mean 'action'"):
         tiny("cue-recall", "env.memory_inputs=[actions]")
 
 
