@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import xlstm_rl.envs
 from xlstm_rl._version import __version__
 from xlstm_rl.kernels import backend_info
-from xlstm_rl.memory import MemoryCore, load_nxai_weights, make_memory, register_memory
+from xlstm_rl.memory import MemoryCore, load_nxai_weights, make_memory, register_block, register_memory
 
 if TYPE_CHECKING:
     from xlstm_rl.agents import (
@@ -55,6 +55,7 @@ __all__ = [
     "load_nxai_weights",
     "make_memory",
     "open_run",
+    "register_block",
     "register_loss",
     "register_memory",
 ]

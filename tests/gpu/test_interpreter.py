@@ -286,3 +286,39 @@ def test_gpu_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_tolerance_of_bfloat16_is_a_few_of_its_roundings() -> None:
     assert TOLERANCE[torch.bfloat16] <= 4 * torch.finfo(torch.bfloat16).eps
+
+
+SPOILT = [("mlstm", at) for at in range(5)] + [("slstm", 0)]
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
+@pytest.mark.parametrize(("operation", "at"), SPOILT, ids=lambda value: str(value))
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("again", (7, 18))
+def test_a_spoilt_step_reaches_no_other_episode_and_no_step_before(
+    operation: str, at: int, value: float, again: int
+) -> None:
+    case = make(operation, T=20 if operation == "mlstm" else 9)
+    again = min(again, 7) if operation == "slstm" else again
+    case.reset[0] = False
+    case.reset[0, again] = True
+    sequence = [x.clone() for x in case.sequence]
+    sequence[at][0, 5].view(-1)[-1] = value
+    hidden, state = cases.run(case._replace(sequence=tuple(sequence)), "triton")
+    expected, expected_state = cases.run(case, "triton")
+    clean = torch.ones(case.reset.shape, dtype=torch.bool)
+    clean[0, 5:again] = False
+    assert_close(hidden[clean], expected[clean])
+    assert_close(state, expected_state)
+    assert not bool(hidden[0, 5].isfinite().all()) or value == float("inf")
+
+
+@every_operation
+@pytest.mark.parametrize("T", (1, 9))
+def test_a_spoilt_state_ends_at_an_episode_start(operation: str, T: int) -> None:
+    case = make(operation, T=T)
+    case.reset[0, 0] = True
+    spoilt = cases.like(case.state, (x.clone() for x in case.state))
+    for leaf in spoilt:
+        leaf[0] = float("nan")
+    assert_close(cases.run(case._replace(state=spoilt), "triton"), cases.run(case, "triton"))

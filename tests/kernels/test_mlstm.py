@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import assert_close
 from tests.kernels import cases
-from xlstm_rl.kernels import MLSTMState, mlstm_sequence
+from xlstm_rl.kernels import ForgetActivation, MLSTMState, mlstm_sequence
 
 every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
 every_fast_backend = pytest.mark.parametrize("backend", cases.FAST_BACKENDS)
@@ -115,3 +115,48 @@ def test_strided_arguments_give_the_same(backend: str) -> None:
 def test_carried_state_owns_no_more_memory_than_it_shows(backend: str) -> None:
     _, state = cases.run(cases.make_case("mlstm", T=200), backend)
     assert all(leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size() for leaf in state)
+
+
+@pytest.mark.parametrize("backend", cases.FAST_BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("size", (2.0**10, 2.0**15, 2.0**30, 2.0**60, 2.0**100))
+@pytest.mark.parametrize("forget_activation", ("sigmoid", "exp"))
+def test_gates_that_are_large_and_cancel_equal_the_reference(
+    backend: str, dtype: torch.dtype, size: float, forget_activation: ForgetActivation
+) -> None:
+    T = 40
+    ones = torch.ones(1, T, 1, 1, dtype=dtype)
+    value = torch.arange(1.0, T + 1, dtype=dtype).view(1, T, 1, 1)
+    gates = torch.stack((torch.arange(T) % 3 - 1.0, -(torch.arange(T) % 4 / 2.0)), -1).to(dtype)[None, :, None]
+    # what was written with a huge gate is forgotten by one as huge, early, at a chunk's edge and in the next one
+    for t in (0, 30, 35):
+        gates[0, t, 0, 0], gates[0, t + 1, 0, 1] = size, -size
+    arguments = (ones, ones, value, gates[..., 0], gates[..., 1])
+    hidden, state = mlstm_sequence(*arguments, forget_activation=forget_activation, backend=backend)
+    expected, expected_state = mlstm_sequence(*arguments, forget_activation=forget_activation, backend="reference")
+    assert_close(hidden, expected)
+    assert_close(state, expected_state)
+
+
+@pytest.mark.parametrize("backend", cases.FAST_BACKENDS)
+@pytest.mark.parametrize("operation", cases.OPERATIONS)
+@pytest.mark.parametrize("seed", range(10))
+def test_gates_of_every_size_equal_the_reference(backend: str, operation: str, seed: int) -> None:
+    case = cases.make_case(operation, T=50, K=3, V=3, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    sequence = list(case.sequence)
+    for at in (3, 4) if operation == "mlstm" else (0,):
+        exponent = cases.uniform(generator, -2, 30, *sequence[at].shape)
+        sequence[at] = 10**exponent * sequence[at].sign()
+    case = case._replace(sequence=tuple(sequence))
+    assert_close(cases.run(case, backend), cases.run(case, "reference"))
+
+
+@pytest.mark.skipif("cpp" not in cases.BACKENDS, reason="the compiled kernels are not built")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_gates_beyond_ten_thousand_are_numbers_like_any_others(dtype: torch.dtype) -> None:
+    ones = torch.ones(1, 2, 1, 1, dtype=dtype)
+    value = torch.tensor([1.0, 2.0], dtype=dtype).view(1, 2, 1, 1)
+    gates = torch.tensor([[[30000.0], [15000.0]], [[0.0], [-20000.0]]], dtype=dtype)
+    hidden, _ = mlstm_sequence(ones, ones, value, gates[:1], gates[1:], backend="cpp")
+    assert_close(hidden, value)

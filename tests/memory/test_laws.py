@@ -36,6 +36,8 @@ CORES: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer": ("transformer", {"hidden_size": 8, "num_heads": 2, "window": 5}),
     "two-layer transformer": ("transformer", {"hidden_size": 8, "num_layers": 2, "window": 3}),
     "ssm": ("ssm", {"hidden_size": 8, "num_states": 2}),
+    "mas": ("xlstm", SMALL | {"blocks": "mas", "attention_window": 5}),
+    "gru of two layers": ("gru", {"hidden_size": 6, "num_layers": 2, "bias": False}),
     "two-layer ssm without conv": ("ssm", {"hidden_size": 6, "num_layers": 2, "conv_kernel": 1}),
     "frames": ("frames", {"hidden_size": 8}),
     "one frame": ("frames", {"hidden_size": 8, "num_frames": 1}),
@@ -251,6 +253,19 @@ def test_the_check_runs_on_the_device_and_in_the_dtype_of_the_core(
 
 def test_core_without_parameters_is_checked_in_the_dtype_of_its_state() -> None:
     check_memory_laws(WithoutParameters())
+
+
+class RunsBackInTime(Accumulator):
+    """Weighs what comes later with zero, which NaN outlives."""
+
+    def forward(self, x: Tensor, state: Any, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state, reset)
+        return y + 0.0 * x.sum(1, keepdim=True), state
+
+
+def test_core_in_which_what_is_spoilt_goes_back_in_time_is_caught() -> None:
+    with pytest.raises(AssertionError, match=r"spoilt \(by nan\): output is off by nan"):
+        check_memory_laws(RunsBackInTime())
 
 
 def test_broken_laws_are_caught_where_python_leaves_assertions_out() -> None:

@@ -83,7 +83,7 @@ class NoWidth(Memoryless):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"blocks": "mx"},
+        {"blocks": "mz"},
         {"blocks": ""},
         {"hidden_size": 30, "num_heads": 4},
         {"num_heads": 0},

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState
+from xlstm_rl.kernels.tracing import traced
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 _FORGET_ACTIVATIONS = get_args(ForgetActivation)
@@ -63,12 +64,25 @@ def check_reset(reset: Tensor, *shape: int) -> None:
         raise ValueError(f"reset has shape {tuple(reset.shape)}; allowed is {shape}")
 
 
+def resolved(x: Tensor) -> Tensor:
+    """The tensor, or an equal one whose memory holds its numbers where that of `x` holds their negatives or nothing.
+
+    Views such as `x.conj().imag` only note that their numbers are to be negated, and tangents that are zero have no
+    memory. Traces see to it by themselves.
+    """
+    if traced():
+        return x
+    if x.is_neg():
+        x = x.resolve_neg()
+    return x.clone() if x._is_zerotensor() else x
+
+
 def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; allowed is {shape}")
     if x.dtype != like.dtype:
         raise TypeError(f"{name} has dtype {x.dtype}; allowed is the dtype of the other arguments, {like.dtype}")
-    _check_device(name, x, like)
+    check_place(name, x, like)
 
 
 def _check_leaf(name: str, leaf: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -78,21 +92,25 @@ def _check_leaf(name: str, leaf: Tensor, shape: tuple[int, ...], like: Tensor) -
     dtype = torch.float32 if like.dtype == torch.bfloat16 else like.dtype
     if leaf.dtype != dtype:
         raise TypeError(f"state.{name} has dtype {leaf.dtype}; allowed with inputs in {like.dtype} is {dtype}")
-    _check_device(f"state.{name}", leaf, like)
+    check_place(f"state.{name}", leaf, like)
 
 
-def _check_device(name: str, x: Tensor, like: Tensor) -> None:
+def check_place(name: str, x: Tensor, like: Tensor) -> None:
+    """Raise unless a tensor is an array on the device of another."""
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; allowed is torch.strided, which {name}.to_dense() gives")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}; allowed is the device of the other arguments, {like.device}")
 
 
 def _check_common(name: str, x: Tensor, reset: Tensor | None, B: int, T: int, forget_activation: str) -> None:
+    check_place(name, x, x)
     if x.dtype not in _FLOATS:
         raise TypeError(
             f"{name} has dtype {x.dtype}; allowed are torch.float32 and torch.float64, and torch.bfloat16 on a GPU"
         )
     if reset is not None:
         check_reset(reset, B, T)
-        _check_device("reset", reset, x)
+        check_place("reset", reset, x)
     if forget_activation not in _FORGET_ACTIVATIONS:
         raise ValueError(f"forget_activation is {forget_activation!r}; allowed is one of {_FORGET_ACTIVATIONS}")

@@ -100,11 +100,25 @@ def chunk_weights(decays, input_gate, before, stabilizer, after, SCALE: tl.const
 
 
 @triton.jit
-def write_chunk(C, n, k, v, write, keep, PRECISION: tl.constexpr):
-    """Matrix memory and normalizer after a chunk."""
-    written = k.to(tl.float32) * write[:, None]
-    C = tl.dot(tl.trans(written.to(v.dtype)), v, acc=C * keep, input_precision=PRECISION)
-    return C, n * keep + tl.sum(written, 0)
+def spoil_gates(v, input_gate):
+    """Move what is not finite in the values into the input gates, from where it reaches what comes after it alone.
+
+    In the values it would reach all steps of the chunk: zero times NaN is NaN.
+    """
+    x = v.to(tl.float32)
+    # zero of what is finite, else NaN
+    zero = x - x
+    return tl.where(zero == 0.0, x, 0.0).to(v.dtype), input_gate + tl.sum(zero, 1)
+
+
+@triton.jit
+def write_chunk(C, n, k, v, decays, write, keep, PRECISION: tl.constexpr):
+    """Matrix memory and normalizer after a chunk; what an episode start throws away may be anything."""
+    _, _, _, _, segment, last, _ = decays
+    written = tl.where((segment == last)[:, None], k.to(tl.float32) * write[:, None], 0.0)
+    C = tl.where(last == 0, C * keep, 0.0)
+    n = tl.where(last == 0, n * keep, 0.0)
+    return tl.dot(tl.trans(written.to(v.dtype)), v, acc=C, input_precision=PRECISION), n + tl.sum(written, 0)
 
 
 @triton.jit

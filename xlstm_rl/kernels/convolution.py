@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xlstm_rl.kernels.arguments import check_reset
+from xlstm_rl.kernels.arguments import check_place, check_reset
+from xlstm_rl.kernels.spoilt import known_finite
 
 
 def causal_conv(
@@ -32,7 +33,8 @@ def causal_conv(
     if state is None:
         state = x.new_zeros(B, W - 1, D)
     if T == 1:
-        return _single_step(x, weight, bias, state, reset)
+        y, window = _single_step(x, weight, bias, state, reset)
+        return _without_spoilt_gradients(y), window
     inputs = torch.cat((state, x), 1)  # [B, W - 1 + T, D]
     segment = None if reset is None else pad(reset, (W - 1, 0)).cumsum(1)  # [B, W - 1 + T]
     y = x * weight[:, -1] if bias is None else torch.addcmul(bias, x, weight[:, -1])
@@ -41,6 +43,7 @@ def causal_conv(
         if segment is not None:
             past = past.masked_fill((segment[:, tap : tap + T] != segment[:, W - 1 :])[..., None], 0.0)
         y = torch.addcmul(y, past, weight[:, tap])
+    y = _without_spoilt_gradients(y)
     window = inputs[:, T:]
     if segment is None or W == 1:
         return y, window.clone()
@@ -58,6 +61,13 @@ def _single_step(
     return y if bias is None else y + bias, inputs[:, 1:]
 
 
+def _without_spoilt_gradients(y: Tensor) -> Tensor:
+    """The same values; what is not finite passes no gradient on to the steps before, which did not make it so."""
+    if not y.requires_grad or known_finite(y):
+        return y
+    return torch.where(y.isfinite(), y, y.detach())
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, reset: Tensor | None) -> None:
     if x.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; allowed is [B, T, D]")
@@ -68,5 +78,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
         raise ValueError(f"bias has shape {tuple(bias.shape)}; allowed is ({D},)")
     if state is not None and state.shape != (B, weight.shape[1] - 1, D):
         raise ValueError(f"state has shape {tuple(state.shape)}; allowed is {(B, weight.shape[1] - 1, D)}")
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("state", state), ("reset", reset)):
+        if tensor is not None:
+            check_place(name, tensor, x)
     if reset is not None:
         check_reset(reset, B, T)

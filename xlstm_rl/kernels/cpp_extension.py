@@ -5,6 +5,7 @@ import functools
 import importlib
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_rl.kernels.recording import recording
-from xlstm_rl.kernels.tracing import differentiated_forwards, traced
+from xlstm_rl.kernels.tracing import differentiated_forwards, is_plain, traced
 
 SWITCH = "XLSTM_RL_NATIVE"
 # What the module calls the order of its arguments; a build of other sources has another number.
-INTERFACE = 5
+INTERFACE = 6
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -64,7 +65,7 @@ def why_not(tensor: Tensor) -> str | None:
     reason = why_not_now()
     if reason is not None:
         return reason
-    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+    if not is_plain(tensor):
         return f"the compiled kernels take plain tensors, not {type(tensor).__name__}"
     if not tensor.is_cpu:
         return f"the compiled kernels run on the CPU, not on {tensor.device.type}"
@@ -73,11 +74,21 @@ def why_not(tensor: Tensor) -> str | None:
     return extension().why_not
 
 
+def why_not_all(tensors: Iterable[Tensor]) -> str | None:
+    """Why the compiled kernels cannot read tensors, of whatever shape and dtype, or None if they can."""
+    for tensor in tensors:
+        if not is_plain(tensor):
+            return f"the compiled kernels take plain tensors, not {type(tensor).__name__}"
+    return None
+
+
 def readable(tensor: Tensor) -> bool:
-    """Whether a tensor is plain and its memory is that of the CPU, and there."""
+    """Whether a tensor is plain, its memory is that of the CPU, and there, and holds its numbers as they are."""
     return (
-        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
+        is_plain(tensor)
         and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
         and (tensor.data_ptr() != 0 or tensor.numel() == 0)
     )
 

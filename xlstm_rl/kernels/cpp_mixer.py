@@ -8,6 +8,7 @@ from torch import Tensor
 from xlstm_rl.kernels.cpp_blocks import MLSTMOptions, MLSTMSizes, MLSTMWeights, state_fits, weights_fit
 from xlstm_rl.kernels.cpp_extension import compiled, why_not
 from xlstm_rl.kernels.cpp_sequence import dense, pointer, refuse_second_derivative
+from xlstm_rl.kernels.spoilt import known_finite
 from xlstm_rl.kernels.states import MLSTMState
 
 
@@ -37,8 +38,9 @@ def mlstm_mixer(
         options: of the block.
 
     Returns:
-        Output [B, T, N], state and window; or None where tensors do not fit together as expected here. Differentiable
-        once; all but the stabilizers and `reset` carry gradients.
+        Output [B, T, N], state and window; or None where tensors do not fit together as expected here, or the output
+        is not finite: inputs of a sequence that are not would spoil steps before them, and the layers take more care.
+        Differentiable once; all but the stabilizers and `reset` carry gradients.
     """
     B, T, columns = x.shape
     shapes = [(B, *shape) for shape in sizes.state_shapes()]
@@ -52,6 +54,8 @@ def mlstm_mixer(
         y, new_window, *leaves = _Mixer.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         (y, new_window, *leaves), _ = _forward(_prepared(arguments))
+    if not known_finite(y):
+        return None
     return y, MLSTMState(*leaves), new_window
 
 

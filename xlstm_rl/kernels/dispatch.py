@@ -1,6 +1,7 @@
 """The one door to the kernels: a name per operation, and behind it the backends that can compute it."""
 
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -8,13 +9,14 @@ import torch
 from torch import Tensor
 
 from xlstm_rl.kernels import cpp_extension
-from xlstm_rl.kernels.arguments import check_mlstm, check_slstm
+from xlstm_rl.kernels.arguments import check_mlstm, check_slstm, resolved
 from xlstm_rl.kernels.cpp_sequence import mlstm_cpp, slstm_cpp
 from xlstm_rl.kernels.mlstm_chunkwise import mlstm_chunkwise
 from xlstm_rl.kernels.mlstm_reference import mlstm_recurrence
 from xlstm_rl.kernels.recording import MLSTMCall, SLSTMCall, record, recording
 from xlstm_rl.kernels.slstm_reference import slstm_recurrence
 from xlstm_rl.kernels.slstm_scan import slstm_scan
+from xlstm_rl.kernels.spoilt import MLSTMKernel, SLSTMKernel, contain_mlstm, contain_slstm
 from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, SLSTMState, empty_mlstm_state, empty_slstm_state
 from xlstm_rl.kernels.triton_backend import mlstm_fused, slstm_fused, why_not_triton
 from xlstm_rl.kernels.triton_self_check import why_not_trusted
@@ -56,9 +58,11 @@ def mlstm_sequence(
         ValueError: if shapes do not fit together, or the backend is unknown or cannot run here.
         TypeError: if a dtype is not allowed.
     """
-    run = _choose(backend, q).mlstm
+    run = _choose(backend, q, (k, v, input_gate, forget_gate, *(state or ()))).mlstm
     check_mlstm(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
-    hidden, final = run(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
+    q, k, v, input_gate, forget_gate = map(resolved, (q, k, v, input_gate, forget_gate))
+    state = None if state is None else MLSTMState(*map(resolved, state))
+    hidden, final = contain_mlstm(run, q, k, v, input_gate, forget_gate, state, reset, forget_activation)
     if recording():
         before = empty_mlstm_state(k, v) if state is None else state
         record(MLSTMCall(q, k, v, input_gate, forget_gate, before, reset, forget_activation, hidden, final))
@@ -94,52 +98,28 @@ def slstm_sequence(
         ValueError: if shapes do not fit together, or the backend is unknown or cannot run here.
         TypeError: if a dtype is not allowed.
     """
-    run = _choose(backend, gates).slstm
+    run = _choose(backend, gates, (recurrent, *(state or ()))).slstm
     check_slstm(gates, recurrent, state, reset, forget_activation)
-    hidden, final = run(gates, recurrent, state, reset, forget_activation)
+    gates, recurrent = resolved(gates), resolved(recurrent)
+    state = None if state is None else SLSTMState(*map(resolved, state))
+    hidden, final = contain_slstm(run, gates, recurrent, state, reset, forget_activation)
     if recording():
         before = empty_slstm_state(gates) if state is None else state
         record(SLSTMCall(gates, recurrent, before, reset, forget_activation, hidden, final))
     return hidden, final
 
 
-class MLSTMKernel(Protocol):
-    """An mLSTM behind `mlstm_sequence`; the arguments arrive checked."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        input_gate: Tensor,
-        forget_gate: Tensor,
-        state: MLSTMState | None,
-        reset: Tensor | None,
-        forget_activation: ForgetActivation,
-        /,
-    ) -> tuple[Tensor, MLSTMState]:
-        """Arguments and results as `mlstm_sequence`."""
-
-
-class SLSTMKernel(Protocol):
-    """An sLSTM behind `slstm_sequence`; the arguments arrive checked."""
-
-    def __call__(
-        self,
-        gates: Tensor,
-        recurrent: Tensor,
-        state: SLSTMState | None,
-        reset: Tensor | None,
-        forget_activation: ForgetActivation,
-        /,
-    ) -> tuple[Tensor, SLSTMState]:
-        """Arguments and results as `slstm_sequence`."""
-
-
 class WhyNot(Protocol):
     """Tells whether a backend can compute with a tensor."""
 
     def __call__(self, tensor: Tensor, /) -> str | None:
+        """None, or the reason why it cannot."""
+
+
+class WhyNotAll(Protocol):
+    """Tells whether a backend can read tensors of a shape, dtype and device that it takes."""
+
+    def __call__(self, tensors: Iterable[Tensor], /) -> str | None:
         """None, or the reason why it cannot."""
 
 
@@ -151,12 +131,14 @@ class Backend(NamedTuple):
         slstm: behind `slstm_sequence`.
         why_not: None or a reason, asked on every call with q or gates: it must be quick.
         why_not_trusted: the same for "auto" alone, which does not take what could run and was found to be wrong.
+        why_not_all: asked on every call with all the other tensors but `reset`.
     """
 
     mlstm: MLSTMKernel
     slstm: SLSTMKernel
     why_not: WhyNot
     why_not_trusted: WhyNot = lambda tensor, /: None
+    why_not_all: WhyNotAll = lambda tensors, /: None
 
 
 class BackendInfo(NamedTuple):
@@ -180,7 +162,7 @@ def _why_not_torch(tensor: Tensor, /) -> str | None:
 # "auto" takes the first that can run; the reference comes last and is there to be compared with.
 _BACKENDS: dict[str, Backend] = {
     "triton": Backend(mlstm_fused, slstm_fused, why_not_triton, why_not_trusted),
-    "cpp": Backend(mlstm_cpp, slstm_cpp, cpp_extension.why_not),
+    "cpp": Backend(mlstm_cpp, slstm_cpp, cpp_extension.why_not, why_not_all=cpp_extension.why_not_all),
     "torch": Backend(mlstm_chunkwise, slstm_scan, _why_not_torch),
     "reference": Backend(mlstm_recurrence, slstm_recurrence, _why_not_torch),
 }
@@ -214,20 +196,23 @@ def _info(tensor: Tensor) -> BackendInfo:
     return BackendInfo(in_use, {name: reason for name, reason in reasons.items() if reason is not None})
 
 
-def _choose(name: str, tensor: Tensor) -> Backend:
+def _choose(name: str, tensor: Tensor, others: tuple[Tensor, ...] = ()) -> Backend:
     if name == "auto":
-        return _first_that_can(tensor)
+        return _first_that_can(tensor, others)
     reason = why_not(name, tensor)
     if reason is not None:
         usable = tuple(other for other, backend in _BACKENDS.items() if backend.why_not(tensor) is None)
         raise ValueError(f"backend {name!r} cannot run here: {reason}; use backend='auto' or one of {usable}")
+    reason = _BACKENDS[name].why_not_all(others)
+    if reason is not None:
+        raise TypeError(f"backend {name!r} cannot run here: {reason}; use backend='auto' or 'torch'")
     return _BACKENDS[name]
 
 
-def _first_that_can(tensor: Tensor) -> Backend:
+def _first_that_can(tensor: Tensor, others: tuple[Tensor, ...]) -> Backend:
     reasons: dict[str, str] = {}
     for name, backend in _BACKENDS.items():
-        reason = backend.why_not(tensor) or backend.why_not_trusted(tensor)
+        reason = backend.why_not(tensor) or backend.why_not_trusted(tensor) or backend.why_not_all(others)
         if reason is None:
             if tensor.is_cuda and "triton" in reasons and not torch.compiler.is_compiling():
                 _warn_once(name, reasons["triton"])

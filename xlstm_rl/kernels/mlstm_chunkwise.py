@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, emptied, empty_mlstm_state, least_divisor, log_forget
+from xlstm_rl.kernels.mlstm_reference import mlstm_recurrence
+from xlstm_rl.kernels.states import (
+    ForgetActivation,
+    MLSTMState,
+    empty_mlstm_state,
+    least_divisor,
+    log_forget,
+    zero_where,
+)
+from xlstm_rl.kernels.tracing import traced
 
 NEVER = float("-inf")
 
@@ -30,18 +39,23 @@ def mlstm_chunkwise(
         return torch.zeros_like(v), state
     if reset is not None:
         # What an episode start throws away may be NaN, which a product with zero would keep.
-        state = emptied(state, reset[:, 0])
+        state = MLSTMState._make(zero_where(reset[:, 0], leaf) for leaf in state)
     if T == 1:
         return _single_step(q, k, v, input_gate, forget_gate, state, forget_activation)
+    if _lose_digits(input_gate, forget_gate):
+        return mlstm_recurrence(q, k, v, input_gate, forget_gate, state, reset, forget_activation)
 
     length, count = _chunk_shape(T, K)
     N = B * H * count
+    k, v, input_gate, forget_gate, state = _spoil_keys(k, v, input_gate, forget_gate, state, forget_activation)
     gates = _gates(input_gate, forget_gate, reset, forget_activation, length, count)
     q, k, v = _split(q, length, count), _split(k, length, count), _split(v, length, count)  # [N, L, K or V]
 
     log_scale = -0.5 * math.log(K)
     before, after = _chunk_stabilizers(gates, state.stabilizer)
     write = k * torch.exp(gates.to_end - (after - log_scale)[..., None]).view(N, length, 1)
+    if gates.before_end is not None:
+        write = write.view(B, H, count, length, K).masked_fill(gates.before_end[..., None], 0.0).view(N, length, K)
     keep = torch.exp(gates.over + before - after).view(B * H, count, 1, 1)
     cell, last_cell = _carry(state.cell.reshape(B * H, K, V), keep, torch.bmm(write.transpose(1, 2), v))
     normalizer, last_normalizer = _carry(state.normalizer.reshape(B * H, K), keep[..., 0], write.sum(1))
@@ -49,14 +63,55 @@ def mlstm_chunkwise(
     from_start = gates.from_start + before[..., None]  # [B, H, C, L]
     stabilizer = torch.maximum(gates.stabilizer, from_start.detach())
     weight = torch.exp(gates.log_weight - (stabilizer - log_scale)[..., None])  # [B, H, C, L, L]
-    weight = torch.bmm(q, k.transpose(1, 2)) * weight.view(N, length, length)
+    products = torch.bmm(q, k.transpose(1, 2)).view(B, H, count, length, length)
+    weight = (products.masked_fill(gates.hides, 0.0) * weight).view(N, length, length)
     q = q * torch.exp(from_start - stabilizer).view(N, length, 1)
-    read = torch.baddbmm(torch.bmm(weight, v), q, cell)
-    total = weight.sum(-1, keepdim=True) + torch.bmm(q, normalizer[..., None])
+    old_read, old_total = torch.bmm(q, cell), torch.bmm(q, normalizer[..., None])
+    if gates.after_start is not None:
+        fresh = gates.after_start[..., None].expand(B, H, count, length, 1).reshape(N, length, 1)
+        old_read, old_total = old_read.masked_fill(fresh, 0.0), old_total.masked_fill(fresh, 0.0)
+    read = torch.baddbmm(old_read, weight, v)
+    total = weight.sum(-1, keepdim=True) + old_total
     # A product has a cheaper gradient than a quotient.
     hidden = read * torch.maximum(total.abs(), least_divisor(stabilizer).view(N, length, 1)).reciprocal()
     final = MLSTMState(last_cell.view(B, H, K, V), last_normalizer.view(B, H, K), after[..., -1].clone())
     return _join(hidden, B, H, T, count), final
+
+
+# Sums of gates are rounded at the size of the largest, and single precision then shows it in the weights.
+_LARGEST_GATE = 256.0
+
+
+def _lose_digits(input_gate: Tensor, forget_gate: Tensor) -> bool:
+    """Whether gates are so large that their sums would lose what tells others apart; not asked of a device."""
+    if not input_gate.is_cpu or traced():
+        return False
+    return any(not float(x.detach().abs().amax()) <= _LARGEST_GATE for x in (input_gate, forget_gate) if x.numel())
+
+
+def _spoil_keys(
+    k: Tensor,
+    v: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    state: MLSTMState,
+    forget_activation: ForgetActivation,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, MLSTMState]:
+    """Move what is not finite into the keys, from where it reaches the steps after it and, being masked, no others.
+
+    In values and gates it would reach all steps of a chunk, as zero times NaN is NaN.
+    """
+    largest = float("inf")
+    forget_is_good = forget_gate < largest if forget_activation == "exp" else ~forget_gate.isnan()
+    bad = ~(v.isfinite().all(-1) & (input_gate < largest) & forget_is_good)  # [B, T, H]
+    k = k.masked_fill(bad[..., None], float("nan"))
+    v, input_gate, forget_gate = (zero_where(bad, x) for x in (v, input_gate, forget_gate))
+    # so that zeros of a matrix product hide it
+    forget_gate = forget_gate.clamp(min=torch.finfo(forget_gate.dtype).min)
+    bad_state = ~state.stabilizer.isfinite()
+    normalizer = state.normalizer.masked_fill(bad_state[..., None], float("nan"))
+    state = MLSTMState(state.cell, normalizer, zero_where(bad_state, state.stabilizer))
+    return k, v, input_gate, forget_gate, state
 
 
 class _Gates(NamedTuple):
@@ -69,6 +124,9 @@ class _Gates(NamedTuple):
         over: [B, H, C], of the memory before the chunk in the memory after it.
         stabilizer: [B, H, C, L], after step t had the memory before the chunk been empty; no gradient.
         end_stabilizer: [B, H, C], the same after the chunk; no gradient.
+        hides: bool, like log_weight or to be expanded to it: after step t no input of step j is left in the memory.
+        after_start: bool [B, 1, C, L] or None: an episode started in the chunk, at the step or before.
+        before_end: bool [B, 1, C, L] or None: an episode starts in the chunk after the step.
     """
 
     log_weight: Tensor
@@ -77,6 +135,9 @@ class _Gates(NamedTuple):
     over: Tensor
     stabilizer: Tensor
     end_stabilizer: Tensor
+    hides: Tensor
+    after_start: Tensor | None
+    before_end: Tensor | None
 
 
 def _chunk_shape(T: int, K: int) -> tuple[int, int]:
@@ -130,10 +191,13 @@ def _gates(
 
     from_start = log_decay @ (step[:, None] <= step).to(log_decay.dtype)
     to_end = log_decay @ (step[:, None] > step).to(log_decay.dtype) + log_input
+    after_start = before_end = None
     if segment is not None:
-        from_start = from_start.masked_fill(segment > 0, NEVER)
-        to_end = to_end.masked_fill(segment != segment[..., -1:], NEVER)
-    return _Gates(log_weight, from_start, to_end, from_start[..., -1], stabilizer, stabilizer[..., -1])
+        after_start, before_end = segment > 0, segment != segment[..., -1:]
+        from_start = from_start.masked_fill(after_start, NEVER)
+        to_end = to_end.masked_fill(before_end, NEVER)
+    ends = from_start[..., -1], stabilizer, stabilizer[..., -1]
+    return _Gates(log_weight, from_start, to_end, *ends, hides, after_start, before_end)
 
 
 def _segment_sums(x: Tensor) -> Tensor:
@@ -179,7 +243,8 @@ def _carry(memory: Tensor, keep: Tensor, updates: Tensor) -> tuple[Tensor, Tenso
     """
     memories = [memory]
     for kept, update in zip(keep.unbind(1), updates.view(*keep.shape[:2], *updates.shape[1:]).unbind(1), strict=True):
-        memories.append(torch.addcmul(update, kept, memories[-1]))
+        # of what is thrown away nothing may be left, and it may be infinite
+        memories.append(torch.addcmul(update, kept, memories[-1].masked_fill(kept == 0, 0.0)))
     return torch.stack(memories[:-1], 1).flatten(0, 1), memories[-1]
 
 

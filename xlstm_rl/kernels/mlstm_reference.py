@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels.states import ForgetActivation, MLSTMState, emptied, empty_mlstm_state, least_divisor, log_forget
+from xlstm_rl.kernels.states import (
+    ForgetActivation,
+    MLSTMState,
+    empty_mlstm_state,
+    least_divisor,
+    log_forget,
+    zero_where,
+)
 
 
 def mlstm_recurrence(
@@ -22,7 +29,7 @@ def mlstm_recurrence(
     hidden = []
     for t in range(q.shape[1]):
         if reset is not None:
-            state = emptied(state, reset[:, t])
+            state = MLSTMState._make(zero_where(reset[:, t], leaf) for leaf in state)
         h, state = _step(q[:, t], k[:, t], v[:, t], input_gate[:, t], log_decay[:, t], state)
         hidden.append(h)
     return torch.stack(hidden, 1) if hidden else torch.zeros_like(v), state

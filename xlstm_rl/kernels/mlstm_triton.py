@@ -15,6 +15,7 @@ from xlstm_rl.kernels.chunks_triton import (
     load_chunk,
     load_columns,
     memory_places,
+    spoil_gates,
     store_columns,
     store_steps,
     write_chunk,
@@ -88,15 +89,20 @@ def _sequence(
         q = load_columns(inputs.q, row, d, valid, D)
         k = load_columns(inputs.k, row, d, valid, D)
         v = load_columns(inputs.v, row, column, valid, D)
+        v, input_gate = spoil_gates(v, input_gate)
         decays = chunk_decays(log_decay, reset, L)
+        _, _, _, _, segment, _, sees = decays
         stabilizer = chunk_stabilizer(decays, input_gate, log_decay, reset, m, EXP)
         m_end = tl.max(tl.where(tl.arange(0, L) == L - 1, stabilizer, 0.0), 0)
         inside, read, write, keep = chunk_weights(decays, input_gate, m, stabilizer, m_end, D**-0.5)
 
-        weight = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inside
+        # Chosen, not multiplied by zero: what other episodes hold may be anything.
+        weight = tl.where(sees, tl.dot(q, tl.trans(k), input_precision=PRECISION) * inside, 0.0)
         total = tl.dot(q, C.to(q.dtype), input_precision=PRECISION) * read[:, None]
+        total = tl.where((segment == 0)[:, None], total, 0.0)
         total = tl.dot(weight.to(v.dtype), v, acc=total, input_precision=PRECISION)
-        product = tl.sum(weight, 1) + tl.sum(q.to(tl.float32) * n[None, :], 1) * read
+        carried = tl.where(segment == 0, tl.sum(q.to(tl.float32) * n[None, :], 1) * read, 0.0)
+        product = tl.sum(weight, 1) + carried
         hidden = total / tl.maximum(tl.abs(product), least_divisor(stabilizer))[:, None]
         store_columns(outputs.hidden, hidden, row, column, valid, D)
         if KEEP:
@@ -104,7 +110,7 @@ def _sequence(
                 store_steps(outputs.trace, stabilizer, row, valid)
                 store_steps(outputs.trace + field, product, row, valid)
 
-        C, n = write_chunk(C, n, k, v, write, keep, PRECISION)
+        C, n = write_chunk(C, n, k, v, decays, write, keep, PRECISION)
         m = m_end
 
     tl.store(outputs.last.cell + tile, C)
@@ -140,10 +146,10 @@ def _step(
     decayed = log_forget(tl.load(inputs.forget_gate + head).to(tl.float32), EXP) + m
 
     m = tl.maximum(tl.maximum(decayed, input_gate), 0.0)
-    keep = tl.where(fresh, 0.0, tl.exp(decayed - m))
+    keep = tl.exp(decayed - m)
     written = k * (tl.exp(input_gate - m) * D**-0.5)
-    C = C * keep + written[:, None] * v[None, :]
-    n = n * keep + written
+    C = tl.where(fresh, 0.0, C * keep) + written[:, None] * v[None, :]
+    n = tl.where(fresh, 0.0, n * keep) + written
     product = tl.sum(q * n, 0)
     hidden = tl.sum(q[:, None] * C, 0) / tl.maximum(tl.abs(product), least_divisor(m))
     tl.store(outputs.hidden + head * D + column, hidden.to(outputs.hidden.dtype.element_ty))

@@ -144,7 +144,7 @@ def _queries(
             store_steps(slopes.product, slope, row, valid)
         store_steps(slopes.queries + tl.program_id(1) * field, tl.sum(d_q * q.to(tl.float32), 1), row, valid)
 
-        C, n = write_chunk(C, n, k, v, write, keep, PRECISION)
+        C, n = write_chunk(C, n, k, v, decays, write, keep, PRECISION)
         m = m_end
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xlstm_rl.kernels.states import ForgetActivation, SLSTMState, emptied, empty_slstm_state, log_forget
+from xlstm_rl.kernels.states import ForgetActivation, SLSTMState, empty_slstm_state, log_forget, zero_where
 
 
 def slstm_recurrence(
@@ -18,7 +18,7 @@ def slstm_recurrence(
     hidden = []
     for t in range(gates.shape[1]):
         if reset is not None:
-            state = emptied(state, reset[:, t])
+            state = SLSTMState._make(zero_where(reset[:, t], leaf) for leaf in state)
         state = _step(gates[:, t], recurrent, state, forget_activation)
         hidden.append(state.hidden)
     return torch.stack(hidden, 1) if hidden else torch.zeros_like(gates[:, :, 0]), state

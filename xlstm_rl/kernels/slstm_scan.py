@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from xlstm_rl.kernels.slstm_reference import slstm_recurrence
-from xlstm_rl.kernels.states import ForgetActivation, SLSTMState, emptied, empty_slstm_state, log_forget
-from xlstm_rl.kernels.tracing import transformed
+from xlstm_rl.kernels.states import ForgetActivation, SLSTMState, empty_slstm_state, log_forget, zero_where
+from xlstm_rl.kernels.tracing import is_plain, transformed
 
 
 def slstm_scan(
@@ -21,7 +21,7 @@ def slstm_scan(
     forget_activation: ForgetActivation,
 ) -> tuple[Tensor, SLSTMState]:
     """Scan form, arguments and results as `slstm_sequence`; differentiable once."""
-    if transformed():
+    if transformed() or not all(map(is_plain, (gates, recurrent, *(state or ())))):
         return slstm_recurrence(gates, recurrent, state, reset, forget_activation)
     T = gates.shape[1]
     state = empty_slstm_state(gates) if state is None else state
@@ -29,7 +29,7 @@ def slstm_scan(
         return torch.zeros_like(gates[:, :, 0]), state
     if reset is not None:
         # What an episode start throws away may be NaN, which a product with zero would keep.
-        state = emptied(state, reset[:, 0])
+        state = SLSTMState._make(zero_where(reset[:, 0], leaf) for leaf in state)
     if torch.is_grad_enabled() and _requires_grad(gates, recurrent, state):
         stabilizer = state.stabilizer.detach()
         hidden, *leaves = _Scan.apply(  # type: ignore[no-untyped-call]
@@ -129,7 +129,8 @@ def _run(
         pre_activations, *hiddens, before, after, factors, _starts(reset, T), strict=True
     ):
         if mask is not None:
-            hidden = hidden.masked_fill(mask, 0.0)
+            # What an episode start throws away may be NaN, which a product with zero would keep.
+            hidden, memory = hidden.masked_fill(mask, 0.0), memory.masked_fill(mask, 0.0)
             stabilizer = stabilizer.masked_fill(mask, float("-inf"))
         torch.baddbmm(g, hidden, weight, out=g)
         input_gate, forget_gate, z, output_gate = g.chunk(4, -1)
@@ -220,7 +221,7 @@ class _Scan(torch.autograd.Function):
         recurrent, reset, *fields = ctx.saved_tensors
         trace = _Trace(*fields)
         T, H, B, _, D = trace.gates.shape
-        slopes = _slopes(trace, ctx.forget_activation)
+        slopes = _slopes(trace, reset, ctx.forget_activation)
         d_gates = torch.empty_like(trace.gates)
         d_memory = torch.stack((d_cell.transpose(0, 1), d_normalizer.transpose(0, 1)))  # [2, H, B, D]
         d_feedback = d_last.transpose(0, 1)
@@ -242,6 +243,8 @@ class _Scan(torch.autograd.Function):
             if mask is not None:
                 d_feedback = d_feedback.masked_fill_(mask, 0.0)
             d_memory = d_memory * forget
+            if mask is not None:
+                d_memory = d_memory.masked_fill_(mask, 0.0)
 
         d_cell, d_normalizer = d_memory.transpose(1, 2).unbind(0)
         d_recurrent = _recurrent_gradient(trace.hidden[:-1], d_gates, reset)
@@ -271,13 +274,15 @@ class _Slopes(NamedTuple):
     output: Tensor
 
 
-def _slopes(trace: _Trace, forget_activation: ForgetActivation) -> _Slopes:
+def _slopes(trace: _Trace, reset: Tensor | None, forget_activation: ForgetActivation) -> _Slopes:
     _, forget_gate, cell_input, output_gate = trace.gates.unbind(-2)  # [T, H, B, D] each
     write, forget = trace.factors.unbind(1)
     if forget_activation == "sigmoid":
         forget = forget * torch.sigmoid(-forget_gate)
     cell_input, output_gate, closed = torch.tanh(cell_input), torch.sigmoid(output_gate), torch.sigmoid(-output_gate)
     before, after = trace.memory[:-1], trace.memory[1:]
+    if reset is not None:
+        before = before.masked_fill(reset.t()[:, None, None, :, None], 0.0)
     ratio = after[:, 0] / after[:, 1]
     by_cell = output_gate / after[:, 1]
     return _Slopes(

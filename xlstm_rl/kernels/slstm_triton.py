@@ -193,8 +193,9 @@ def _forward(
         m = tl.maximum(decayed, i)
         forget = tl.exp(decayed - m)
         write = tl.exp(i - m)
-        c = forget * c + write * tanh(z)
-        n = forget * n + write
+        # An episode start may throw away anything, and zero times NaN is NaN.
+        c = tl.where(kept, forget * c, 0.0) + write * tanh(z)
+        n = tl.where(kept, forget * n, 0.0) + write
         hidden = tl.sigmoid(o) * c / n
         at = units(step, H, D)
         tl.store(outputs.output + at, hidden.to(outputs.output.dtype.element_ty), mask=rows)

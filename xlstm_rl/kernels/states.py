@@ -1,6 +1,6 @@
 """The states that the kernels carry from call to call, and the forget gate they share."""
 
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,12 +59,14 @@ def empty_slstm_state(gates: Tensor) -> SLSTMState:
     return SLSTMState(*(gates.new_zeros(B, H, D) for _ in range(4)))
 
 
-State = TypeVar("State", MLSTMState, SLSTMState)
+def zero_where(mask: Tensor, x: Tensor) -> Tensor:
+    """Zeros in the rows, steps or heads that a mask marks, whatever was there, NaN included.
 
-
-def emptied(state: State, rows: Tensor) -> State:
-    """The state with the rows marked in `rows` [B] (bool) set to zero, whatever they held, NaN included."""
-    return type(state)(*(leaf.masked_fill(rows.view(-1, *(1,) * (leaf.ndim - 1)), 0.0) for leaf in state))
+    Args:
+        mask: bool [B, ...].
+        x: [B, ..., ...], first the dimensions of the mask.
+    """
+    return x.masked_fill(mask.view(*mask.shape, *(1,) * (x.ndim - mask.ndim)), 0.0)
 
 
 def log_forget(forget_gate: Tensor, activation: ForgetActivation) -> Tensor:

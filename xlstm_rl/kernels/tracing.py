@@ -1,6 +1,7 @@
 """Whether operations are recorded or transformed now, where values cannot be asked for."""
 
 import torch
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -22,6 +23,11 @@ def traced() -> bool:
 def differentiated_forwards() -> bool:
     """Whether forward-mode derivatives are taken."""
     return forward_ad._current_level >= 0
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of no class of its own, which could make something else of operations on it."""
+    return type(tensor) is Tensor or type(tensor) is nn.Parameter
 
 
 def transformed() -> bool:

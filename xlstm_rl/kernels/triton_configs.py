@@ -55,7 +55,7 @@ _CONFIGS: dict[str, dict[tuple[int, bool], Launch]] = {
         (16, True): Launch(1),
         (32, True): Launch(4, share=32),
         (64, True): Launch(4, share=64),
-        (128, True): Launch(8, share=64),
+        (128, True): Launch(8, share=32),
     },
     "mlstm_step": {
         (D, is_half): launch

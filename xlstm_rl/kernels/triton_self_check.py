@@ -8,11 +8,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xlstm_rl.kernels.mlstm_chunkwise import mlstm_chunkwise
 from xlstm_rl.kernels.slstm_scan import slstm_scan
 from xlstm_rl.kernels.states import MLSTMState, SLSTMState
+from xlstm_rl.kernels.tracing import is_plain
 from xlstm_rl.kernels.triton_backend import mlstm_fused, slstm_fused
 
 # Largest difference relative to the largest value of a tensor: above rounding, below any mistake.
@@ -30,8 +31,12 @@ def why_not_trusted(tensor: Tensor, /) -> str | None:
     The first question of a kind takes the time of compiling the kernels, which their use would take too. What is traced
     or recorded is not interrupted for it and gets None.
     """
-    plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
-    if not plain or not tensor.is_cuda or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if (
+        not is_plain(tensor)
+        or not tensor.is_cuda
+        or torch.compiler.is_compiling()
+        or torch.cuda.is_current_stream_capturing()
+    ):
         return None
     return _checked("mlstm" if tensor.ndim == 4 else "slstm", tensor.shape[-1], tensor.dtype, tensor.device)
 

@@ -2,7 +2,8 @@
 
 from functools import partial
 
-from xlstm_rl.memory.baselines import Memoryless, RNNState, TorchRNN
+from xlstm_rl.memory.attention import attention_block
+from xlstm_rl.memory.baselines import FrameStack, Memoryless, RNNState, StateSpace, TorchRNN, Transformer
 from xlstm_rl.memory.config import XLSTMConfig
 from xlstm_rl.memory.core import (
     MemoryBlock,
@@ -13,13 +14,11 @@ from xlstm_rl.memory.core import (
     register_block,
     register_memory,
 )
-from xlstm_rl.memory.frame_stack import FrameStack
 from xlstm_rl.memory.mlstm_block import MLSTMBlock
 from xlstm_rl.memory.nxai_weights import load_nxai_weights
 from xlstm_rl.memory.slstm_block import SLSTMBlock
 from xlstm_rl.memory.state import leaf_names, leaves, map_leaves, pack, take, unpack, zeros_where
-from xlstm_rl.memory.state_space import StateSpace
-from xlstm_rl.memory.transformer import Transformer
+from xlstm_rl.memory.state_space import state_space_block
 from xlstm_rl.memory.xlstm import XLSTM
 
 __all__ = [
@@ -57,3 +56,5 @@ register_memory("frames", FrameStack)
 register_memory("none", Memoryless)
 register_block("m", MLSTMBlock)
 register_block("s", SLSTMBlock)
+register_block("a", attention_block)
+register_block("d", state_space_block)

@@ -17,7 +17,8 @@ class XLSTMConfig:
 
     Attributes:
         hidden_size: width of the residual stream and of the output; a multiple of the numbers of heads.
-        blocks: the stack, spelled bottom to top: "m" an mLSTM block, "s" an sLSTM block ("mmms" is xLSTM[3:1]).
+        blocks: the stack, spelled bottom to top: "m" an mLSTM block, "s" an sLSTM block ("mmms" is xLSTM[3:1]), "a"
+            attention over a window, "d" a selective diagonal state space, and letters added by `register_block`.
         num_heads: heads of every block.
         slstm_num_heads: heads of sLSTM blocks, if different from `num_heads`. Memory mixing stays within a head, so one
             head tracks states best, while an mLSTM head is a memory of its own.
@@ -45,6 +46,9 @@ class XLSTMConfig:
         bias: biases in the up and down projections.
         post_norm: layer norm after the last block.
         norm_eps: added to the variance in every norm.
+        attention_window: earlier steps that attention blocks attend to.
+        num_states: states per inner feature of state-space blocks, whose inner width and convolution are those of mLSTM
+            blocks.
 
     Raises:
         TypeError: a field is of the wrong kind; the message names it.
@@ -73,10 +77,12 @@ class XLSTMConfig:
     bias: bool = False
     post_norm: bool = True
     norm_eps: float = 1e-5
+    attention_window: int = 64
+    num_states: int = 8
 
     def __post_init__(self) -> None:
         self._check_blocks()
-        for name in ("hidden_size", "num_heads", "round_to", "qkv_block_size"):
+        for name in ("hidden_size", "num_heads", "round_to", "qkv_block_size", "attention_window", "num_states"):
             check_whole(name, getattr(self, name), 1)
         check_whole("conv_kernel", self.conv_kernel, 0)
         if self.slstm_conv_kernel is not None:

@@ -21,7 +21,8 @@ class MemoryCore(nn.Module, ABC):
     The laws, checked by `xlstm_rl.memory.laws.check_memory_laws`:
     carry (a sequence equals its steps), split (two sequences with the carried state equal their concatenation),
     reset (from an episode start on, everything equals a fresh state and no gradient crosses it),
-    rows (a row does not depend on the other rows), zeros (the all-zero state is the empty one).
+    rows (a row does not depend on the other rows), spoilt (an input that is not finite reaches no step before it and
+    no later episode), zeros (the all-zero state is the empty one).
 
     A state is a tree of NamedTuples of tensors, every leaf batch first. It is passed in and returned; the module
     itself remembers nothing between calls.

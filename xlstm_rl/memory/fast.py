@@ -36,7 +36,10 @@ _HOOKS_OF_ALL_MODULES = tuple(getattr(of_all_modules, f"_global{name}") for name
 # The forward passes that the compiled ones stand in for, before anybody replaces one in its class.
 _WRITTEN: dict[type[nn.Module], Any] = {
     layer: layer.forward
-    for layer in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, BlockLinear, CausalConv, GatedFeedForward, HeadNorm)
+    for layer in (
+        *(nn.Linear, nn.LayerNorm, nn.Dropout, nn.LSTM, nn.GRU),
+        *(BlockLinear, CausalConv, GatedFeedForward, HeadNorm),
+    )
 }
 _forward_of = attrgetter("forward")
 

@@ -24,7 +24,7 @@ def check_memory_laws(
     seed: int = 0,
     tolerance: float | None = None,
 ) -> None:
-    """Check carry, split, reset, rows, zeros and pack on random inputs, values and gradients.
+    """Check carry, split, reset, rows, spoilt, zeros and pack on random inputs, values and gradients.
 
     Args:
         core: the memory, on the device and in the dtype to check (float64 shows mistakes best); put into eval mode for
@@ -81,6 +81,8 @@ class _Check:
         self._compare("split", self._gradients([slice(0, cut), slice(cut, self.T)]), whole)
         self._reset_law()
         self._row_law()
+        for value in (float("nan"), float("inf")):
+            self._spoilt_law(value)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.device, self.dtype)
@@ -132,6 +134,7 @@ class _Check:
                 continue
             error = _largest(actual[name] - value)
             allowed = self.tolerance * max(1.0, _largest(value))
+            # not the other way round: NaN must fail
             _require(error <= allowed, f"{law}: {name} is off by {error:.1e}, allowed {allowed:.1e}")
 
     def _reset_law(self) -> None:
@@ -175,6 +178,51 @@ class _Check:
                     {"output": alone_y, "final state": pack(alone_state)},
                     {"output": y[rows], "final state": pack(state)[rows]},
                 )
+
+    def _spoilt_law(self, value: float) -> None:
+        """An input that is not finite reaches no step before it, no later episode and no other row."""
+        at, again = (self.T - 1) // 2, self.T - 1
+        reset = self.reset.clone()
+        reset[0, at + 1 : again] = False
+        reset[0, again] = True
+        clean = torch.ones_like(reset)
+        clean[0, at:again] = False
+        spoilt = self.x.clone()
+        spoilt[0, at] = value
+        law = f"spoilt (by {value})"
+        for start in (False, True):
+            reset[0, at] = start
+            expected = self._clean_part(self.x, reset, clean, start)
+            self._compare(law, self._clean_part(spoilt, reset, clean, start), expected)
+        outputs, state = [], self.state
+        with torch.no_grad():
+            for t in range(self.T):
+                y, state = self.core.step(spoilt[:, t], state, reset[:, t])
+                outputs.append(y)
+        found = {"output": _chosen(clean, torch.stack(outputs, 1)), "final state": pack(state)}
+        self._compare(f"{law}, step", found, {name: expected[name] for name in found})
+
+    def _clean_part(self, x: Tensor, reset: Tensor, clean: Tensor, gradients: bool) -> dict[str, Tensor]:
+        """Outputs of the steps marked in `clean` [B, T], final state, and gradients of both by what they depend on.
+
+        Gradients are held to the law across episodes only: within one, zero times NaN may reach the steps before.
+        """
+        x = x.clone().requires_grad_()
+        start = map_leaves(lambda leaf: leaf.clone().requires_grad_(), self.state)
+        y, state = self.core(x, start, reset)
+        y, final = _chosen(clean, y), pack(state)
+        loss = (y * self.weight).sum() + (final * self.state_weight).sum()
+        result = {"output": y.detach(), "final state": final.detach()}
+        if not gradients or not loss.requires_grad:
+            return result
+        by_x, *by_state = torch.autograd.grad(loss, [x, *leaves(start)], allow_unused=True, materialize_grads=True)
+        result |= {f"gradient of initial state {i}": gradient for i, gradient in enumerate(by_state)}
+        return result | {"gradient of x": _chosen(clean, by_x)}
+
+
+def _chosen(steps: Tensor, x: Tensor) -> Tensor:
+    """Those steps of x [B, T, ...] that are marked in `steps` [B, T], zeros elsewhere."""
+    return torch.where(steps.unsqueeze(-1), x, torch.zeros_like(x))
 
 
 def _assert_equal(law: str, actual: list[Tensor], expected: list[Tensor]) -> None:

@@ -11,6 +11,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from xlstm_rl.kernels.spoilt import known_finite, spoil, spoilt_from
+from xlstm_rl.kernels.states import zero_where
+
 Tree = TypeVar("Tree")
 
 
@@ -63,7 +66,37 @@ def zeros_where(mask: Tensor, state: Tree) -> Tree:
 
     Rows are replaced, not multiplied: an infinite or NaN value does not survive.
     """
-    return map_leaves(lambda leaf: leaf.masked_fill(mask.view(-1, *(1,) * (leaf.ndim - 1)), 0), state)
+    return map_leaves(lambda leaf: zero_where(mask, leaf), state)
+
+
+def contained(
+    run: Callable[[Tensor, Tree, Tensor | None], tuple[Tensor, Tree]], x: Tensor, state: Tree, reset: Tensor | None
+) -> tuple[Tensor, Tree]:
+    """Run a memory that what is not finite spoils until the episode ends, and keep it out of all gradients.
+
+    Zero times NaN is NaN, and a backward pass would carry it to the steps before. So where the output is not finite,
+    the memory runs once more on finite numbers alone, and the steps that were spoilt are told afterwards.
+
+    Args:
+        run: the memory, called with the following.
+        x: [B, T, F].
+        state: before the first step.
+        reset: bool [B, T] or None, true where an episode starts.
+
+    Returns:
+        Output [B, T, ...] and the state after the last step.
+    """
+    y, final = run(x, state, reset)
+    if x.shape[1] == 0 or known_finite(y):
+        return y, final
+    bad = ~x.isfinite().all(-1)  # [B, T]
+    bad_state = torch.stack([~leaf.flatten(1).isfinite().all(-1) for leaf in leaves(state)]).any(0)  # [B]
+    bad[:, 0] |= bad_state if reset is None else bad_state & ~reset[:, 0]
+    if not bool(bad.any()):
+        return y, final
+    y, final = run(zero_where(bad, x), zeros_where(bad_state, state), reset)
+    spoilt = spoilt_from(bad, reset)
+    return spoil(spoilt, y), map_leaves(lambda leaf: spoil(spoilt[:, -1], leaf), final)
 
 
 def take(tree: Tree, rows: Any) -> Tree:

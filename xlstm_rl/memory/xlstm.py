@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,50 +15,42 @@ from xlstm_rl.memory.config import XLSTMConfig
 from xlstm_rl.memory.core import MemoryBlock, MemoryCore, make_block
 from xlstm_rl.memory.fast import is_bare, stands_for
 
-XLSTMState = tuple[Any, ...]
+StackState = tuple[Any, ...]
 
 
-@stands_for
-class XLSTM(MemoryCore):
-    """A stack of xLSTM blocks as a memory core.
+class Stack(MemoryCore):
+    """Blocks between an input projection and a norm; their laws are those of the stack.
 
     Args:
         input_size: features per step.
-        config: the stack; or give its fields as keyword arguments.
-        **fields: fields of `XLSTMConfig`, if `config` is not given.
-
-    Raises:
-        ValueError: a setting does not fit; the message names it.
-        TypeError: a field is unknown or of the wrong kind.
+        width: of all blocks, and of the output.
+        blocks: bottom to top.
+        input_projection: embed the input linearly; without it, `input_size` must equal `width`.
+        post_norm: after the last block.
     """
 
-    def __init__(self, input_size: int, config: XLSTMConfig | None = None, **fields: Any) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        width: int,
+        blocks: Iterable[nn.Module],
+        *,
+        input_projection: bool = True,
+        post_norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        if config is not None and fields:
-            raise TypeError(f"give either config or fields, not both; got fields {sorted(fields)}")
-        known = [field.name for field in dataclasses.fields(XLSTMConfig)]
-        if not fields.keys() <= set(known):
-            raise TypeError(f"xLSTM has no setting {sorted(fields.keys() - set(known))}; known are {known}")
-        self.config = config = config or XLSTMConfig(**_as_tuples(fields))
-        if not config.input_projection and input_size != config.hidden_size:
-            raise ValueError(
-                f"without input_projection, input_size={input_size} must equal hidden_size={config.hidden_size}"
-            )
-        self.input_size = input_size
-        self.output_size = config.hidden_size
-        self.input_projection = nn.Linear(input_size, config.hidden_size) if config.input_projection else nn.Identity()
-        self.blocks = nn.ModuleList(make_block(letter, config, index) for index, letter in enumerate(config.blocks))
-        self.post_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False) if config.post_norm else nn.Identity()
-        )
+        self.input_size, self.output_size = input_size, width
+        self.input_projection = nn.Linear(input_size, width) if input_projection else nn.Identity()
+        self.blocks = nn.ModuleList(blocks)
+        self.post_norm = nn.Identity() if post_norm is None else post_norm
 
-    def initial_state(self, batch_size: int) -> XLSTMState:
+    def initial_state(self, batch_size: int) -> StackState:
         """The empty state: one state per block, all zeros."""
         return tuple(block.initial_state(batch_size) for block in self.blocks)  # type: ignore[operator]
 
     def step(
-        self, x: Tensor, state: XLSTMState, reset: Tensor | None = None, *, reuse_state: bool = False
-    ) -> tuple[Tensor, XLSTMState]:
+        self, x: Tensor, state: StackState, reset: Tensor | None = None, *, reuse_state: bool = False
+    ) -> tuple[Tensor, StackState]:
         """See `MemoryCore.step`."""
         if not self._steps_by_blocks(x):
             return super().step(x, state, reset)
@@ -78,7 +71,7 @@ class XLSTM(MemoryCore):
             and not _casts_too_far(x.device.type)
         )
 
-    def forward(self, x: Tensor, state: XLSTMState, reset: Tensor | None = None) -> tuple[Tensor, XLSTMState]:
+    def forward(self, x: Tensor, state: StackState, reset: Tensor | None = None) -> tuple[Tensor, StackState]:
         """See `MemoryCore.forward`.
 
         Under autocast to a dtype that no kernel takes on the device, the stack keeps that of its parameters.
@@ -98,6 +91,41 @@ class XLSTM(MemoryCore):
             x, block_state = block(x, block_state, reset)
             states.append(block_state)
         return self.post_norm(x), tuple(states)
+
+
+@stands_for
+class XLSTM(Stack):
+    """A stack of xLSTM blocks as a memory core.
+
+    Args:
+        input_size: features per step.
+        config: the stack; or give its fields as keyword arguments.
+        **fields: fields of `XLSTMConfig`, if `config` is not given.
+
+    Raises:
+        ValueError: a setting does not fit; the message names it.
+        TypeError: a field is unknown or of the wrong kind.
+    """
+
+    def __init__(self, input_size: int, config: XLSTMConfig | None = None, **fields: Any) -> None:
+        if config is not None and fields:
+            raise TypeError(f"give either config or fields, not both; got fields {sorted(fields)}")
+        known = [field.name for field in dataclasses.fields(XLSTMConfig)]
+        if not fields.keys() <= set(known):
+            raise TypeError(f"xLSTM has no setting {sorted(fields.keys() - set(known))}; known are {known}")
+        config = config or XLSTMConfig(**_as_tuples(fields))
+        if not config.input_projection and input_size != config.hidden_size:
+            raise ValueError(
+                f"without input_projection, input_size={input_size} must equal hidden_size={config.hidden_size}"
+            )
+        super().__init__(
+            input_size,
+            config.hidden_size,
+            (make_block(letter, config, index) for index, letter in enumerate(config.blocks)),
+            input_projection=config.input_projection,
+            post_norm=nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False) if config.post_norm else None,
+        )
+        self.config = config
 
 
 def _casts_too_far(device: str) -> bool:

@@ -9,8 +9,9 @@ namespace xlstm {
 constexpr int LONGEST_CHUNK = 64;
 // Divisors below exp(-60) only arise from memories that hold nothing but underflow.
 constexpr double LARGEST_EXPONENT = 60.0;
-// exp(-10000) is zero in every precision, and sums of it keep the digits of the other terms.
-constexpr double MOST_FORGETFUL = -1e4, NEVER = -1e30;
+// The exponentials of both are zero in every precision. Sums of as many of the first as a chunk has steps stay above the
+// second, which log weights never need to go below, as they only fall from step to step.
+constexpr double FORGETS_ALL = -800, NEVER = -1e5;
 
 // A [B, T, H, ...] tensor with any strides but that of the last dimension, which is one.
 template <class T> struct Strided {
@@ -73,37 +74,48 @@ template <class T> struct Chunk {
     for (int64_t t = 0; t < width; t += WIDTH<T>)
       store(log_forget + t, x.exp_forget ? load(forget + t) : log_sigmoid<T>(load(forget + t)));
 
-    double decay = 0, m = carried;
+    // What a step adds to the log weight of all before it is `log f + m before - m`, never positive. A step that leaves
+    // nothing of the memory counts as an episode start, so that the sums stay small and gates of any size keep the
+    // digits of all others. m itself may be as large as the gates and enters no sum.
+    double sum = 0, m = carried;
     last = 0;
     live = length;
     for (int64_t t = 0; t < length; t++) {
-      double f = std::max(double(log_forget[t]), MOST_FORGETFUL);
-      input[t] = std::max(double(*x.input_gate.at(b, start + t, h)), NEVER);
-      if (x.starts(b, start + t)) {
+      const double input_gate = *x.input_gate.at(b, start + t, h);
+      const bool starts = x.starts(b, start + t);
+      const double decayed = double(log_forget[t]) + (starts ? 0.0 : m);
+      // Maxima keep a NaN of their first argument.
+      m = std::max(std::max(decayed, input_gate), 0.0);
+      const double kept = decayed - m;
+      if (starts || kept < FORGETS_ALL) {
         live = std::min(live, t);
         last = t;
-        decay = m = 0;
+        sum = 0;
       } else {
-        decay += f;
+        sum += kept;
       }
-      m = std::max(std::max(f + m, input[t]), 0.0);
       first[t] = last;
-      total[t] = decay;
+      total[t] = sum;
+      input[t] = std::max(input_gate - m, NEVER);
       scale[t] = m;
-      row.set(t, decay - m);
-      column.set(t, input[t] - decay);
+      row.set(t, sum);
+      column.set(t, input[t] - sum);
     }
     stabilizer = T(m);
+    // The memory is handed on under the rounded stabilizer. Where neighbouring numbers are further apart than one, no
+    // form tells gates of that size apart, and the recurrence adds nothing for it either.
+    double rounding = m - double(stabilizer);
+    if (!(std::abs(rounding) <= 1)) rounding = 0;
     for (int64_t t = 0; t < width; t++) {
-      bool carries = t < live, arrives = t >= last && t < length;
-      from_start[t] = T(carries ? total[t] + carried - scale[t] : NEVER);
-      to_end[t] = T(arrives ? total[length - 1] - total[t] + input[t] - stabilizer : NEVER);
+      const bool carries = t < live, arrives = t >= last && t < length;
+      from_start[t] = T(carries ? total[t] : NEVER);
+      to_end[t] = T(arrives ? total[length - 1] - total[t] + input[t] + rounding : NEVER);
       bound[t] = T(t < length ? -std::min(scale[t], LARGEST_EXPONENT) : 0.0);
       if (t >= length) column.set(t, NEVER);
     }
     for (int64_t t = 0; t < width; t += WIDTH<T>)
       for (T* weights : {from_start, to_end, bound}) store(weights + t, exponential<T>(load(weights + t)));
-    over = live == length ? T(std::exp(total[length - 1] + carried - stabilizer)) : T(0);
+    over = live == length ? T(std::exp(total[length - 1] + rounding)) : T(0);
   }
 };
 

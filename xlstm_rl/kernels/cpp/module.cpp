@@ -302,7 +302,8 @@ PyObject* use_tensors(PyObject*, PyObject* const* values, Py_ssize_t count) {
              name("dtype"),
              name("is_contiguous"),
              name("shape"),
-             name("data_ptr")};
+             name("data_ptr"),
+             name("is_neg")};
     return PyBool_FromLong(exchange != nullptr);
   });
 }
@@ -345,6 +346,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cpp", nullptr, -1, methods, nu
 PyMODINIT_FUNC INITIALISER(MODULE_NAME)(void) {
   PyObject* module = PyModule_Create(&xlstm::definition);
   // Raised with every change of the order of arguments, so that a stale build is found out.
-  if (module) PyModule_AddIntConstant(module, "INTERFACE", 5);
+  if (module) PyModule_AddIntConstant(module, "INTERFACE", 6);
   return module;
 }

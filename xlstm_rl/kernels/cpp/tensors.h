@@ -48,6 +48,7 @@ struct Torch {
   const DLExchange* exchange = nullptr;  // null where torch has none
   // Names of attributes.
   PyObject *is_cpu = nullptr, *dtype = nullptr, *is_contiguous = nullptr, *shape = nullptr, *data_ptr = nullptr;
+  PyObject* is_neg = nullptr;
 };
 inline Torch torch;
 
@@ -131,7 +132,12 @@ inline bool read(PyObject* object, Tensor& tensor) {
   if (torch.tensor == nullptr || (type != torch.tensor && type != torch.parameter)) return false;
   if (!(torch.exchange ? read_by_exchange(object, tensor) : read_by_methods(object, tensor))) return false;
   // A storage may have been freed under its tensor.
-  return tensor.data != nullptr || tensor.empty();
+  if (tensor.data == nullptr) return tensor.empty();
+  // Views may only note that their numbers are to be negated, which neither way of reading tells.
+  if (tensor.kind == Kind::boolean) return true;
+  const Object negative(PyObject_CallMethodObjArgs(object, torch.is_neg, nullptr));
+  if (!negative.get()) PyErr_Clear();
+  return negative.is(Py_False);
 }
 
 template <class T> constexpr Kind KIND = sizeof(T) == 4 ? Kind::float32 : Kind::float64;
