@@ -81,18 +81,18 @@ def test_total_is_the_weighted_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_term(weight=2.0, scale=3.0)
     totals: list[float] = []
     losses: list[tuple[float, float]] = []
-    step, compute = model.gradient_step, model._loss
+    gradients, compute = model.compute_gradients, model._loss
 
-    def noting_step(total: Tensor, explain: Any) -> bool:
+    def noting_gradients(total: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         totals.append(total.item())
-        return step(total, explain)
+        return gradients(total, parts)
 
-    def noting_loss(batch: RolloutChunks) -> Any:
-        loss, terms = compute(batch)
+    def noting_loss(batch: RolloutChunks, total_weight: Tensor | None = None) -> Any:
+        loss, terms = compute(batch, total_weight)
         losses.append((loss.total.item(), terms["guess"].item()))
         return loss, terms
 
-    monkeypatch.setattr(model, "gradient_step", noting_step)
+    monkeypatch.setattr(model, "compute_gradients", noting_gradients)
     monkeypatch.setattr(model, "_loss", noting_loss)
     model.learn(24)
     assert totals and np.allclose(totals, [total + 2.0 * term for total, term in losses])

@@ -178,9 +178,9 @@ def exploding(model: RecurrentPPO) -> RecurrentPPO:
     """The loss is NaN in every second minibatch."""
     loss, calls = model._loss, [0]
 
-    def spoiled(batch: Any) -> Any:
+    def spoiled(batch: Any, total_weight: Any = None) -> Any:
         calls[0] += 1
-        parts, terms = loss(batch)
+        parts, terms = loss(batch, total_weight)
         if calls[0] % 2:
             parts = parts._replace(total=parts.total * np.nan, value=parts.value * np.nan)
         return parts, terms

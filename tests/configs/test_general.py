@@ -70,6 +70,10 @@ def test_rate_of_zero_in_all_updates_is_told() -> None:
         model.learn(64)
     # the second of two rollouts has it too, after one that moved
     model.learn(128)
+    # the rest of a run that goes on may be its last rollout
+    model.learn(64, reset_num_timesteps=False)
+    with pytest.warns(UserWarning, match="the learning rate was 0 in every update"):
+        model.learn(64, reset_num_timesteps=False)
 
 
 def test_numbers_may_be_those_of_numpy() -> None:

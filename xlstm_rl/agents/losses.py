@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from xlstm_rl.agents.parallel import Ranks
 
 
 def gae(
@@ -34,6 +37,9 @@ def gae(
     return torch.stack(advantages[:0:-1], dim=1)
 
 
+ALONE = Ranks()
+
+
 class AdvantageScale:
     """Divisor that normalises advantages without amplifying noise to the size of a signal.
 
@@ -52,26 +58,35 @@ class AdvantageScale:
         self.mean_square = 0.0
         self.count = 0
 
-    def normalize(self, advantage: Tensor, *, floor: float, counted: Tensor | None = None) -> Tensor:
+    def normalize(
+        self, advantage: Tensor, *, floor: float, counted: Tensor | None = None, group: Ranks = ALONE
+    ) -> Tensor:
         """Count one rollout's advantages [...] in and return them centred and scaled.
 
         Args:
             advantage: [...].
             floor: smallest divisor relative to the scale met so far; 0 is the stock behaviour.
             counted: bool [...], false for steps that are not to be counted in; None counts all.
+            group: the processes whose advantages are normalised together.
 
         Raises:
             ValueError: the floor is not in [0, 1).
         """
         check_advantage_floor(floor)
         seen = advantage if counted is None else advantage[counted]
-        if seen.numel() == 0:
+        # sums in float64, so that it makes no difference over how many processes the steps are spread
+        count, total = group.sum(
+            torch.stack([torch.tensor(float(seen.numel())), seen.sum(dtype=torch.float64)])
+        ).tolist()
+        if count == 0:
             return advantage
-        std = seen.std(correction=0).item()
+        mean = total / count
+        std = math.sqrt(float(group.sum((seen.double() - mean).square().sum())) / count)
         self.count += 1
         self.mean_square += (std**2 - self.mean_square) / self.count
         divisor: float = max(std, floor * self.mean_square**0.5, 1e-8)
-        return (advantage - seen.mean()) / divisor
+        normalized: Tensor = (advantage - mean) / divisor
+        return normalized
 
 
 def check_advantage_floor(floor: float) -> None:
@@ -101,6 +116,7 @@ def ppo_loss(
     target: Tensor,
     entropy: Tensor | None,
     weight: Tensor,
+    total_weight: Tensor | None = None,
     clip_range: float,
     clip_range_vf: float | None,
     ent_coef: float,
@@ -115,6 +131,7 @@ def ppo_loss(
         entropy: [B, T], or None where the distribution has no closed form: estimated by -log_prob.
         weight: [B, T], of each step: 0 for steps that another chunk counts; in a minibatch of average size the
             weights sum to 1.
+        total_weight: scalar, sum of the weights of the minibatch over all processes; None: of `weight`.
         clip_range: clip of the probability ratio around 1.
         clip_range_vf: clip of the value around `old_value`, in units of return; None for no clip.
         ent_coef, vf_coef: weights of the entropy bonus and of the value loss.
@@ -131,7 +148,8 @@ def ppo_loss(
     with torch.no_grad():
         # low-variance estimate of KL(old, new), http://joschu.net/blog/kl-approx.html
         # a minibatch may hold nothing but skipped steps
-        share = weight / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+        total_weight = weight.sum() if total_weight is None else total_weight
+        share = weight / total_weight.clamp_min(torch.finfo(weight.dtype).tiny)
         approx_kl = (share * (ratio - 1 - log_ratio)).sum()
         clip_fraction = (share * ((ratio - 1).abs() > clip_range)).sum()
     return PPOLoss(total, policy, value_loss, mean_entropy, approx_kl, clip_fraction)

@@ -31,6 +31,7 @@ from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
 from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
 from xlstm_rl.agents.masks import masks_actions, read_masks
 from xlstm_rl.agents.nonfinite import check_first_observations, check_step, rewards_without_skipped, skipped_steps
+from xlstm_rl.agents.parallel import Moments, ranks
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
 from xlstm_rl.agents.policy_arguments import check_policy_kwargs
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
@@ -116,12 +117,20 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         self._last_state: PolicyState | None = None
         # of the updates of one call of `learn`
         self._largest_rate = 0.0
+        # calls of `learn` in a row whose rate was 0 throughout
+        self._idle_calls = 0
+        self.ranks = ranks()
+        self._moments: list[Moments] = []
+        self._ended_episodes: list[dict[str, Any]] = []
         self.check_settings()
         if _init_setup_model:
             self._setup_model()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_largest_rate"]
+        return [
+            *super()._excluded_save_params(),
+            *("_largest_rate", "ranks", "_all_envs", "_moments", "_ended_episodes"),
+        ]
 
     def check_settings(self) -> None:
         """Refuse settings that do not fit; see the constructor."""
@@ -165,6 +174,17 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             )
         self.policy = self.policy.to(self.device)
         self._last_state = self.policy.initial_state(self.n_envs)
+        self._join_ranks()
+
+    def _join_ranks(self) -> None:
+        """All ranks take the weights of rank 0, and each its own random numbers and its own episodes."""
+        counts = self.ranks.gather(self.n_envs)
+        self._all_envs = sum(counts)
+        self.ranks.broadcast_weights(self.policy)
+        if self.ranks.world_size > 1 and self.seed is not None:
+            if self.env is not None:
+                seed_envs(self.env, self.seed + sum(counts[: self.ranks.rank]))
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, self.ranks.rank)).generate_state(1)[0]))
 
     def _setup_rollout_buffer(self) -> None:
         buffer_class: Any = self.rollout_buffer_class or ChunkedRolloutBuffer
@@ -225,6 +245,8 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             self._setup_rollout_buffer()
         fresh = self._last_obs is None
         before = self._read_statistics()
+        # before the first reset, which counts observations in: here they are equal on all ranks
+        self._moments = self._running_moments()
         result = super()._setup_learn(*args, **kwargs)
         assert self.env is not None and self._last_obs is not None, "the parent class has reset it"
         self._last_obs = checked_observations(self.env, self._last_obs, "on reset")
@@ -255,9 +277,9 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             )
         # settings may have changed since the buffer was made
         rollout_buffer.gamma, rollout_buffer.gae_lambda = self.gamma, self.gae_lambda
-        statistics = self._read_statistics()
+        statistics, before = self._read_statistics(), self.num_timesteps
         try:
-            return self._collect(env, callback, rollout_buffer)
+            goes_on = self._collect(env, callback, rollout_buffer)
         except FloatingPointError as error:
             if self.on_nonfinite == "stop":
                 self._last_obs = None
@@ -268,15 +290,49 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             rollout_buffer.reset()
             self._rollout_start = None
             self._begin_finite_episodes(statistics)
-            return True
+            goes_on = True
         except BaseException:
             # the memory may have seen an observation that the next `learn` would show it again
             self._last_obs = None
             raise
+        return self._agree(goes_on, before)
+
+    def _agree(self, goes_on: bool, before: int) -> bool:
+        """Once per rollout, whatever its end: whether all ranks go on, and how many steps all have done."""
+        if self.ranks.world_size == 1:
+            return goes_on
+        own = (self.num_timesteps - before) // self._all_envs * self.n_envs
+        episodes = list(self._ended_episodes)
+        told = self.ranks.gather((goes_on, own, episodes))
+        self.num_timesteps = before + sum(steps for _, steps, _ in told)
+        for rank, (_, _, infos) in enumerate(told):
+            if rank != self.ranks.rank:
+                super()._update_info_buffer(infos)
+        return all(each for each, _, _ in told)
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        if self.ranks.world_size > 1:
+            kept = ("episode", "is_success")
+            ended = [{name: info[name] for name in kept if name in info} for info in infos if "episode" in info]
+            self._ended_episodes += ended
+        super()._update_info_buffer(infos, dones)
+
+    def _running_moments(self) -> list[Moments]:
+        """Of the running normalisation, if there is any."""
+        normalizer = self.get_vec_normalize_env()
+        if self.ranks.world_size == 1 or normalizer is None:
+            return []
+        observed = getattr(normalizer, "obs_rms", None)
+        parts = [*observed.values()] if isinstance(observed, dict) else [] if observed is None else [observed]
+        return [Moments(running) for running in (normalizer.ret_rms, *parts)]
 
     def _collect(self, env: VecEnv, callback: BaseCallback, rollout_buffer: ChunkedRolloutBuffer) -> bool:
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
+        # before callbacks, which may evaluate with them, and before the point from which a resumed run goes on
+        for moments in self._moments:
+            moments.merge(self.ranks)
+        self._ended_episodes = []
         callback.on_rollout_start()
         if self._last_obs is None:
             # a callback has evaluated in these environments
@@ -304,9 +360,10 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             actions = step.actions.cpu().numpy()
             clipped_actions = self.policy.to_env_actions(actions)
             with _timing(seconds, "env"):
-                place = f"in step {n_steps} of the rollout ({self.num_timesteps + env.num_envs} steps into the run)"
+                place = f"in step {n_steps} of the rollout ({self.num_timesteps + self._all_envs} steps into the run)"
                 new_obs, rewards, dones, infos = step_envs(env, clipped_actions, place)
-            self.num_timesteps += env.num_envs
+            # as if all ranks were equally far; what they have really done is counted at the end of the rollout
+            self.num_timesteps += self._all_envs
             check_step(env, new_obs, rewards, infos, place)
             rewards = rewards_without_skipped(rewards, values, infos)
             last_obs, starts = self._last_obs, self._last_episode_starts
@@ -338,13 +395,25 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             _schedule_rates(optimizer, rate, self.lr_schedule(1.0))
 
-    def gradient_step(self, loss: Tensor, explain: Callable[[FloatingPointError], str]) -> bool:
-        """One step of the optimiser along the gradient of a loss; the only place where weights change.
-
-        Gradients of several processes would be summed here, between the backward pass and the bound on their norm.
+    def compute_gradients(self, loss: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of a loss, summed over the processes of a data parallel training; the only place for both.
 
         Args:
-            loss: scalar.
+            loss: scalar, a sum over steps whose weights count the steps of all processes.
+            parts: scalars to be summed as well, such as those of the loss.
+
+        Returns:
+            The parts of all processes together, without gradients.
+        """
+        self.policy.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        named = {name: part.detach() for name, part in parts.items()}
+        return self.ranks.sum_gradients(self.policy.parameters(), named)
+
+    def gradient_step(self, explain: Callable[[FloatingPointError], str]) -> bool:
+        """One step of the optimiser along the gradients; the only place where weights change.
+
+        Args:
             explain: says what is wrong where the gradient is NaN or infinite.
 
         Returns:
@@ -353,8 +422,6 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         Raises:
             FloatingPointError: the gradient is not finite.
         """
-        self.policy.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
         try:
             self._gradient_norm = clip_gradients(
                 self.policy.parameters(),
@@ -394,8 +461,14 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
     ) -> Self:
         """Train for `total_timesteps` environment steps, rounded up to whole rollouts."""
         updates, self._largest_rate = self._n_updates, 0.0
-        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-        if self._n_updates > updates and self._largest_rate == 0:
+        with self.ranks.explaining():
+            super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            for moments in self._moments:
+                moments.merge(self.ranks)
+        if self._n_updates > updates:
+            self._idle_calls = self._idle_calls + 1 if self._largest_rate == 0 else 0
+        # the last rollout of a run that is resumed or made longer may have a rate of 0; a second call in a row may not
+        if self._idle_calls > 1 - reset_num_timesteps:
             warnings.warn(
                 "the learning rate was 0 in every update of this call of learn, so no weight has changed: schedules of "
                 "Stable-Baselines3 end with each call, and one that falls to 0 leaves a call of one rollout nothing; "

@@ -177,7 +177,7 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
 
     def train(self) -> None:
         """Update the policy on the rollout."""
-        if self.rollout_buffer.pos < self.n_steps:
+        if self.ranks.any(self.rollout_buffer.pos < self.n_steps):
             # the rollout was dropped
             return
         begun = time.perf_counter()
@@ -186,26 +186,31 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         advantages = torch.from_numpy(np.ascontiguousarray(self.rollout_buffer.advantages))
         if self.normalize_advantage:
             counted = torch.from_numpy(~self.rollout_buffer.skipped)
-            advantages = self._advantage_scale.normalize(advantages, floor=self.advantage_floor, counted=counted)
+            advantages = self._advantage_scale.normalize(
+                advantages, floor=self.advantage_floor, counted=counted, group=self.ranks
+            )
         chunks = self.rollout_buffer.chunks(advantages)
         parts: list[dict[str, Tensor]] = []
         keep_going, skipped = True, 0
         for epoch in range(self.n_epochs):
             if self.refresh_state and epoch > 0:
                 chunks = self._refresh(chunks)
-            batches = minibatches(chunks, self.batch_size or self.n_steps * self.n_envs)
-            for minibatch, batch in enumerate(batches):
-                loss, terms = self._loss(batch)
+            batches = list(minibatches(chunks, self.batch_size or self.n_steps * self._all_envs, self.ranks))
+            totals = self.ranks.sum(torch.stack([batch.weights.sum() for batch in batches]))
+            for minibatch, (batch, total_weight) in enumerate(zip(batches, totals, strict=True)):
+                loss, terms = self._loss(batch, total_weight)
                 total = loss.total + sum(self.policy.loss_terms.weights[name] * term for name, term in terms.items())
                 named = {**loss._asdict(), **{f"loss_{name}": term for name, term in terms.items()}, "total": total}
-                parts.append({name: part.detach() for name, part in named.items()})
-                if self.target_kl is not None and loss.approx_kl > 1.5 * self.target_kl:
+                parts.append(self.compute_gradients(total, named))
+                # of all ranks, so that all stop here or none
+                if self.target_kl is not None and parts[-1]["approx_kl"] > 1.5 * self.target_kl:
                     keep_going = False
                     if self.verbose >= 1:
-                        print(f"Early stopping at epoch {epoch}: KL {loss.approx_kl:.3f}, target {self.target_kl}")
+                        divergence = float(parts[-1]["approx_kl"])
+                        print(f"Early stopping at epoch {epoch}: KL {divergence:.3f}, target {self.target_kl}")
                     break
                 place = f"minibatch {minibatch} of epoch {epoch}"
-                skipped += not self.gradient_step(total, partial(_explain, parts[-1], place))
+                skipped += not self.gradient_step(partial(_explain, parts[-1], place))
             self._n_updates += 1
             if not keep_going:
                 break
@@ -219,7 +224,7 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         if self.on_nonfinite == "skip":
             self.logger.record("train/skipped_updates", skipped)
 
-    def _loss(self, batch: RolloutChunks) -> tuple[PPOLoss, dict[str, Tensor]]:
+    def _loss(self, batch: RolloutChunks, total_weight: Tensor | None = None) -> tuple[PPOLoss, dict[str, Tensor]]:
         progress = self._current_progress_remaining
         result = self.policy.evaluate_sequence(
             batch.observations, batch.actions, batch.state, batch.episode_starts, batch.action_masks
@@ -233,6 +238,7 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
             target=batch.returns,
             entropy=result.entropy,
             weight=batch.weights,
+            total_weight=total_weight,
             clip_range=self.clip_range(progress),  # type: ignore[operator]
             clip_range_vf=self.clip_range_vf(progress) if self.clip_range_vf is not None else None,  # type: ignore[operator]
             ent_coef=self.ent_coef(progress) if callable(self.ent_coef) else self.ent_coef,
@@ -263,9 +269,12 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         for name in self.policy.loss_terms.weights:
             record(f"train/loss_{name}", mean[f"loss_{name}"])
         record("train/loss", float(parts[-1]["total"]))
-        record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        # of all ranks
+        told = self.ranks.gather((buffer.values.flatten(), buffer.returns.flatten(), buffer.advantages.flatten()))
+        values, returns, advantages = (np.concatenate(arrays) for arrays in zip(*told, strict=True))
+        record("train/explained_variance", explained_variance(values, returns))
         record("train/gradient_norm", self._gradient_norm)
-        record("train/advantage_std", float(buffer.advantages.std()))
+        record("train/advantage_std", float(advantages.std()))
         if hasattr(self.policy, "log_std"):
             record("train/std", torch.exp(self.policy.log_std).mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")

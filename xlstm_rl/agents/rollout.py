@@ -13,8 +13,9 @@ from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 from torch import Tensor
 
-from xlstm_rl.agents.losses import gae
+from xlstm_rl.agents.losses import ALONE, gae
 from xlstm_rl.agents.observations import map_obs
+from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.memory import map_leaves, take
 
 
@@ -282,7 +283,7 @@ def stack_states(states: list[Any]) -> Any:
     return map_leaves(lambda *parts: torch.cat(parts), *states)
 
 
-def minibatches(chunks: RolloutChunks, batch_size: int) -> Iterator[RolloutChunks]:
+def minibatches(chunks: RolloutChunks, batch_size: int, group: Ranks = ALONE) -> Iterator[RolloutChunks]:
     """Yield the chunks in random order, in minibatches of about `batch_size` steps.
 
     Weights are scaled to sum to 1 in a minibatch of average size. Every step of the rollout then weighs the same,
@@ -291,11 +292,13 @@ def minibatches(chunks: RolloutChunks, batch_size: int) -> Iterator[RolloutChunk
     Args:
         chunks: all chunks of a rollout, weights 0 or 1.
         batch_size: steps per minibatch; at least one chunk is taken.
+        group: processes that train together; `batch_size` counts the steps of all, and all get as many minibatches.
     """
     total = len(chunks.weights)
     # steps that two chunks share, and those that did not happen, do not count
-    number = min(max(1, round(float(chunks.weights.sum()) / batch_size)), total)
-    chunks = chunks._replace(weights=chunks.weights * (number / chunks.weights.sum().clamp_min(1)))
+    counted = float(group.sum(chunks.weights.sum()))
+    number = min(max(1, round(counted / batch_size)), group.least(total))
+    chunks = chunks._replace(weights=chunks.weights * (number / max(counted, 1.0)))
     # shuffled at once: minibatches are then views
     chunks = take(chunks, torch.randperm(total).to(chunks.weights.device))
     bounds = [total * index // number for index in range(number + 1)]
