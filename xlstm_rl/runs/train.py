@@ -387,10 +387,7 @@ def _learn(
             PeriodicCheckpoint(config.checkpoint.every_steps, save),
             StopOnRequest(lambda: interruption.signal is not None, save),
         ]
-        with warnings.catch_warnings():
-            # what is left of a run may be its last rollout, to whose end the rate is to have fallen to 0
-            warnings.filterwarnings("ignore", message="the learning rate was 0")
-            model.learn(max(left, 0), callback=CallbackList(callbacks), reset_num_timesteps=False)
+        model.learn(max(left, 0), callback=CallbackList(callbacks), reset_num_timesteps=False)
     if interruption.signal is None and config.checkpoint.every_steps is not None and not folder.has_checkpoint(model):
         # so that a finished run can be made longer
         save(model)
