@@ -167,6 +167,12 @@ def test_traced_shapes_are_those_of_the_torch_form(operation: str, grad: bool) -
     assert hidden.requires_grad == grad
 
 
+def test_the_compiler_of_torch_is_not_imported_along() -> None:
+    program = "import sys, xlstm_rl.agents; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def _run(file: str, chosen: str, interpret: str) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", chosen]
     environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": str(ROOT)}

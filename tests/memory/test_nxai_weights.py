@@ -118,3 +118,19 @@ def test_weights_of_the_cuda_backend_are_refused_by_name() -> None:
 def test_weights_that_are_no_stack_are_refused() -> None:
     with pytest.raises(ValueError, match="no state_dict of an NX-AI"):
         load_nxai_weights(our_core("m", 32, 4), {"weight": torch.zeros(1)})
+
+
+def test_weights_that_single_precision_cannot_hold_are_refused_by_name() -> None:
+    weights = nxai_stack("m", 32, 4, False, conv=4, seed=6).state_dict()
+    weights["blocks.0.xlstm.proj_up.weight"][0, 0] = 1e300
+    core = our_core("m", 32, 4).float()
+    before = core.get_parameter("blocks.0.skip").clone()
+    with pytest.raises(ValueError, match=r"not finite in torch.float32: \['blocks.0.up.weight'\]"):
+        load_nxai_weights(core, weights)
+    assert torch.equal(core.get_parameter("blocks.0.skip"), before)
+
+
+def test_stack_of_other_letters_has_no_such_weights() -> None:
+    weights = nxai_stack("ms", 32, 4, False, conv=4, seed=6).state_dict()
+    with pytest.raises(ValueError, match="blocks='ma': only stacks of 'm' and 's' have weights of NX-AI"):
+        load_nxai_weights(our_core("ma", 32, 4), weights)

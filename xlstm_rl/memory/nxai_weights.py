@@ -25,8 +25,10 @@ def load_nxai_weights(core: XLSTM, weights: Mapping[str, Tensor]) -> None:
         weights: `stack.state_dict()`; a prefix such as "xlstm_block_stack." (language models) is found by itself.
 
     Raises:
-        ValueError: a weight is missing, left over, or of another shape; the message names it.
+        ValueError: a weight is missing, left over, of another shape, or not finite; the message names it.
     """
+    if set(core.config.blocks) - set("ms"):
+        raise ValueError(f"blocks={core.config.blocks!r}: only stacks of 'm' and 's' have weights of NX-AI")
     prefixes = [match.group(1) for match in map(_BLOCK_PREFIX.match, weights) if match]
     if len(prefixes) != 1:
         raise ValueError("no key ends in 'blocks.0.xlstm_norm.weight': this is no state_dict of an NX-AI v1 stack")
@@ -134,5 +136,10 @@ def _copy(core: XLSTM, mapped: dict[str, Tensor]) -> None:
     ]
     if wrong:
         raise ValueError(f"weights of another shape (check hidden_size, num_heads, proj_factor, round_to): {wrong}")
+    # as they will be used: a number of double precision can be too large for single precision
+    cast = {name: mapped[name].to(value.dtype) for name, value in own.items()}
+    infinite = [name for name, value in cast.items() if not bool(value.isfinite().all())]
+    if infinite:
+        raise ValueError(f"weights that are not finite in {next(iter(own.values())).dtype}: {infinite}")
     for name, value in own.items():
-        value.copy_(mapped[name])
+        value.copy_(cast[name])
