@@ -318,3 +318,64 @@ def test_plain_environment_id_takes_the_general_settings() -> None:
     assert config.memory.settings["blocks"] == "sm"
     assert (config.policy.critic_memory, config.ppo.gae_lambda) == ("separate", 0.8)
     assert load("CartPole-v1", ["memory.name=lstm"]).memory.settings == {}
+
+
+ENDLESS = "&loop [*loop]"
+ENDLESS_MAPPING = "env: &loop {id: CartPole-v1, kwargs: *loop}"
+MANY = "\n".join(
+    ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    + [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 9)]
+)
+MERGED = "\n".join(
+    ["a0: &a0 {k: 1}"]
+    + [f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 9)}]}}" for level in range(1, 12)]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (ENDLESS, "holds itself"),
+        (ENDLESS_MAPPING, "holds itself"),
+        (MANY, "more than 100,000 values once its aliases are written out"),
+        (MERGED, "more than 100,000 values once its aliases are written out"),
+        ("env: {id: CartPole-v1, kwargs: {a: " + "[" * 5_000 + "]" * 5_000 + "}}", "nested too deeply"),
+        ("{" * 5_000, "nested too deeply|no YAML"),
+    ],
+    ids=["itself", "itself as a mapping", "aliases", "merged aliases", "deep", "deep and torn"],
+)
+def test_yaml_without_an_end_is_refused_at_once(text: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=expected):
+        load(str(path))
+    with pytest.raises(ConfigError):
+        load("tmaze", [f"env.kwargs={text}"])
+
+
+def test_aliases_may_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("base: tmaze\neval: {n_episodes: &few 7, interim_episodes: *few}\n", encoding="utf-8")
+    config = load(str(path))
+    assert config.eval.n_episodes == config.eval.interim_episodes == 7
+
+
+ABSURD = [
+    *("env.n_envs=1e9", "threads=40000", "threads=1e12", "env.worker_timeout=1e300", "eval.n_envs=1e12"),
+    *("memory.hidden_size=10000000000", "memory.hidden_size=4000000", "memory.round_to=1000000000000"),
+    *("memory.conv_kernel=1000000000000", f"memory.blocks={'m' * 2000}", "policy.net_arch=[1000000000, 1000000000]"),
+    *(
+        "policy.net_arch=[1000000000000]",
+        "env.n_envs=5000 env.vec=subproc",
+        "memory.name=lstm memory.num_layers=100000",
+    ),
+    *("memory.name=lstm memory.hidden_size=10000000", "memory.name=transformer memory.window=1000000000000"),
+    *("memory.name=frames memory.num_frames=1000000000000", "memory.name=ssm memory.num_states=1000000000000"),
+    "memory.name=transformer memory.num_layers=1000000000",
+]
+
+
+@pytest.mark.parametrize("overrides", ABSURD)
+def test_size_that_no_machine_has_is_refused_in_a_sentence(overrides: str) -> None:
+    with pytest.raises(ConfigError, match=overrides.split("=")[0].split(".")[-1] + "|" + "memory"):
+        load("tmaze", overrides.split())

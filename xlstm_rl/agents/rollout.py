@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from xlstm_rl.agents.losses import ALONE, gae
 from xlstm_rl.agents.observations import map_obs
 from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.memory import map_leaves, take
+from xlstm_rl.memory.config import check_fits
 
 
 class RolloutChunks(NamedTuple):
@@ -95,12 +97,23 @@ class ChunkedRolloutBuffer(BaseBuffer):
         seq_len: int = 128,
     ) -> None:
         super().__init__(buffer_size, observation_space, action_space, device, n_envs)
+        self._check_size()
         self.gae_lambda, self.gamma, self.seq_len = gae_lambda, gamma, seq_len
         starts = list(range(0, buffer_size - seq_len + 1, seq_len))
         if starts[-1] + seq_len < buffer_size:
             starts.append(buffer_size - seq_len)
         self.chunk_starts = starts
         self.reset()
+
+    def _check_size(self) -> None:
+        numbers = sum(
+            math.prod(part.shape or ()) * np.dtype(part.dtype).itemsize
+            for space in (self.observation_space, self.action_space)
+            for part in (space.spaces.values() if isinstance(space, spaces.Dict) else [space])
+        )
+        # six numbers and four flags a step
+        size = self.buffer_size * self.n_envs * (numbers + 6 * 4 + 4)
+        check_fits(f"a rollout of n_steps={self.buffer_size:,} steps of {self.n_envs:,} environments", size)
 
     def reset(self) -> None:
         """Forget the rollout."""

@@ -31,6 +31,15 @@ from xlstm_rl.configs.validation import (
     settings,
 )
 from xlstm_rl.memory import make_memory, memory_names
+from xlstm_rl.memory.config import check_fits
+
+# Beyond these no run is meant: processes and copies of an environment, layers, threads, seconds.
+_MOST_PROCESSES, _MOST_COPIES, _MOST_LAYERS, _MOST_THREADS, _LONGEST_WAIT = 4096, 2**17, 1000, 1024, 10.0**7
+# Of every weight: itself, its gradient and what Adam keeps.
+_BYTES_PER_WEIGHT = 16
+
+Copies = Annotated[Count, Field(le=_MOST_COPIES)]
+Seconds = Annotated[Positive, Field(le=_LONGEST_WAIT)]
 
 _CONSTRUCTOR = inspect.signature(RecurrentPPO).parameters
 
@@ -61,14 +70,23 @@ class EnvConfig:
 
     id: Word
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    n_envs: Count = 16
+    n_envs: Copies = 16
     vec: Literal["dummy", "subproc", "vector"] = "dummy"
-    worker_timeout: Positive | None = None
-    worker_start_timeout: Positive | None = START_SECONDS
+    worker_timeout: Seconds | None = None
+    worker_start_timeout: Seconds | None = START_SECONDS
     worker_restarts: Natural = 0
     normalize_observation: Flag = False
     normalize_reward: Flag = False
     memory_inputs: tuple[Literal["action", "reward", "start"], ...] = ()
+
+    @model_validator(mode="after")
+    def _can_have_processes(self) -> EnvConfig:
+        if self.vec == "subproc" and self.n_envs > _MOST_PROCESSES:
+            raise ValueError(
+                f"env.n_envs={self.n_envs} is more than the {_MOST_PROCESSES} processes that env.vec='subproc' may "
+                "start; take fewer, or another env.vec"
+            )
+        return self
 
 
 @settings
@@ -99,17 +117,28 @@ class MemoryConfig:
                 f"memory.name={self.name!r} is no memory; {nearest(self.name, memory_names())}; one of yours is "
                 "known with the module that registers it: your_module:Env-v0"
             )
+        self._check_layers()
         width = self.settings.get("hidden_size")
         try:
             # nothing is allocated there
             with torch.device("meta"):
-                make_memory(self.name, width if isinstance(width, int) else 64, **self.settings)
+                core: Any = make_memory(self.name, width if isinstance(width, int) else 64, **self.settings)
+            weights = sum(weight.numel() for weight in core.parameters())
+            check_fits(f"memory {self.name!r} of {weights:,} weights", _BYTES_PER_WEIGHT * weights)
+            check_fits(f"memory {self.name!r} of {core.state_size:,} numbers for an environment", 4 * core.state_size)
         except TypeError as error:
             raise ValueError(self._explain(error)) from error
         # Widths beyond the address space are a RuntimeError of torch.
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"memory {self.name!r}: {error}") from error
         return self
+
+    def _check_layers(self) -> None:
+        """Layers are made one by one."""
+        layers, blocks = self.settings.get("num_layers", 1), self.settings.get("blocks", "")
+        count = max(layers if isinstance(layers, int) else 1, len(blocks) if isinstance(blocks, str) else 1)
+        if count > _MOST_LAYERS:
+            raise ValueError(f"memory {self.name!r} of {count} layers is more than the {_MOST_LAYERS} that are allowed")
 
     def as_mapping(self) -> dict[str, Any]:
         """As it stands in YAML."""
@@ -149,6 +178,10 @@ class PolicyConfig:
 
     @model_validator(mode="after")
     def _keys_are_free(self) -> PolicyConfig:
+        widths = self.net_arch or ()
+        weights = sum(before * after for before, after in zip(widths, widths[1:], strict=False))
+        check_fits(f"policy.net_arch={list(widths)[:5]} of {weights:,} weights", 2 * _BYTES_PER_WEIGHT * weights)
+        check_fits(f"policy.net_arch={list(widths)[:5]}", 2 * _BYTES_PER_WEIGHT * max(widths, default=0))
         for key in self.kwargs:
             self._check_free(str(key))
         return self
@@ -276,7 +309,7 @@ class EvalConfig:
     n_episodes: Count = 100
     interim_episodes: Count = 32
     every_steps: Count | None = 20_000
-    n_envs: Count = 16
+    n_envs: Copies = 16
     max_episode_steps: Count | None = MAX_EPISODE_STEPS
     success_return: Real | None = None
 
@@ -319,7 +352,7 @@ class TrainConfig:
     total_steps: Count = 300_000
     seed: Annotated[Natural, Field(lt=2**31)] = 0
     device: Word = "cpu"
-    threads: Count | None = 1
+    threads: Annotated[Count, Field(le=_MOST_THREADS)] | None = 1
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:

@@ -17,6 +17,9 @@ from typing_extensions import dataclass_transform
 
 Settings = TypeVar("Settings")
 
+# In a YAML text; a configuration has about a hundred.
+MOST_VALUES = 100_000
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, the value, its source and the remedy."""
@@ -195,10 +198,11 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 3e-4 as a number and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for index, key in enumerate(keys) if key in keys[:index]]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        seen: set[Hashable] = set()
+        for key in (self.construct_object(part, deep=True) for part, _ in node.value):
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+            seen |= {key} if isinstance(key, Hashable) else set()
         return super().construct_mapping(node, deep)
 
 
@@ -214,8 +218,45 @@ def parse_yaml(text: str, source: str) -> Any:
     Raises:
         ConfigError: it is no YAML; the message names `source`.
     """
+    loader = _Loader(text)
     try:
-        return yaml.load(text, Loader=_Loader)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {}, source)
+        return loader.construct_document(node)
     # A timestamp such as 2024-13-01 is a ValueError of its own.
     except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{source} is no YAML that can be read: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source} is nested too deeply to be a configuration") from error
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, counts: dict[int, int | None], source: str) -> int:
+    """How many values there are once all aliases are written out, each of which may stand for many others.
+
+    Raises:
+        ConfigError: too many for a configuration, or without an end.
+    """
+    if id(node) in counts:
+        known = counts[id(node)]
+        if known is None:
+            raise ConfigError(
+                f"{source}: the alias {str(node.start_mark).strip()} holds itself; write out what is meant"
+            )
+        return known
+    counts[id(node)] = None
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    flat = (part for pair in parts for part in pair) if isinstance(node, yaml.MappingNode) else parts
+    total = 1 + sum(_count(part, counts, source) for part in flat)
+    if total > MOST_VALUES:
+        raise ConfigError(
+            f"{source} holds more than {MOST_VALUES:,} values once its aliases are written out, too many for a "
+            "configuration"
+        )
+    counts[id(node)] = total
+    return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -150,6 +151,24 @@ class XLSTMConfig:
     def ffn_size(self) -> int:
         """Width inside the feed-forward networks of sLSTM blocks; 0 when there are none."""
         return round_up(self.ffn_factor * self.hidden_size, self.round_to)
+
+
+def check_fits(what: str, size: int) -> None:
+    """Refuse what is larger than the memory of this machine.
+
+    Args:
+        what: settings and their values, for the message.
+        size: bytes.
+
+    Raises:
+        ValueError: no such amount can be had here.
+    """
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        # nothing tells it there; the system will
+        return
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > there > 0:
+        raise ValueError(f"{what} takes {size // 2**30:,} GiB, and this machine has {there // 2**30:,}; take less")
 
 
 def check_whole(name: str, value: object, least: int) -> None:

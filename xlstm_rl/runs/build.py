@@ -30,8 +30,10 @@ from xlstm_rl.envs import Resumable, TaskFacts, task_facts
 from xlstm_rl.runs.seeds import Purpose, environment_seed
 
 OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
-# What impossible settings lead to in constructors that do not check them.
-_BUILD_ERRORS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+# What environments say of keyword arguments that they do not like, or of a package that is missing.
+_REFUSALS = (AssertionError, ImportError, KeyError, MemoryError, TypeError, ValueError, gymnasium.error.Error)
+# What agents say of settings and spaces: checks of their own, asserts of Stable-Baselines3, shapes and sizes in torch.
+_MISFITS = (AssertionError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 def make_env(config: TrainConfig, n_envs: int, seed: int, *, here: bool = False) -> VecEnv:
@@ -82,7 +84,7 @@ def read_facts(config: EnvConfig) -> TaskFacts | None:
     """
     try:
         env = gymnasium.make(config.id, **config.kwargs)
-    except (*_BUILD_ERRORS, gymnasium.error.Error) as error:
+    except _REFUSALS as error:
         raise ConfigError(
             f"environment {config.id!r} cannot be built with env.kwargs={dict(config.kwargs)}: {error}"
         ) from error
@@ -107,7 +109,7 @@ def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
             device=config.device,
             **agent_arguments(config.memory, config.policy, config.ppo),
         )
-    except _BUILD_ERRORS as error:
+    except _MISFITS as error:
         raise ConfigError(f"the agent cannot be built{with_kwargs} for {config.env.id!r}: {error}") from error
     # the constructor has seeded it as Stable-Baselines3 does
     env.seed(environment_seed(config.seed, Purpose.TRAINING))
