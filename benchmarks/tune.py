@@ -61,6 +61,7 @@ TRIALS_BEFORE_PRUNING = 5
 # A single evaluation counts no less, so that the first policies of a task with large negative returns do not outweigh
 # what was learnt.
 LOWEST_SCORE = -1.0
+STOPPED = 1
 USAGE_ERROR = 2
 SIGNAL_EXIT = 128
 
@@ -460,6 +461,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"tune: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except OSError as error:
+        place = "" if error.filename is None else f" ({error.filename})"
+        print(f"tune: {error.strerror or error}{place}; what was done until now is kept", file=sys.stderr)
+        return STOPPED
     return SIGNAL_EXIT + signal if signal else 0
 
 

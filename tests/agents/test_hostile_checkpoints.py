@@ -277,6 +277,10 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         fill("policy.optimizer", "state.0.step", float("inf")),
         "'step' of weight 0 is not finite",
     ),
+    "no number of steps": (
+        json_edit("policy.optimizer.json", lambda tree: tree["state"]["items"][0][1].update(step=None)),
+        "'step' of weight 0 is None, no number",
+    ),
     "state of no weight": (
         json_edit("policy.optimizer.json", lambda tree: tree["state"]["items"].append([99, {}])),
         "names weight 99, which there is not",

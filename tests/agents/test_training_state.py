@@ -286,21 +286,21 @@ class Telling(Counting):
 
 
 def test_wrapper_whose_state_is_in_no_file_is_named() -> None:
-    model, file = learner(Counting(envs())).learn(ROLLOUT), io.BytesIO()
+    model, file = learner(Counting(envs()), learning_rate=1e-3).learn(ROLLOUT), io.BytesIO()
     model.save_checkpoint(file)
     with pytest.warns(UserWarning, match="Counting starts anew with other values of seen"):
         RecurrentPPO.resume(file, Counting(envs()), device="cpu")
 
 
 def test_wrapper_that_tells_its_state_is_brought_back() -> None:
-    model, file, env = learner(Telling(envs())).learn(ROLLOUT), io.BytesIO(), Telling(envs())
+    model, file, env = learner(Telling(envs()), learning_rate=1e-3).learn(ROLLOUT), io.BytesIO(), Telling(envs())
     model.save_checkpoint(file)
     RecurrentPPO.resume(file, env, device="cpu")
     assert env.seen == N_STEPS
 
 
 def test_normalizer_that_cannot_take_the_settings_is_refused() -> None:
-    model, file = learner(VecNormalize(envs())).learn(ROLLOUT), io.BytesIO()
+    model, file = learner(VecNormalize(envs()), learning_rate=1e-3).learn(ROLLOUT), io.BytesIO()
     model.save_checkpoint(file)
     with pytest.raises(CheckpointError, match="the run normalised observations.*norm_obs=False"):
         RecurrentPPO.resume(file, VecNormalize(envs(), norm_obs=False), device="cpu")
@@ -310,10 +310,27 @@ def test_run_that_has_not_begun_is_saved_and_resumed() -> None:
     def env() -> VecEnv:
         return VecNormalize(envs())
 
-    whole, file = learner(env()), io.BytesIO()
+    whole, file = learner(env(), learning_rate=1e-3), io.BytesIO()
     whole.save_checkpoint(file)
     whole.learn(ROLLOUT)
     with pytest.warns(UserWarning, match="new episodes"):
         parts = RecurrentPPO.resume(file, env(), device="cpu")
     parts.learn(ROLLOUT)
     assert parts.num_timesteps == whole.num_timesteps
+
+
+def test_weights_that_were_tied_by_hand_are_not_loaded_as_two(tmp_path: Any) -> None:
+    def tied(seed: int) -> RecurrentPPO:
+        model = agent(seed=seed)
+        actor, critic = model.policy.mlp_extractor.policy_net[0], model.policy.mlp_extractor.value_net[0]
+        critic.weight = actor.weight
+        model.policy.optimizer = torch.optim.Adam(model.policy.parameters())
+        return model
+
+    model = tied(0)
+    model.save(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"policy_net\.0\.weight' and '.*value_net\.0\.weight' are one, and two"):
+        RecurrentPPO.load(tmp_path / "model")
+    other = tied(1)
+    other.set_parameters(str(tmp_path / "model"))
+    assert_same(model, other)

@@ -93,11 +93,9 @@ _COUNTED: dict[str, Any] = {
     "_advantage_scale": AdvantageScale,
     **dict.fromkeys(("observation_space", "action_space"), Space),
 }
-# What impossible settings lead to in constructors of Stable-Baselines3, torch and policies, which do not check them.
-_IMPOSSIBLE = (
-    *(AssertionError, AttributeError, IndexError, KeyError, MemoryError, OverflowError),
-    *(RuntimeError, TypeError, ValueError, ZeroDivisionError),
-)
+# What impossible settings lead to in the constructors of Stable-Baselines3, torch and policies: their checks, their
+# asserts, and attributes that text or None do not have.
+_IMPOSSIBLE = (AssertionError, AttributeError, MemoryError, OverflowError, RuntimeError, TypeError, ValueError)
 _WITHOUT = "; load(path, custom_objects={'policy.optimizer': None}) takes the weights alone"
 # Optimiser state that has no element for each of its weight.
 _OTHER_SHAPES = ("step", "row_var", "col_var", "mu_product", "eta", "mu")
@@ -695,7 +693,20 @@ def _set_weights(module: torch.nn.Module, weights: Any, name: str, file: str) ->
         lost = weight.isfinite() & ~weight.to(wanted.dtype).isfinite()
         if bool(lost.any()) or (name in parameters and not bool(weight.isfinite().all())):
             raise CheckpointError(f"{file}: weight {name!r} is infinite; use an earlier checkpoint")
+    _check_shared(module, weights, file)
     module.load_state_dict(weights)
+
+
+def _check_shared(module: torch.nn.Module, weights: Mapping[str, Any], file: str) -> None:
+    """Weights that are one in the file must be one here, or training would make them two."""
+    here, first = module.state_dict(), {id(weight): name for name, weight in reversed(list(weights.items()))}
+    for name, weight in weights.items():
+        other = first[id(weight)]
+        if isinstance(weight, Tensor) and weight.numel() and here[name].data_ptr() != here[other].data_ptr():
+            raise CheckpointError(
+                f"{file}: weights {other!r} and {name!r} are one, and two in {type(module).__name__} as its settings "
+                "build it: make the agent, tie them likewise and call set_parameters(path)"
+            )
 
 
 def _check_numbers(group: Any, name: str, file: str) -> None:
@@ -805,7 +816,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, An
             if class_name(type(optimizer)).startswith("torch."):
                 # the constructor checks them
                 type(optimizer)([torch.nn.Parameter(torch.zeros(1))], **settings)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: the optimiser state has impossible settings: {error}{_WITHOUT}") from error
     for index, kept in state.items():
         if index not in flat or not isinstance(kept, dict):
@@ -819,7 +830,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, An
 
 def _wrong_state(name: Any, value: Any, weight: Tensor) -> str | None:
     """What is wrong with an entry of an optimiser's state; None if nothing is."""
-    if value is None:
+    if value is None and name == "momentum_buffer":
+        # before the first step
         return None
     if not isinstance(value, Tensor):
         if not isinstance(value, int | float):
