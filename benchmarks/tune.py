@@ -47,7 +47,8 @@ from xlstm_rl.memory import make_memory
 from xlstm_rl.runs.build import make_env, make_model
 from xlstm_rl.runs.lock import LockedError, exclusive
 from xlstm_rl.runs.returns import Row
-from xlstm_rl.runs.train import TRAINED, TrainingStoppedError, train
+from xlstm_rl.runs.scores import TRAINED
+from xlstm_rl.runs.train import TrainingStoppedError, train
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from xlstm_rl.configs import load
-from xlstm_rl.runs.table import Score
+from xlstm_rl.runs.scores import Score
 from xlstm_rl.runs.train import train
 
 

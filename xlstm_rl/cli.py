@@ -146,7 +146,7 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from xlstm_rl.runs.table import show_scores
+    from xlstm_rl.runs.scores import show_scores
     from xlstm_rl.runs.train import evaluate_run
 
     console = LastingConsole()

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from xlstm_rl.runs.live import LiveView
 from xlstm_rl.runs.returns import Returns, Row, read_returns
-from xlstm_rl.runs.table import Score, score_table
+from xlstm_rl.runs.scores import Score, score_table
 from xlstm_rl.runs.curve import plot_curve
 
 TRAIN = Row("train", 2048, 1.5, 100, 0.25, 0.5)

@@ -97,10 +97,13 @@ _COUNTED: dict[str, Any] = {
 # asserts, and attributes that text or None do not have.
 _IMPOSSIBLE = (AssertionError, AttributeError, MemoryError, OverflowError, RuntimeError, TypeError, ValueError)
 _WITHOUT = "; load(path, custom_objects={'policy.optimizer': None}) takes the weights alone"
-# Optimiser state that has no element for each of its weight.
+# Optimiser state that does not have the shape of its weight.
 _OTHER_SHAPES = ("step", "row_var", "col_var", "mu_product", "eta", "mu")
 # Sums and means of squares, and lengths: a root is taken of them, or they are divided by.
-_NOT_NEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf", "step_size")
+_NOT_NEGATIVE = (
+    *("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf", "step_size"),
+    *("variance", "row_var", "col_var"),
+)
 
 
 class Contents(NamedTuple):

@@ -25,9 +25,9 @@ from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.envs import TaskFacts
 from xlstm_rl.runs.build import make_env, normalized_as_saved
 from xlstm_rl.runs.folder import RunFolder
+from xlstm_rl.runs.scores import EMPTIED, TRAINED, Score, play
 from xlstm_rl.runs.seeds import Purpose, environment_seed
-from xlstm_rl.runs.table import Score
-from xlstm_rl.runs.train import EMPTIED, TRAINED, RunResult, play
+from xlstm_rl.runs.train import RunResult
 
 # What environments and monitors say about a single episode.
 _OF_ONE_EPISODE = ("episode", "is_success")

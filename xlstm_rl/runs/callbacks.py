@@ -12,7 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from xlstm_rl.runs.live import LiveView
 from xlstm_rl.runs.returns import Returns, Row
-from xlstm_rl.runs.table import Score
+from xlstm_rl.runs.scores import Score
 
 # Episodes that the live view averages over, as SB3's own log does.
 RECENT = 100

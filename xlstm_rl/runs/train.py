@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import signal
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -15,20 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 from stable_baselines3.common.callbacks import CallbackList
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, configure
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import CheckpointError, RecurrentPPO
-from xlstm_rl.agents.checkpoint import flush_file
 from xlstm_rl.agents.env_contract import FaultyEnvironmentError
-from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
 from xlstm_rl.agents.saving import Resumed
 from xlstm_rl.runs.build import (
     check_device,
     make_env,
     make_model,
     normalized,
-    normalized_like,
     read_facts,
     torch_threads,
 )
@@ -45,7 +39,8 @@ from xlstm_rl.runs.open import open_run
 from xlstm_rl.runs.interruption import InterruptedEvaluationError, Interruption
 from xlstm_rl.runs.live import LiveView, SignOfLife, say
 from xlstm_rl.runs.returns import Returns, Row, pack_rows, read_returns, unpack_rows
-from xlstm_rl.runs.table import Score, show_scores
+from xlstm_rl.runs.scores import RANDOM, Score, final_scores, play, score, show_scores, worst_of_last
+from xlstm_rl.runs.events import flush_events, open_logger, pending_numbers
 from xlstm_rl.runs.curve import plot_curve
 from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.seeds import Purpose, environment_seed
@@ -54,7 +49,6 @@ StopWhen = Callable[[Sequence[Row]], bool]
 
 # Of writing; what the system says of opening a file names the file.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-TRAINED, EMPTIED, RANDOM = "trained agent", "same agent, memory emptied every step", "random actions"
 
 
 class TrainingStoppedError(RuntimeError):
@@ -231,39 +225,6 @@ def evaluate_run(
         return list(final_scores(run.model, config, read_facts(config.env), n_episodes, seed, console))
 
 
-def final_scores(
-    model: RecurrentPPO,
-    config: TrainConfig,
-    facts: TaskFacts | None,
-    n_episodes: int,
-    seed: int,
-    console: Console,
-    check: Callable[[], object] = lambda: None,
-) -> Iterator[Score]:
-    """The agent, the same agent without memory, random actions and the known bounds of the task, one after the other.
-
-    Args:
-        model: agent of the run.
-        config: the run.
-        facts: known bounds of the task, None if there are none.
-        n_episodes: episodes to finish.
-        seed: of the environments, and of what the policy samples.
-        console: told now and then how far it is.
-        check: called after every step, to end the evaluation by an exception.
-    """
-    for agent, emptied in ((TRAINED, False), (EMPTIED, True)):
-        alive = SignOfLife(console, f"the {agent}", n_episodes, check)
-        played = play(model, config, n_episodes, seed, empty_state_every_step=emptied, on_step=alive)
-        yield _score(agent, played, config)
-    with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
-        limit, alive = config.eval.max_episode_steps, SignOfLife(console, RANDOM, n_episodes, check)
-        played = evaluate_random(env, n_episodes, seed=seed, max_episode_steps=limit, on_step=alive)
-        yield _score(RANDOM, played, config)
-    if facts is not None:
-        yield Score("best without memory", facts.memoryless_return)
-        yield Score("optimum", facts.optimal_return)
-
-
 def _training_env(config: TrainConfig) -> VecEnv:
     return make_env(config, config.env.n_envs, environment_seed(config.seed, Purpose.TRAINING))
 
@@ -308,7 +269,7 @@ def _run(
 ) -> RunResult:
     """Learn what is left to learn, save, evaluate and report."""
     facts = read_facts(config.env)
-    model.set_logger(_make_logger(folder, model.num_timesteps, notes["log"]))
+    model.set_logger(open_logger(folder.tensorboard, model.num_timesteps, notes["log"]))
     scores: list[Score] = []
     with Interruption(partial(say, console)) as interruption:
         _learn(model, config, folder, returns, notes, stop_when, console, interruption)
@@ -322,7 +283,7 @@ def _run(
             with _faults_told(folder, "the closing evaluation stopped", model), suppress(InterruptedEvaluationError):
                 for score in closing_scores:
                     scores.append(score)
-            scores[1:1] = _worst_of_last(returns.of("eval"), 5) if scores else []
+            scores[1:1] = worst_of_last(returns.of("eval"), 5) if scores else []
     _draw(folder, config, returns.rows, facts, scores)
     _close(console, folder, config, model, scores, trained=trained, interrupted=interruption.signal is not None)
     return RunResult(folder.path, folder.model, returns.rows, scores, interruption.signal)
@@ -366,8 +327,8 @@ def _learn(
         kept = {
             "rows": pack_rows(returns.rows),
             "seconds": returns.seconds(),
-            "log": _pending(model.logger),
-            "events": _flush_events(model.logger, folder.tensorboard),
+            "log": pending_numbers(model.logger),
+            "events": flush_events(model.logger, folder.tensorboard),
             "evaluation_due": evaluation.due,
         }
         folder.save_checkpoint(model, config.checkpoint.keep, kept)
@@ -394,48 +355,6 @@ def _learn(
     model.logger.close()
 
 
-def _make_logger(folder: RunFolder, step: int, pending: Mapping[str, Sequence[Any]]) -> Logger:
-    """TensorBoard events, those after `step` declared void, with values that wait to be written."""
-    names = [path.name.split(".") for path in folder.tensorboard.glob("events.out.tfevents.*")]
-    before = [int(parts[3]) for parts in names if parts[3].isdecimal()]
-    if max(before, default=0) >= int(time.time()):
-        # readers order files by the second in their names
-        time.sleep(1.0)
-    logger = configure(str(folder.tensorboard), ["tensorboard"])
-    if before:
-        # Loaded here because only resumed runs need it.
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        for output in logger.output_formats:
-            if isinstance(output, TensorBoardOutputFormat) and output.writer is not None:
-                output.writer._get_file_writer().add_event(restart, step + 1)  # type: ignore[no-untyped-call]
-    for name, (value, count, excluded) in pending.items():
-        logger.name_to_value[name], logger.name_to_count[name] = value, count
-        logger.name_to_excluded[name] = tuple(excluded)
-    return logger
-
-
-def _flush_events(logger: Logger, folder: Path) -> dict[str, int]:
-    """Put all events on the disk; sizes of the files by name."""
-    for output in logger.output_formats:
-        if isinstance(output, TensorBoardOutputFormat) and output.writer is not None:
-            output.writer.flush()
-    paths = sorted(folder.glob("events.out.tfevents.*"))
-    for path in paths:
-        flush_file(path)
-    return {path.name: path.stat().st_size for path in paths}
-
-
-def _pending(logger: Logger) -> dict[str, list[Any]]:
-    """Numbers that were recorded but not written yet, for `_make_logger`."""
-    return {
-        name: [value, logger.name_to_count[name], list(logger.name_to_excluded[name])]
-        for name, value in logger.name_to_value.items()
-        if isinstance(value, int | float)
-    }
-
-
 def _interim(
     model: RecurrentPPO, config: TrainConfig, console: Console, interruption: Interruption
 ) -> Score | None:
@@ -443,57 +362,9 @@ def _interim(
     seed = environment_seed(config.seed, Purpose.INTERIM_EVALUATION)
     alive = SignOfLife(console, "the agent", n_episodes, interruption.check)
     try:
-        return _score("", play(model, config, n_episodes, seed, on_step=alive), config)
+        return score("", play(model, config, n_episodes, seed, on_step=alive), config)
     except InterruptedEvaluationError:
         return None
-
-
-def play(
-    model: Any,
-    config: TrainConfig,
-    n_episodes: int,
-    seed: int,
-    *,
-    wrap: Callable[[VecEnv], VecEnv] | None = None,
-    **how: Any,
-) -> EvaluationResult:
-    """Play episodes in new environments of a run.
-
-    Args:
-        model: agent of the run, with the normalisation that its environment has at present.
-        config: the run.
-        n_episodes: episodes to finish.
-        seed: of the environments, and of what the policy samples.
-        wrap: put around the environments, outermost.
-        **how: `deterministic`, `empty_state_every_step`, `max_episode_steps` and `on_step`, as for `evaluate`; episodes
-            are cut where the run cuts them if nothing else is said.
-    """
-    with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
-        env = normalized_like(env, model.get_vec_normalize_env())
-        how = {"max_episode_steps": config.eval.max_episode_steps, **how}
-        return evaluate(model, env if wrap is None else wrap(env), n_episodes, seed=seed, **how)
-
-
-def _score(agent: str, result: EvaluationResult, config: TrainConfig) -> Score:
-    successes = result.successes
-    if successes is None and config.eval.success_return is not None:
-        successes = result.returns >= config.eval.success_return
-    return Score(
-        agent=agent,
-        mean_return=result.mean_return,
-        standard_error=result.standard_error,
-        success=None if successes is None else float(successes.mean()),
-        episodes=len(result.returns),
-        cut_episodes=result.cut_episodes,
-    )
-
-
-def _worst_of_last(rows: list[Row], count: int) -> list[Score]:
-    if len(rows) < count:
-        return []
-    worst = min(rows[-count:], key=lambda row: row.mean_return)
-    name = f"worst of the last {count} evaluations"
-    return [Score(name, worst.mean_return, success=worst.success, episodes=worst.episodes)]
 
 
 def _draw(
