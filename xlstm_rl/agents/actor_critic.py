@@ -12,18 +12,16 @@ from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import (
-    BaseFeaturesExtractor,
-    CombinedExtractor,
-    FlattenExtractor,
-    MlpExtractor,
-)
+from stable_baselines3.common.preprocessing import is_image_space, maybe_transpose, preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor, nn
 
+from xlstm_rl.agents.features import as_seen, check_extractor, check_spaces, is_grid, seen_space, space_parts
 from xlstm_rl.agents.heads import GumbelCategorical, as_sampled, distribution_of, masked_output, to_env
 from xlstm_rl.agents.loss_terms import WeightedTerms
+from xlstm_rl.agents.observations import entries, map_obs
 from xlstm_rl.agents.rollout import Evaluation
 from xlstm_rl.memory import MemoryCore, make_memory, map_leaves
 
@@ -96,17 +94,8 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             raise ValueError(f"critic_memory={critic_memory!r} must be 'shared', 'separate' or 'none'")
         if critic_memory == "shared" and not share_features_extractor:
             raise ValueError("a shared memory needs shared features: set critic_memory='separate' or 'none'")
-        if isinstance(observation_space, spaces.Dict) and features_extractor_class is FlattenExtractor:
-            raise ValueError(
-                "a Dict observation needs an extractor that takes it apart: use the policy MultiInputXLSTMPolicy "
-                "(MultiInputLstmPolicy), or set features_extractor_class"
-            )
-        if not isinstance(observation_space, spaces.Dict) and features_extractor_class is CombinedExtractor:
-            kind = type(observation_space).__name__
-            raise ValueError(
-                f"{kind} observations are no Dict, which CombinedExtractor takes apart: use the policy MlpXLSTMPolicy "
-                "(MlpLstmPolicy), or CnnXLSTMPolicy (CnnLstmPolicy) for images"
-            )
+        check_spaces(observation_space, action_space)
+        check_extractor(features_extractor_class, observation_space)
         if memory_kwargs is not None and not isinstance(memory_kwargs, Mapping):
             raise TypeError(f"memory_kwargs={memory_kwargs!r} must be a dict, such as dict(blocks='ms')")
         self.memory, self.memory_kwargs, self.critic_memory = memory, dict(memory_kwargs or {}), critic_memory
@@ -136,6 +125,26 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             optimizer_class,
             optimizer_kwargs,
         )
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """A new features extractor; single numbers and grids of choices come to it as rows."""
+        return self.features_extractor_class(seen_space(self.observation_space), **self.features_extractor_kwargs)
+
+    def obs_to_tensor(self, observation: Any) -> tuple[Any, bool]:
+        """Observations [N, ...] as tensors, and whether they were of several environments."""
+        parts = space_parts(self.observation_space)
+        if not any(is_grid(part) for _, part in entries(parts)):
+            return super().obs_to_tensor(observation)
+        # Stable-Baselines3 takes a grid of choices for several rows of them
+        given = {key: observation[key] for key in parts} if isinstance(parts, dict) else observation
+        rows = map_obs(_rows, parts, given)
+        several = [array.ndim > len(self._shape_of(key)) for key, array in entries(rows)]
+        shaped: Any = {key: array.reshape(-1, *self._shape_of(key)) for key, array in entries(rows)}
+        return obs_as_tensor(shaped if isinstance(parts, dict) else shaped[None], self.device), any(several)
+
+    def _shape_of(self, key: str | None) -> tuple[int, ...]:
+        space: Any = self.observation_space if key is None else self.observation_space[key]  # type: ignore[index]
+        return tuple(space.shape)
 
     def _build_mlp_extractor(self) -> None:
         """Build the memories, whose width the actor and critic networks start from."""
@@ -252,7 +261,8 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             pair = (self.pi_features_extractor, self.vf_features_extractor)
             return tuple(self.extract_features(obs, extractor) for extractor in pair)
         obs = _from_zero(obs, self.observation_space)
-        seen: Any = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
+        obs, space = as_seen(obs, self.observation_space), seen_space(self.observation_space)
+        seen: Any = preprocess_obs(obs, space, normalize_images=self.normalize_images)
         seen = map_leaves(lambda part: part.to(self.dtype), seen)
         return (features_extractor or self.features_extractor)(seen)
 
@@ -313,6 +323,15 @@ def evaluating(policy: MemoryActorCritic) -> Iterator[None]:
             yield
     finally:
         policy.set_training_mode(training)
+
+
+def _rows(space: spaces.Space[Any], given: Any) -> np.ndarray:
+    """An observation, or [N, ...], as an array, channels of images first."""
+    array = maybe_transpose(given, space) if is_image_space(space) else np.asarray(given)
+    shape = space.shape or ()
+    if array.shape not in (shape, (len(array) if array.ndim else 0, *shape)):
+        raise ValueError(f"observations of shape {array.shape} are none of {space}, nor several of them")
+    return array
 
 
 def _from_zero(obs: Any, space: spaces.Space[Any]) -> Any:

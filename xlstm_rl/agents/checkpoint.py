@@ -28,6 +28,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, Line
 from torch import Tensor
 
 from xlstm_rl._version import __version__
+from xlstm_rl.agents.features import FlatSmallImagesExtractor
 from xlstm_rl.agents.losses import AdvantageScale
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
 
@@ -336,7 +337,14 @@ _CLASSES: dict[str, type] = {
     **_named(torch.optim, [name for name in dir(torch.optim) if name[0].isupper()]),
     **{
         f"{kind.__module__.split('.')[0]}.{kind.__name__}": kind
-        for kind in (FlattenExtractor, NatureCNN, CombinedExtractor, RMSpropTFLike, ChunkedRolloutBuffer)
+        for kind in (
+            FlattenExtractor,
+            NatureCNN,
+            CombinedExtractor,
+            FlatSmallImagesExtractor,
+            RMSpropTFLike,
+            ChunkedRolloutBuffer,
+        )
     },
 }
 _CLASS_NAMES = {kind: name for name, kind in _CLASSES.items()}

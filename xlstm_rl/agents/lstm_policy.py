@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import NatureCNN
 
 from xlstm_rl.agents.actor_critic import CriticMemory
+from xlstm_rl.agents.features import FlatSmallImagesExtractor
 from xlstm_rl.agents.policy import XLSTMPolicy
 
 
@@ -58,5 +59,5 @@ class MultiInputLSTMPolicy(LSTMPolicy):
     """`LSTMPolicy` for Dict observations."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("features_extractor_class", CombinedExtractor)
+        kwargs.setdefault("features_extractor_class", FlatSmallImagesExtractor)
         super().__init__(*args, **kwargs)

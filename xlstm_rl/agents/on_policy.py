@@ -25,6 +25,7 @@ from torch import Tensor
 
 from xlstm_rl.agents.actor_critic import PolicyState
 from xlstm_rl.agents.env_contract import checked_observations, reset_envs, seed_envs, step_envs
+from xlstm_rl.agents.features import check_spaces
 from xlstm_rl.agents.gradient_clip import clip_gradients
 from xlstm_rl.agents.guarded_vec_env import GuardedDummyVecEnv
 from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
@@ -205,8 +206,10 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         if isinstance(env, VectorEnv):
-            env = GymnasiumVecEnv(env)
-        elif isinstance(env, gymnasium.Env):
+            check_spaces(env.single_observation_space, env.single_action_space)
+            return SavedAlgorithm._wrap_env(GymnasiumVecEnv(env), verbose, monitor_wrapper)
+        check_spaces(env.observation_space, env.action_space)
+        if isinstance(env, gymnasium.Env):
             one = Monitor(env) if monitor_wrapper and not is_wrapped(env, Monitor) else env
             env = GuardedDummyVecEnv([lambda: one])
         return SavedAlgorithm._wrap_env(env, verbose, monitor_wrapper)

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import NatureCNN
 from torch import Tensor
 
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState, within_bounds
+from xlstm_rl.agents.features import FlatSmallImagesExtractor
 from xlstm_rl.agents.masks import check_masks
 from xlstm_rl.agents.observations import rows_of
 from xlstm_rl.agents.saving import load_policy, save_policy
@@ -229,8 +230,8 @@ class CnnXLSTMPolicy(XLSTMPolicy):
 
 
 class MultiInputXLSTMPolicy(XLSTMPolicy):
-    """`XLSTMPolicy` for Dict observations: the features extractor is `CombinedExtractor` unless given."""
+    """`XLSTMPolicy` for Dict observations: the features extractor is a `CombinedExtractor` unless given."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("features_extractor_class", CombinedExtractor)
+        kwargs.setdefault("features_extractor_class", FlatSmallImagesExtractor)
         super().__init__(*args, **kwargs)

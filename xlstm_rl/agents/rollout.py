@@ -120,7 +120,7 @@ class ChunkedRolloutBuffer(BaseBuffer):
         steps = (self.buffer_size, self.n_envs)
         space: Any = self.observation_space
         parts = dict(space.spaces) if isinstance(space, spaces.Dict) else space
-        self.observations = map_obs(lambda part, shape: np.zeros((*steps, *shape), part.dtype), parts, self.obs_shape)
+        self.observations = map_obs(lambda part: np.zeros((*steps, *part.shape), part.dtype), parts)
         action_shape = self.action_space.shape or ()
         action_dtype = np.float32 if isinstance(self.action_space, spaces.Box) else np.int64
         self.actions = np.zeros((*steps, *action_shape), action_dtype)

@@ -15,6 +15,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
 from xlstm_rl.agents.evaluation import MAX_EPISODE_STEPS
+from xlstm_rl.agents.features import find_extractor
 from xlstm_rl.agents.guarded_vec_env import START_SECONDS
 from xlstm_rl.configs.validation import (
     Count,
@@ -165,6 +166,8 @@ class PolicyConfig:
         critic_memory: "shared" uses the actor's memory for values, "separate" adds a second one, "none" gives the
             critic the observation only.
         net_arch: hidden layers after the memory, for actor and critic each; None takes the policy's default.
+        features_extractor: what turns observations into features: "flatten", "nature" (the usual network for images),
+            "combined" (Dict observations) or "module:Class" for one of yours; None chooses by the observations.
         kwargs: further keyword arguments of the policy, other than those that have a place of their own: the memory
             (`memory`), `critic_memory` and `extra_losses` (here) and `use_sde` (`ppo`).
         extra_losses: losses beside PPO's by the name under which `xlstm_rl.register_loss` knows them, each with its
@@ -173,6 +176,7 @@ class PolicyConfig:
 
     critic_memory: Literal["shared", "separate", "none"] = "shared"
     net_arch: tuple[Count, ...] | None = None
+    features_extractor: Word | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     extra_losses: Mapping[Word, Mapping[Word, Any]] = field(default_factory=dict)
 
@@ -184,6 +188,8 @@ class PolicyConfig:
         check_fits(f"policy.net_arch={list(widths)[:5]}", 2 * _BYTES_PER_WEIGHT * max(widths, default=0))
         for key in self.kwargs:
             self._check_free(str(key))
+        if self.features_extractor is not None:
+            find_extractor(self.features_extractor)
         return self
 
     def _check_free(self, key: str) -> None:
@@ -192,6 +198,7 @@ class PolicyConfig:
             "memory_kwargs": "memory",
             "critic_memory": "policy.critic_memory",
             "extra_losses": "policy.extra_losses",
+            "features_extractor_class": "policy.features_extractor",
             "use_sde": "ppo.use_sde",
             "lr_schedule": "ppo.lr_schedule",
         } | ({} if self.net_arch is None else {"net_arch": "policy.net_arch"})
@@ -288,6 +295,8 @@ def agent_arguments(memory: MemoryConfig, policy: PolicyConfig, ppo: PPOConfig) 
     }
     if policy.net_arch is not None:
         policy_kwargs["net_arch"] = list(policy.net_arch)
+    if policy.features_extractor is not None:
+        policy_kwargs["features_extractor_class"] = find_extractor(policy.features_extractor)
     if policy.extra_losses:
         policy_kwargs["extra_losses"] = plain(policy.extra_losses)
     return {**ppo.model_arguments(), "policy_kwargs": policy_kwargs}

@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO
 from xlstm_rl.agents.inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
 from xlstm_rl.agents.env_contract import FaultyEnvironmentError
+from xlstm_rl.agents.features import EXTRACTORS, check_spaces, find_extractor, is_small_image
 from xlstm_rl.agents.guarded_vec_env import EpisodeMonitor, GuardedDummyVecEnv, GuardedSubprocVecEnv
 from xlstm_rl.agents.saving import load_normalizer
 from xlstm_rl.agents.training_state import make_normalizer
@@ -29,7 +30,6 @@ from xlstm_rl.configs.schema import agent_arguments
 from xlstm_rl.envs import Resumable, TaskFacts, task_facts
 from xlstm_rl.runs.seeds import Purpose, environment_seed
 
-OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
 # What environments say of keyword arguments that they do not like, or of a package that is missing.
 _REFUSALS = (AssertionError, ImportError, KeyError, MemoryError, TypeError, ValueError, gymnasium.error.Error)
 # What agents say of settings and spaces: checks of their own, asserts of Stable-Baselines3, shapes and sizes in torch.
@@ -89,7 +89,10 @@ def read_facts(config: EnvConfig) -> TaskFacts | None:
             f"environment {config.id!r} cannot be built with env.kwargs={dict(config.kwargs)}: {error}"
         ) from error
     with closing(env):
-        _check_observations(env.observation_space, config)
+        try:
+            check_spaces(env.observation_space, env.action_space, f"environment {config.id!r}")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         _check_memory_inputs(env, config)
         return task_facts(env)
 
@@ -114,6 +117,14 @@ def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
     # the constructor has seeded it as Stable-Baselines3 does
     env.seed(environment_seed(config.seed, Purpose.TRAINING))
     return model
+
+
+def own_classes(config: TrainConfig) -> dict[str, Any]:
+    """`custom_objects` to load an agent of the run with: classes that its files do not name."""
+    name = config.policy.features_extractor
+    if name is None or name in EXTRACTORS:
+        return {}
+    return {"policy_kwargs": {"features_extractor_class": find_extractor(name)}}
 
 
 def _make_one(config: EnvConfig, vec: str, replay: bool, seed: int) -> gymnasium.Env[Any, Any]:
@@ -184,18 +195,6 @@ def _why_missing(device: str) -> str | None:
     except (AssertionError, ImportError, RuntimeError) as error:
         return str(error).partition("\n")[0].partition(". ")[0]
     return None
-
-
-def _check_observations(space: spaces.Space[Any], config: EnvConfig) -> None:
-    parts = space.spaces if isinstance(space, spaces.Dict) else {None: space}
-    for key, part in parts.items():
-        kind = f"{type(part).__name__} observations" + ("" if key is None else f" under the key {key!r}")
-        if not isinstance(part, OBSERVATIONS):
-            known = ", ".join(option.__name__ for option in OBSERVATIONS)
-            raise ConfigError(
-                f"environment {config.id!r} has {kind}; allowed are {known} and a flat Dict of these: register it with "
-                "a gymnasium wrapper that converts them"
-            )
 
 
 def _check_memory_inputs(env: gymnasium.Env[Any, Any], config: EnvConfig) -> None:
@@ -280,4 +279,5 @@ def normalized_like(env: VecEnv, training: VecNormalize | None) -> VecEnv:
 def _policy_name(observation_space: gymnasium.Space[Any]) -> str:
     if isinstance(observation_space, gymnasium.spaces.Dict):
         return "MultiInputXLSTMPolicy"
-    return "CnnXLSTMPolicy" if is_image_space(observation_space) else "MlpXLSTMPolicy"
+    large = is_image_space(observation_space) and not is_small_image(observation_space)
+    return "CnnXLSTMPolicy" if large else "MlpXLSTMPolicy"

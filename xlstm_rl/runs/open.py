@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.env_contract import seed_envs
 from xlstm_rl.agents.checkpoint import write_whole
-from xlstm_rl.runs.build import evaluation_device, make_env, normalized_as_saved, torch_threads
+from xlstm_rl.runs.build import evaluation_device, make_env, normalized_as_saved, own_classes, torch_threads
 from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.export import Check, ExportError, check_onnx, export_onnx
 from xlstm_rl.export.onnx_check import ROWS
@@ -87,7 +87,7 @@ def _load(folder: RunFolder, best: bool, config: TrainConfig, env: VecEnv, devic
         path = folder.best if best else folder.latest_model()
         try:
             with path.open("rb") as file:
-                return RecurrentPPO.load(file, env=normalized_as_saved(env, config, file), device=device)
+                return RecurrentPPO.load(file, env=normalized_as_saved(env, config, file), device=device, custom_objects=own_classes(config))
         except FileNotFoundError as error:
             if best:
                 raise ConfigError(

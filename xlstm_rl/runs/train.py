@@ -23,6 +23,7 @@ from xlstm_rl.runs.build import (
     make_env,
     make_model,
     normalized,
+    own_classes,
     read_facts,
     torch_threads,
 )
@@ -234,7 +235,7 @@ def _last_usable(folder: RunFolder, config: TrainConfig, env: VecEnv, console: C
     refused = ""
     for path in reversed(folder.list_checkpoints()):
         try:
-            resumed = RecurrentPPO.resume_with_notes(path, env, config.device)
+            resumed = RecurrentPPO.resume_with_notes(path, env, config.device, custom_objects=own_classes(config))
             _check_notes(resumed.notes, path)
             return resumed
         except (CheckpointError, OSError) as error:
