@@ -92,7 +92,7 @@ CHANGES: list[Callable[[RecurrentPPO], None]] = [
 ]
 
 
-@pytest.mark.parametrize("before_training", [True, False])
+@pytest.mark.parametrize("before_training", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_was_changed_by_hand_is_resumed(change: Callable[[RecurrentPPO], None], before_training: bool) -> None:
     def env() -> VecEnv:

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,10 @@ from xlstm_rl.runs.scores import show_scores
 from xlstm_rl.runs.train import RunResult, TrainingStoppedError, resume, train
 
 # Short, with normalised observations.
-SHORT = ["total_steps=192", "env.normalize_observation=true"]
+SHORT = [
+    *("total_steps=96", "env.normalize_observation=true", "ppo.n_steps=16", "ppo.batch_size=24", "ppo.n_epochs=1"),
+    *("checkpoint.every_steps=45", "eval.n_episodes=1", "eval.interim_episodes=1", "eval.every_steps=45"),
+]
 COMMAND = ["train", "cartpole-no-velocity", *SMALL, *SHORT]
 
 
@@ -54,8 +58,9 @@ def flip(path: Path, random: np.random.Generator) -> None:
     path.write_bytes(content)
 
 
-FILES = ["config.yaml", "versions.json", "returns.csv", "lock", "curve.png", "model.zip", "best.zip"]
-FILES += ["checkpoints/*", "tensorboard/*"]
+READ = ["config.yaml", "returns.csv", "model.zip", "best.zip", "checkpoints/*", "tensorboard/*"]
+FILES = [*READ, "versions.json", "lock", "curve.png"]
+SELDOM = [pytest.param(name, marks=pytest.mark.slow) for name in FILES if name not in READ]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -77,7 +82,7 @@ def test_flipped_bit_in_a_file_is_refused_or_harmless_to_evaluation(run: RunResu
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*READ, *SELDOM])
 def test_flipped_bit_in_a_file_is_refused_or_harmless_to_resuming(run: RunResult, name: str, tmp_path: Path) -> None:
     random = np.random.default_rng(sum(name.encode()))
     for attempt in range(3):
@@ -199,7 +204,7 @@ def test_rows_and_events_are_on_the_disk_before_the_checkpoint(tmp_path: Path, m
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("this system does not tell the names of open files")
     monkeypatch.setattr("os.fsync", note)
-    train(small("total_steps=96"), tmp_path / "run")
+    train(small(*SHORT), tmp_path / "run")
     first = next(index for index, name in enumerate(flushed) if name.startswith(".step_"))
     assert flushed[first - 2] == "returns.csv"
     assert flushed[first - 1].startswith("events.out.tfevents.")
@@ -224,10 +229,15 @@ def test_rows_are_packed_exactly() -> None:
 
 def test_unfinished_files_of_a_killed_run_are_removed_when_it_goes_on(run: RunResult, tmp_path: Path) -> None:
     folder = copied(run, tmp_path)
-    for name in (".model.zip.1a2b3c4d.part", "checkpoints/.step_0000000096.zip.1a2b3c4d.part", ".returns.csv.part"):
-        (folder / name).touch()
+    here = f"{socket.gethostname().replace('.', '-')}@{os.getppid()}.1a2b3c4d.part"
+    for name in (".model.zip", "checkpoints/.step_0000000096.zip"):
+        # of an earlier version; of another machine, such as a container that is gone; of a number that another got
+        for writer in ("1a2b3c4d.part", "elsewhere@1.1a2b3c4d.part", here):
+            (folder / f"{name}.{writer}").touch()
+    exporting = folder / f".policy.onnx.{here}"
+    exporting.touch()
     resume(folder)
-    assert not list(folder.rglob("*.part"))
+    assert list(folder.rglob("*.part")) == [exporting], "its writer lives"
 
 
 def fails(number: int) -> Callable[..., Any]:
@@ -259,7 +269,6 @@ COMMANDS: dict[str, tuple[list[str], Callable[[Path], None]]] = {
     "evaluate, configuration": (["evaluate", "RUN"], written_to("config.yaml")),
     "inspect": (["inspect", "RUN", "--max-steps", "3"], written_to("inspection.png")),
     "export": (["export", "RUN"], written_to("policy.onnx")),
-    "export, folder": (["export", "RUN", "RUN/lock/policy.onnx"], lambda folder: None),
     "resume, returns": (["train", "--resume", "RUN"], written_to("returns.csv")),
     "resume, lock": (["train", "--resume", "RUN"], written_to("lock")),
     "resume, curve": (["train", "--resume", "RUN"], written_to("curve.png")),
@@ -305,7 +314,7 @@ PLACES = {
 
 @pytest.mark.parametrize(
     ("place", "number"),
-    [*((place, errno.ENOSPC) for place in PLACES), *(("row", other) for other in (errno.EROFS, errno.EDQUOT, errno.EIO))],
+    [*((place, errno.ENOSPC) for place in PLACES), *(("row", other) for other in (errno.EROFS, errno.EDQUOT))],
 )
 def test_full_disk_is_told_wherever_it_is_met(
     run: RunResult, place: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -314,10 +323,10 @@ def test_full_disk_is_told_wherever_it_is_met(
     kept = RunFolder(folder).list_checkpoints()
     monkeypatch.setattr(PLACES[place], fails(number))
     with pytest.raises(TrainingStoppedError, match=rf"{os.strerror(number)}.*\n.*step_0000000\d+.zip is kept; once"):
-        resume(folder, ["total_steps=288"])
+        resume(folder, ["total_steps=144"])
     monkeypatch.undo()
     assert RunFolder(folder).list_checkpoints()[: len(kept)] == kept
-    assert resume(folder, ["total_steps=288"]).rows[-1].step == 288
+    assert resume(folder, ["total_steps=144"]).rows[-1].step == 144
     assert not list(folder.rglob("*.part"))
 
 
@@ -329,7 +338,7 @@ def test_error_of_an_environment_is_no_fault_of_the_disk(
 
     monkeypatch.setattr("gymnasium.envs.classic_control.CartPoleEnv.step", lost)
     with pytest.raises(TrainingStoppedError, match="environment 0 failed.*the/game"):
-        resume(copied(run, tmp_path), ["total_steps=288"])
+        resume(copied(run, tmp_path), ["total_steps=144"])
 
 
 @pytest.mark.parametrize("failures", [1, 3])
@@ -341,7 +350,7 @@ def test_run_whose_checkpoint_is_replaced_while_it_is_opened_is_read_again(
     latest = RunFolder.latest_model
     monkeypatch.setattr(RunFolder, "latest_model", lambda self: gone.pop() if gone else latest(self))
     with open_run(folder) as opened:
-        assert opened.model.num_timesteps == 192
+        assert opened.model.num_timesteps == 96
     assert not gone
 
 
@@ -358,13 +367,13 @@ def test_model_and_normalisation_are_of_one_file_however_often_it_is_replaced(
 
     monkeypatch.setattr(RecurrentPPO, "load", replaced_before)
     with open_run(folder.path) as opened:
-        assert opened.model.num_timesteps == 192
+        assert opened.model.num_timesteps == 96
 
 
 def test_checkpoint_that_somebody_removed_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = RunFolder.list_checkpoints
     monkeypatch.setattr(RunFolder, "list_checkpoints", lambda self: [self.checkpoints / "step_0.zip", *listed(self)])
-    assert train(small("total_steps=192", "checkpoint.keep=1"), tmp_path / "run").interrupted_by is None
+    assert train(small(*SHORT, "checkpoint.keep=1"), tmp_path / "run").interrupted_by is None
 
 
 @contextmanager

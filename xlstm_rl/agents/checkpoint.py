@@ -12,7 +12,9 @@ import secrets
 import socket
 import zipfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple, TypeAlias
 
@@ -293,24 +295,37 @@ def sync_folder(path: Path) -> None:
     """Flush the names in a folder to the disk, where the system can."""
     if os.name == "nt":
         return
-    number = os.open(path, os.O_RDONLY)
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        # a folder that may be written to and not be read
+        return
     try:
         os.fsync(number)
     except OSError as error:
         # some network file systems have nothing to flush in a folder
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS):
             raise
     finally:
         os.close(number)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that are no more left of files that `write_whole` had begun."""
+def remove_unfinished(folder: Path, names: Collection[str] = ()) -> None:
+    """Remove what processes that are no more left of files that `write_whole` had begun.
+
+    Args:
+        folder: where.
+        names: files, as patterns, that no other process can be writing; what was begun of them is removed whoever
+            began it, on another machine too.
+    """
     for path in folder.glob(f".*{_UNFINISHED}"):
-        named = _WRITER.search(path.name)
-        host, process = (named["host"], int(named["process"])) if named else (_HOST, 0)
-        if host == _HOST and not _is_alive(process):
-            path.unlink(missing_ok=True)
+        told = _WRITER.search(path.name)
+        host, process = (told["host"], int(told["process"])) if told else (_HOST, 0)
+        alone = any(fnmatch(path.name, f".{name}.*{_UNFINISHED}") for name in names)
+        if alone or (host == _HOST and not _is_alive(process)):
+            # a folder may be there to be read only
+            with suppress(PermissionError):
+                path.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:

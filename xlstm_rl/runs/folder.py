@@ -125,8 +125,10 @@ class RunFolder:
                 ) from error
             except OSError as error:
                 raise ConfigError(f"run folder {self.path} cannot be written: {error.strerror}") from error
-            for unfinished in (self.path, self.checkpoints):
-                remove_unfinished(unfinished)
+            remove_unfinished(self.checkpoints, ["*"])
+            # pictures and exports may be being written by others
+            mine = (self.config, self.versions, self.returns, self.curve, self.model, self.best)
+            remove_unfinished(self.path, [path.name for path in mine])
             yield
 
     def load_config(self, overrides: Sequence[str] = ()) -> TrainConfig:
