@@ -254,7 +254,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     ),
     "infinity in optimiser": (
         fill("policy.optimizer", "state.0.exp_avg", float("-inf")),
-        "'exp_avg' of weight 0 is not finite",
+        "has infinity in 'state.0.exp_avg'",
     ),
     "infinity in optimiser once converted": (
         replace_like("policy.optimizer", "state.0.exp_avg_sq", 1e300, torch.float64),
@@ -275,7 +275,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "negative steps of optimiser": (fill("policy.optimizer", "state.0.step", -1.0), "'step' of weight 0 is negative"),
     "infinite steps of optimiser": (
         fill("policy.optimizer", "state.0.step", float("inf")),
-        "'step' of weight 0 is not finite",
+        "has infinity in 'state.0.step'",
     ),
     "no number of steps": (
         json_edit("policy.optimizer.json", lambda tree: tree["state"]["items"][0][1].update(step=None)),

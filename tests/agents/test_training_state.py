@@ -13,6 +13,7 @@ from tests.agents.small_agents import agent, assert_same
 from tests.agents.spaces_for_tests import vec_env
 from tests.agents.test_resume import N_ENVS, N_STEPS, assert_same_run, envs, learner
 from xlstm_rl.agents import CheckpointError, RecurrentPPO
+from xlstm_rl.agents.checkpoint import describe_part
 
 ROLLOUT = N_ENVS * N_STEPS
 
@@ -206,6 +207,20 @@ class OwnAdam(torch.optim.Adam):
     """Of a class that no file may name."""
 
 
+class Whitened(torch.optim.Optimizer):
+    """Keeps for every weight what has another shape, and lists."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, eps: float = 1e-5) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.state[weight]["outer"] = torch.outer(weight.data.flatten()[:2], weight.data.flatten()[:2]) - 1.0
+                self.state[weight]["history"] = [1, weight.data.clone()]
+                weight.data -= group["lr"] * weight.grad
+
+
 def own_class(model: RecurrentPPO) -> None:
     model.policy.optimizer = OwnAdam(model.policy.parameters(), lr=1e-3)
 
@@ -244,11 +259,18 @@ def test_parameters_of_an_agent_with_rates_by_part_fit_one_without(tmp_path: Any
     assert_same(model, other)
 
 
-def test_own_class_of_optimiser_that_is_handed_over_comes_back(tmp_path: Any) -> None:
-    model = agent(steps=24, policy_kwargs={"optimizer_class": OwnAdam})
+@pytest.mark.parametrize("kind", [OwnAdam, Whitened])
+def test_own_class_of_optimiser_that_is_handed_over_comes_back(
+    kind: type[torch.optim.Optimizer], tmp_path: Any
+) -> None:
+    model = agent(steps=24, policy_kwargs={"optimizer_class": kind})
     model.save(tmp_path / "model")
-    given = {"policy_kwargs": {"optimizer_class": OwnAdam}}
-    assert_same(model, RecurrentPPO.load(tmp_path / "model", custom_objects=given, device="cpu"))
+    given = {"policy_kwargs": {"optimizer_class": kind}}
+    other = RecurrentPPO.load(tmp_path / "model", vec_env(), custom_objects=given, device="cpu")
+    assert all(map(torch.equal, model.policy.parameters(), other.policy.parameters()))
+    before, after = model.policy.optimizer.state_dict(), other.policy.optimizer.state_dict()
+    assert describe_part(before).tree == describe_part(after).tree
+    other.learn(24)
 
 
 def test_optimiser_can_be_left_unread(tmp_path: Any) -> None:
@@ -297,6 +319,27 @@ def test_wrapper_that_tells_its_state_is_brought_back() -> None:
     model.save_checkpoint(file)
     RecurrentPPO.resume(file, env, device="cpu")
     assert env.seen == N_STEPS
+
+
+class Shifting(VecNormalize):
+    """A normalisation of one's own, which tells its state itself."""
+
+    shift = 0.0
+
+    def get_state(self) -> float:
+        return self.shift
+
+    def set_state(self, state: float) -> None:
+        self.shift = state
+
+
+def test_state_that_a_kind_of_known_wrapper_tells_goes_before_what_is_known_of_it() -> None:
+    env, other = Shifting(envs()), Shifting(envs())
+    env.shift = 0.5
+    model, file = learner(env, learning_rate=1e-3).learn(ROLLOUT), io.BytesIO()
+    model.save_checkpoint(file)
+    RecurrentPPO.resume(file, other, device="cpu")
+    assert other.shift == 0.5
 
 
 def test_normalizer_that_cannot_take_the_settings_is_refused() -> None:

@@ -13,6 +13,7 @@ from xlstm_rl.agents.on_policy import RecurrentOnPolicyAlgorithm
 from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
 from xlstm_rl.agents.ppo import RecurrentPPO
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, Evaluation, RolloutChunks, minibatches
+from xlstm_rl.agents.saving import load_normalizer
 
 __all__ = [
     "AdvantageScale",
@@ -39,6 +40,7 @@ __all__ = [
     "evaluate",
     "evaluate_random",
     "gae",
+    "load_normalizer",
     "minibatches",
     "ppo_loss",
     "register_loss",

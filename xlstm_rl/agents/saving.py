@@ -808,6 +808,12 @@ def _form_groups(policy: Any, weights: list[list[Tensor]], groups: list[dict[str
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], state: Any, file: str) -> None:
     """What `load_state_dict` does not check itself, after the conversion that it does."""
+    for path, tensor in _named_tensors(state, "state"):
+        if tensor.is_floating_point() and bool(tensor.isinf().any()):
+            raise CheckpointError(f"{file}: {OPTIMIZER} has infinity in {path!r}{_WITHOUT}")
+    if not class_name(type(optimizer)).startswith(("torch.", "stable_baselines3.")):
+        # what else is right, only its own class knows
+        return
     weights = [weight for part in optimizer.param_groups for weight in part["params"]]
     flat = [index for part in groups for index in part["params"]]
     known = inspect.signature(type(optimizer).__init__).parameters
@@ -816,9 +822,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, An
         try:
             if not all(np.isfinite(number) for number in _numbers(settings)):
                 raise ValueError(f"a setting is not finite: {settings}")
-            if class_name(type(optimizer)).startswith("torch."):
-                # the constructor checks them
-                type(optimizer)([torch.nn.Parameter(torch.zeros(1))], **settings)
+            # the constructor checks them
+            type(optimizer)([torch.nn.Parameter(torch.zeros(1, 1))], **settings)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: the optimiser state has impossible settings: {error}{_WITHOUT}") from error
     for index, kept in state.items():

@@ -128,6 +128,8 @@ def _wrappers(env: VecEnv) -> Iterator[VecEnvWrapper]:
 
 def _wrapper_state(wrapper: VecEnvWrapper) -> Any:
     """Arrays are copied, for wrappers change them in place."""
+    if hasattr(type(wrapper), "get_state"):
+        return copy.deepcopy(wrapper.get_state())
     if isinstance(wrapper, VecNormalize):
         # before the first reset there is no observation
         running = {
@@ -140,13 +142,13 @@ def _wrapper_state(wrapper: VecEnvWrapper) -> Any:
         return copy.deepcopy(_stacks(wrapper))
     if isinstance(wrapper, VecMonitor):
         return {name: copy.copy(getattr(wrapper, name)) for name in ("episode_returns", "episode_lengths")}
-    if hasattr(type(wrapper), "get_state"):
-        return copy.deepcopy(wrapper.get_state())
     return {"unknown": copy.deepcopy(_plain_attributes(wrapper))}
 
 
 def _set_wrapper_state(wrapper: VecEnvWrapper, state: Any) -> None:
-    if isinstance(wrapper, VecNormalize):
+    if hasattr(type(wrapper), "set_state"):
+        wrapper.set_state(state)
+    elif isinstance(wrapper, VecNormalize):
         # files of format 1 have no settings
         _set_normalizer(wrapper, {"settings": _settings(wrapper), **state})
         wrapper.training = _checked("training", state.get("training", wrapper.training), bool)
@@ -157,8 +159,6 @@ def _set_wrapper_state(wrapper: VecEnvWrapper, state: Any) -> None:
             stack[...] = state[key]
     elif isinstance(wrapper, VecMonitor):
         wrapper.episode_returns, wrapper.episode_lengths = state["episode_returns"], state["episode_lengths"]
-    elif hasattr(type(wrapper), "set_state"):
-        wrapper.set_state(state)
     elif state is not None:
         _warn_of_changes(wrapper, state["unknown"])
 
