@@ -1,11 +1,11 @@
-"""Speed of the tasks: one environment, gymnasium's batch of such, and the batch of our own.
+"""Speed of the tasks: one environment, and gymnasium's batch of such.
 
     python -m benchmarks.env_speed                     # all tasks, about a minute
     python -m benchmarks.env_speed --num-envs 16 --seconds 2
 
 Thousands of environment steps per second of CPU time, resets included, with random actions; the best of three turns.
 A single environment is what `gymnasium.make` returns, its wrappers included, and the batch of gymnasium is
-`SyncVectorEnv` of such; both batches reset at the step after the end of an episode.
+`SyncVectorEnv` of such, which resets at the step after the end of an episode.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import gymnasium as gym
 
-from xlstm_rl.envs.registration import CONTROL, TASKS
+from xlstm_rl.envs.task import PURPOSES
 
 TURNS = 3
 
@@ -54,8 +54,8 @@ def single_speed(env_id: str, seconds: float) -> float:
     return steps_per_second(play, 1, seconds)
 
 
-def batch_speed(env_id: str, mode: str, num_envs: int, seconds: float) -> float:
-    envs = gym.make_vec(env_id, num_envs, mode)
+def batch_speed(env_id: str, num_envs: int, seconds: float) -> float:
+    envs = gym.make_vec(env_id, num_envs, "sync")
     envs.reset(seed=0)
     envs.action_space.seed(0)
     actions = [envs.action_space.sample() for _ in range(97)]
@@ -73,15 +73,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="CPU seconds of a turn (0.3)")
     options = parser.parse_args()
     print(f"thousands of steps per CPU second; batches of {options.num_envs}\n")
-    print("| task | single | gymnasium's batch | own batch |\n|---|---|---|---|")
-    for name in sorted((*TASKS, *CONTROL)):
-        env_id = f"xlstm_rl/{name}-v0"
+    print("| task | single | batch |\n|---|---|---|")
+    for env_id in sorted(PURPOSES):
         single = single_speed(env_id, options.seconds)
-        sync = batch_speed(env_id, "sync", options.num_envs, options.seconds)
-        has_own = gym.spec(env_id).vector_entry_point is not None
-        own = batch_speed(env_id, "vector_entry_point", options.num_envs, options.seconds) if has_own else None
-        cells = (f"{rate / 1e3:,.0f}" if rate is not None else "-" for rate in (single, sync, own))
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        sync = batch_speed(env_id, options.num_envs, options.seconds)
+        name = env_id.removeprefix("xlstm_rl/").removesuffix("-v0")
+        print(f"| {name} | {single / 1e3:,.0f} | {sync / 1e3:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_memories_of_the_docs_have_equal_size() -> None:
 
 
 def test_tasks_of_the_docs_run() -> None:
-    assert run_blocks("docs/tasks.md")["batch"].num_envs == 32
+    assert run_blocks("docs/tasks.md")["env"].length == 14
 
 
 def test_page_on_looking_inside_runs() -> None:

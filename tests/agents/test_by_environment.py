@@ -196,10 +196,3 @@ def test_what_a_step_gave_stays_as_it_was() -> None:
     assert [step[0][0, 0] for step in kept] == [0, 1, 2]
     assert [step[1][0] for step in kept] == [1, 2, 3]
     assert [step[3][0]["notes"].tolist() for step in kept] == [[1, 1], [2, 2], [3, 3]]
-
-
-def test_seeds_of_numpy_are_numbers_too() -> None:
-    for seed in (7, np.int64(7), [7, 8, 9], np.array([7, 8, 9])):
-        env = gym.make_vec("xlstm_rl/Parity-v0", N, "vector_entry_point")
-        env.reset(seed=seed)  # type: ignore[arg-type]
-        assert list(env.np_random_seed) == [7, 8, 9]  # type: ignore[call-overload]

@@ -9,9 +9,9 @@ import pytest
 from gymnasium import spaces
 
 from xlstm_rl.envs import Resumable, resumable
-from xlstm_rl.envs.registration import CONTROL, TASKS
+from xlstm_rl.envs.task import PURPOSES
 
-ENVS = [f"xlstm_rl/{name}-v0" for name in (*TASKS, *CONTROL)]
+ENVS = list(PURPOSES)
 ENVS += ["FrozenLake-v1", "MountainCar-v0"]
 
 

@@ -14,15 +14,13 @@ from xlstm_rl.agents import GymnasiumVecEnv
 from xlstm_rl.agents.guarded_vec_env import GuardedDummyVecEnv
 from xlstm_rl.runs.build import make_env, make_model, normalized
 from xlstm_rl.configs import ConfigError, load
-from xlstm_rl.envs import TaskVectorEnv
 
 
 @pytest.mark.parametrize(
     ("env_id", "kind", "mode"),
     [
-        ("xlstm_rl/Parity-v0", TaskVectorEnv, AutoresetMode.SAME_STEP),
         ("CartPole-v1", object, AutoresetMode.NEXT_STEP),
-        ("xlstm_rl:xlstm_rl/Parity-v0", TaskVectorEnv, AutoresetMode.SAME_STEP),
+        ("gymnasium:CartPole-v1", object, AutoresetMode.NEXT_STEP),
     ],
 )
 def test_vector_takes_the_own_vectorised_form_and_resets_at_once_where_it_can(

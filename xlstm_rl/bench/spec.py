@@ -29,7 +29,7 @@ class TaskSpec:
     Attributes:
         base: a preset, a .yaml file or an environment id; None takes the task's name.
         set: overrides of its configuration, such as `env.kwargs.length: 12`.
-        ability, length_parameter: None where `xlstm_rl.envs.PURPOSES` knows them.
+        ability, length_parameter: None where `xlstm_rl.envs.task.PURPOSES` knows them.
         optimal_return, memoryless_return: known bounds of a task that does not state them itself; they hold for its
             training length alone.
         train_to_the_end: do not stop training early, whatever the benchmark's `stop_score`: what is learned after a

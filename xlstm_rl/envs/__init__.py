@@ -1,8 +1,6 @@
 """Partially observable tasks that need memory, registered with gymnasium as `xlstm_rl/<Name>-v0`."""
 
-from xlstm_rl.envs.abilities import ABILITIES, TaskPurpose, longer, task_purpose
 from xlstm_rl.envs.bandit import Bandit
-from xlstm_rl.envs.chance import Chance
 from xlstm_rl.envs.copy_items import Copy
 from xlstm_rl.envs.cycle import Cycle
 from xlstm_rl.envs.hide_velocity import HideVelocity
@@ -13,17 +11,24 @@ from xlstm_rl.envs.noisy_evidence import NoisyEvidence
 from xlstm_rl.envs.overwrite import Overwrite
 from xlstm_rl.envs.pairs import Pairs
 from xlstm_rl.envs.parity import Parity
-from xlstm_rl.envs.registration import register_envs
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.repeat_first import RepeatFirst, cue_recall
 from xlstm_rl.envs.repeat_previous import RepeatPrevious
 from xlstm_rl.envs.resumable import Resumable
 from xlstm_rl.envs.shell_game import ShellGame
 from xlstm_rl.envs.suites import register_suites, suite_ids, suite_versions
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
-from xlstm_rl.envs.symbol_stream_vector import SymbolStreamVectorEnv
 from xlstm_rl.envs.t_maze import TMaze
-from xlstm_rl.envs.task_facts import TaskFacts, task_facts
-from xlstm_rl.envs.vector import TaskVectorEnv
+from xlstm_rl.envs.task import (
+    ABILITIES,
+    TaskFacts,
+    TaskPurpose,
+    longer,
+    register_envs,
+    task,
+    task_facts,
+    task_purpose,
+)
 
 __all__ = [
     "ABILITIES",
@@ -45,17 +50,16 @@ __all__ = [
     "ShellGame",
     "Stream",
     "SymbolStreamEnv",
-    "SymbolStreamVectorEnv",
     "TMaze",
     "TaskFacts",
     "TaskPurpose",
-    "TaskVectorEnv",
     "cue_recall",
     "longer",
     "register_envs",
     "register_suites",
     "suite_ids",
     "suite_versions",
+    "task",
     "task_facts",
     "task_purpose",
 ]

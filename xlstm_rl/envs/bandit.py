@@ -6,11 +6,11 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from xlstm_rl.envs.chance import Chance, Symbols
-from xlstm_rl.envs.drawing import Picture, draw
+from xlstm_rl.envs.argument_checks import RENDER_MODES, known_render_mode, real_number, whole_number
 from xlstm_rl.envs.noisy_evidence import majority_accuracies
-from xlstm_rl.envs.parameters import RENDER_MODES, known_render_mode, real_number, whole_number
-from xlstm_rl.envs.task_facts import TaskFacts
+from xlstm_rl.envs.random_draws import Chance, Symbols
+from xlstm_rl.envs.task import TaskFacts, task
+from xlstm_rl.envs.task_pictures import Picture, draw
 
 
 class Arms(NamedTuple):
@@ -20,6 +20,7 @@ class Arms(NamedTuple):
     usual: NDArray[np.bool_]
 
 
+@task("Bandit", "self-directed", "num_pulls")
 class Bandit(gym.Env[NDArray[np.float32], np.int64]):
     """Two arms, of which one pays with probability `better` and the other with the rest to 1; which is which is new.
 

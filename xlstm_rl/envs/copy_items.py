@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from xlstm_rl.envs.chance import Chance
-from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.argument_checks import whole_number
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.task import task
 
 
+@task("Copy", "capacity", "num_items")
 class Copy(SymbolStreamEnv):
     """Symbols come one per step; then as many blank steps ask for them, in the order in which they came.
 

@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from xlstm_rl.envs.chance import Chance
-from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.argument_checks import whole_number
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.task import task
 
 
+@task("Cycle", "state tracking", "num_moves")
 class Cycle(SymbolStreamEnv):
     """A start on a circle of places, then moves; after each move the agent says where it is.
 

@@ -8,8 +8,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from xlstm_rl.envs.parameters import whole_number
-from xlstm_rl.envs.task_facts import TaskFacts
+from xlstm_rl.envs.argument_checks import whole_number
+from xlstm_rl.envs.task import TaskFacts, TaskPurpose, register_task
 
 
 class Velocities(NamedTuple):
@@ -114,3 +114,22 @@ def _known_velocities(env: gym.Env[Any, Any]) -> Velocities:
         f"HideVelocity does not know where {type(env.unwrapped).__name__} keeps its velocities; "
         f"it knows {', '.join(KNOWN_VELOCITIES)}; for others say which entries to hide, e.g. indices=(1, 3)"
     )
+
+
+def _register(name: str, source: str, length: str | None) -> None:
+    """Note a task of gymnasium's with its velocities hidden."""
+    spec = gym.spec(source)
+    registration = {
+        "entry_point": spec.entry_point,
+        "kwargs": spec.kwargs,
+        "max_episode_steps": spec.max_episode_steps,
+        "reward_threshold": spec.reward_threshold,
+        "additional_wrappers": (HideVelocity.wrapper_spec(indices=None),),
+    }
+    register_task(name, TaskPurpose("filtering", length), registration)
+
+
+_register("CartPoleNoVelocity", "CartPole-v1", "max_episode_steps")
+# the known bounds of these hold for their own step limit only: no length
+_register("PendulumNoVelocity", "Pendulum-v1", None)
+_register("AcrobotNoVelocity", "Acrobot-v1", None)

@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 
-from xlstm_rl.envs.chance import Chance
-from xlstm_rl.envs.parameters import real_number, whole_number
+from xlstm_rl.envs.argument_checks import real_number, whole_number
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.task import task
 
 
+@task("KeyDoor", "credit", "delay")
 class KeyDoor(SymbolStreamEnv):
     """Take the genuine key, wait among noisy rewards, and name the key again at the door.
 

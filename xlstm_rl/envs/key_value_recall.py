@@ -2,11 +2,14 @@
 
 import numpy as np
 
-from xlstm_rl.envs.chance import Chance
-from xlstm_rl.envs.parameters import real_number, whole_number
+from xlstm_rl.envs.argument_checks import real_number, whole_number
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.task import task
 
 
+# more pairs need more keys, hence other observations: no length
+@task("KeyValueRecall", "capacity")
 class KeyValueRecall(SymbolStreamEnv):
     """Pairs of key and value come one per step; then every key is shown alone, in random order, and its value is asked.
 

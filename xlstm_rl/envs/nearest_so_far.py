@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from xlstm_rl.envs.chance import Chance
-from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.argument_checks import whole_number
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.task import task
 
 
+@task("NearestSoFar", "revision", "num_items")
 class NearestSoFar(SymbolStreamEnv):
     """A target point, then items one per step; which value had the nearest of the items before this one?
 

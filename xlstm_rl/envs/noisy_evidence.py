@@ -4,14 +4,16 @@ import math
 
 import numpy as np
 
-from xlstm_rl.envs.chance import Chance
-from xlstm_rl.envs.parameters import real_number, whole_number
+from xlstm_rl.envs.argument_checks import real_number, whole_number
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.task import task
 
 # Up to so many copies the binomial sum is quick, and its last digit is part of what benchmark records were made with.
 _LARGEST_SUM = 64
 
 
+@task("NoisyEvidence", "filtering", "num_samples", odd=True)
 class NoisyEvidence(SymbolStreamEnv):
     """Every step shows a copy of a hidden bit that is right with some probability; at the end the bit is asked.
 

@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from xlstm_rl.envs.chance import Chance
-from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.argument_checks import whole_number
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.task import task
 
 
+@task("Overwrite", "revision", "num_writes")
 class Overwrite(SymbolStreamEnv):
     """Every step writes a value to a key; then every key is shown alone, in random order: which value is it now?
 

@@ -6,15 +6,17 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from xlstm_rl.envs.chance import Chance, Symbols
+from xlstm_rl.envs.argument_checks import RENDER_MODES, known_render_mode, whole_number
 from xlstm_rl.envs.concentration import TURN_STEPS, Knowledge, best_play, pairs_found_blindly
-from xlstm_rl.envs.drawing import Picture, draw
-from xlstm_rl.envs.parameters import RENDER_MODES, known_render_mode, whole_number
-from xlstm_rl.envs.task_facts import TaskFacts
+from xlstm_rl.envs.random_draws import Chance, Symbols
+from xlstm_rl.envs.task import TaskFacts, task
+from xlstm_rl.envs.task_pictures import Picture, draw
 
 FIRST, SECOND, LOOK = range(TURN_STEPS)
 
 
+# more pairs need other observations, more turns make it easier: no length
+@task("Pairs", "self-directed")
 class Pairs(gym.Env[NDArray[np.float32], np.int64]):
     """Cards lie face down; a turn turns two of them over, and equal ones are taken.
 

@@ -1,10 +1,12 @@
 """State tracking: say at every step the parity of the bits seen so far."""
 
-from xlstm_rl.envs.chance import Chance
-from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.argument_checks import whole_number
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.task import task
 
 
+@task("Parity", "state tracking", "length")
 class Parity(SymbolStreamEnv):
     """Bits come one per step; from the second step on the agent says whether the number of ones so far is odd.
 

@@ -1,10 +1,12 @@
 """Hold one symbol: say at the end what was shown at the start."""
 
-from xlstm_rl.envs.chance import Chance
-from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.argument_checks import whole_number
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.task import task
 
 
+@task("RepeatFirst", "hold", "length")
 class RepeatFirst(SymbolStreamEnv):
     """Symbols come one per step; at the last step the agent says the first one.
 
@@ -51,6 +53,7 @@ class RepeatFirst(SymbolStreamEnv):
         return Stream((symbols,), answers)
 
 
+@task("CueRecall", "hold", "delay")
 def cue_recall(delay: int = 8, num_cues: int = 2, *, render_mode: str | None = None) -> RepeatFirst:
     """A cue, `delay` blank steps, then the question which cue it was: `RepeatFirst` without distractors.
 

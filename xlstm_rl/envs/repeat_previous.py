@@ -1,10 +1,12 @@
 """Shift register: say at every step the symbol of some steps ago."""
 
-from xlstm_rl.envs.chance import Chance
-from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.argument_checks import whole_number
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.task import task
 
 
+@task("RepeatPrevious", "window", "length")
 class RepeatPrevious(SymbolStreamEnv):
     """Symbols come one per step; from step `lag` on the agent says the symbol of `lag` steps ago.
 

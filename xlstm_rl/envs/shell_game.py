@@ -5,11 +5,13 @@ import math
 
 import numpy as np
 
-from xlstm_rl.envs.chance import Chance
-from xlstm_rl.envs.parameters import whole_number
+from xlstm_rl.envs.argument_checks import whole_number
+from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
+from xlstm_rl.envs.task import task
 
 
+@task("ShellGame", "state tracking", "num_swaps")
 class ShellGame(SymbolStreamEnv):
     """A ball under one of some shells, which are then rearranged step by step; after each step: where is the ball?
 

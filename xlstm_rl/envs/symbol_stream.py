@@ -8,10 +8,10 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from xlstm_rl.envs.chance import Chance, Reals, Symbols
-from xlstm_rl.envs.drawing import Picture, draw
-from xlstm_rl.envs.parameters import RENDER_MODES, known_render_mode
-from xlstm_rl.envs.task_facts import TaskFacts
+from xlstm_rl.envs.argument_checks import RENDER_MODES, known_render_mode
+from xlstm_rl.envs.random_draws import Chance, Reals, Symbols
+from xlstm_rl.envs.task import TaskFacts
+from xlstm_rl.envs.task_pictures import Picture, draw
 
 Observation = NDArray[np.float32]
 
@@ -137,18 +137,13 @@ class SymbolStreamEnv(gym.Env[Observation, np.int64]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode; `options` are not used."""
         super().reset(seed=seed)
-        self.play(self.episodes(Chance([self.np_random])), 0)
+        episodes = self.episodes(Chance([self.np_random]))
+        self._frames = episodes.frames[0]
+        self._answers = episodes.answers[0].tolist()
+        self._best = episodes.best[0].tolist()
+        self._extra = None if episodes.extra is None else episodes.extra[0].tolist()
+        self._step, self._hits, self._last_action = 0, 0, None
         return self._frames[0].copy(), {}
-
-    def play(self, episodes: Episodes, row: int, *, step: int = 0, hits: int = 0, action: int | None = None) -> None:
-        """Be in the given row of `episodes` at `step`, after `hits` right answers and the last action `action`."""
-        self._frames = episodes.frames[row]
-        self._answers = episodes.answers[row].tolist()
-        self._best = episodes.best[row].tolist()
-        self._extra = None if episodes.extra is None else episodes.extra[row].tolist()
-        self._step = step
-        self._hits = hits
-        self._last_action = action
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Answer the current observation and show the next one."""

@@ -6,10 +6,10 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from xlstm_rl.envs.chance import Chance, Symbols
-from xlstm_rl.envs.drawing import Picture, draw
-from xlstm_rl.envs.parameters import RENDER_MODES, known_render_mode, whole_number
-from xlstm_rl.envs.task_facts import TaskFacts
+from xlstm_rl.envs.argument_checks import RENDER_MODES, known_render_mode, whole_number
+from xlstm_rl.envs.random_draws import Chance, Symbols
+from xlstm_rl.envs.task import TaskFacts, task
+from xlstm_rl.envs.task_pictures import Picture, draw
 
 FORWARD, LEFT, RIGHT = 0, 1, 2
 NO_ARM = 0
@@ -18,6 +18,7 @@ SIGN_LEFT, SIGN_RIGHT, CORRIDOR, JUNCTION = 0, 1, 2, 3
 STEP_LIMIT_FACTOR = 4
 
 
+@task("TMaze", "hold", "corridor_length")
 class TMaze(gym.Env[NDArray[np.float32], np.int64]):
     """A corridor that ends in a junction with two arms; a sign at the start tells which arm pays (Bakker 2002).
 

@@ -6,7 +6,7 @@ import gymnasium
 import pytest
 
 from xlstm_rl.envs import ABILITIES, TaskPurpose, longer, suite_ids, task_facts, task_purpose
-from xlstm_rl.envs.abilities import PURPOSES
+from xlstm_rl.envs.task import PURPOSES
 
 WITH_LENGTH = [env_id for env_id, purpose in PURPOSES.items() if purpose.length is not None]
 
