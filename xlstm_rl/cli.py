@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +24,8 @@ SIGNAL_EXIT = 128
 INTERRUPTED = SIGNAL_EXIT + 2
 USAGE_ERROR = 2
 STOPPED = 1
+# Of torchrun: how often it starts the command again.
+RESTARTS = "TORCHELASTIC_MAX_RESTARTS"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,9 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         # Loaded here because few commands need it.
         from xlstm_rl.agents.env_contract import FaultyEnvironmentError
+        from xlstm_rl.agents.parallel import RankError
         from xlstm_rl.runs.train import TrainingStoppedError
 
-        if not isinstance(error, FaultyEnvironmentError | TrainingStoppedError):
+        if not isinstance(error, FaultyEnvironmentError | RankError | TrainingStoppedError):
             raise
         print(f"xlstm-rl: {error}", file=sys.stderr)
         return STOPPED
@@ -87,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("name", nargs="?", metavar="PRESET_OR_ENV_ID", help=name_help)
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
     train.add_argument("--run-dir", type=Path, help="a folder that does not exist yet; default runs/NAME-seedN-TIME")
+    train.add_argument(
+        "--new-episodes", action="store_true", help="with --resume: start new episodes, on any number of processes"
+    )
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, [total_steps=N]")
     train.set_defaults(run=partial(_train, train))
 
@@ -136,9 +143,17 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     # Loaded only now, so that mistakes in the arguments are told at once.
     from xlstm_rl.runs.train import resume, train
 
+    if options.new_episodes and options.resume is None:
+        parser.error("--new-episodes goes with --resume")
+    if config is not None and RESTARTS in os.environ and int(os.environ[RESTARTS]) > 0:
+        # torchrun starts the same command again where a process has died
+        if options.run_dir is None:
+            parser.error("torchrun --max-restarts needs --run-dir, so that a restart finds the run")
+        if (options.run_dir / "config.yaml").is_file():
+            options.resume, options.name, options.overrides, config = options.run_dir, None, [], None
     if config is None:
         overrides = [text for text in (options.name, *options.overrides) if text is not None]
-        result = resume(options.resume, overrides, console=LastingConsole())
+        result = resume(options.resume, overrides, new_episodes=options.new_episodes, console=LastingConsole())
     else:
         run_dir = options.run_dir or default_run_path(Path(options.name).name.removesuffix(".yaml"), config.seed)
         result = train(config, run_dir, numbered=options.run_dir is None, console=LastingConsole())

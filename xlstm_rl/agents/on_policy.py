@@ -123,6 +123,10 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         self.ranks = ranks()
         self._moments: list[Moments] = []
         self._ended_episodes: list[dict[str, Any]] = []
+        # infos of the episodes that ended on the other ranks in the last rollout
+        self.episodes_elsewhere: list[dict[str, Any]] = []
+        # of all ranks, as `learn` finds them
+        self._all_envs = 1
         self.check_settings()
         if _init_setup_model:
             self._setup_model()
@@ -130,7 +134,8 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
-            *("_largest_rate", "ranks", "_all_envs", "_moments", "_ended_episodes"),
+            *("_largest_rate", "_idle_calls", "ranks", "_all_envs", "_moments"),
+            *("_ended_episodes", "episodes_elsewhere", "_steps_before", "_agreed"),
         ]
 
     def check_settings(self) -> None:
@@ -175,17 +180,11 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             )
         self.policy = self.policy.to(self.device)
         self._last_state = self.policy.initial_state(self.n_envs)
-        self._join_ranks()
-
-    def _join_ranks(self) -> None:
-        """All ranks take the weights of rank 0, and each its own random numbers and its own episodes."""
-        counts = self.ranks.gather(self.n_envs)
-        self._all_envs = sum(counts)
-        self.ranks.broadcast_weights(self.policy)
         if self.ranks.world_size > 1 and self.seed is not None:
-            if self.env is not None:
-                seed_envs(self.env, self.seed + sum(counts[: self.ranks.rank]))
+            # the same weights on all ranks, but each its own random numbers and its own episodes
             torch.manual_seed(int(np.random.SeedSequence((self.seed, self.ranks.rank)).generate_state(1)[0]))
+            if self.env is not None:
+                seed_envs(self.env, self.seed + self.ranks.rank * self.n_envs)
 
     def _setup_rollout_buffer(self) -> None:
         buffer_class: Any = self.rollout_buffer_class or ChunkedRolloutBuffer
@@ -248,6 +247,8 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             self._setup_rollout_buffer()
         fresh = self._last_obs is None
         before = self._read_statistics()
+        self._all_envs = sum(self.ranks.gather(self.n_envs))
+        self.ranks.broadcast_weights(self.policy)
         # before the first reset, which counts observations in: here they are equal on all ranks
         self._moments = self._running_moments()
         result = super()._setup_learn(*args, **kwargs)
@@ -280,9 +281,10 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             )
         # settings may have changed since the buffer was made
         rollout_buffer.gamma, rollout_buffer.gae_lambda = self.gamma, self.gae_lambda
-        statistics, before = self._read_statistics(), self.num_timesteps
+        statistics = self._read_statistics()
+        self._steps_before, self._agreed = self.num_timesteps, False
         try:
-            goes_on = self._collect(env, callback, rollout_buffer)
+            return self._collect(env, callback, rollout_buffer)
         except FloatingPointError as error:
             if self.on_nonfinite == "stop":
                 self._last_obs = None
@@ -293,24 +295,23 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             rollout_buffer.reset()
             self._rollout_start = None
             self._begin_finite_episodes(statistics)
-            goes_on = True
+            return self._agreed or self._agree(True)
         except BaseException:
             # the memory may have seen an observation that the next `learn` would show it again
             self._last_obs = None
             raise
-        return self._agree(goes_on, before)
 
-    def _agree(self, goes_on: bool, before: int) -> bool:
-        """Once per rollout, whatever its end: whether all ranks go on, and how many steps all have done."""
+    def _agree(self, goes_on: bool) -> bool:
+        """Once per rollout, whatever its end: whether all ranks go on; counts the steps that all have done."""
+        self._agreed = True
         if self.ranks.world_size == 1:
             return goes_on
-        own = (self.num_timesteps - before) // self._all_envs * self.n_envs
-        episodes = list(self._ended_episodes)
-        told = self.ranks.gather((goes_on, own, episodes))
-        self.num_timesteps = before + sum(steps for _, steps, _ in told)
-        for rank, (_, _, infos) in enumerate(told):
-            if rank != self.ranks.rank:
-                super()._update_info_buffer(infos)
+        own = (self.num_timesteps - self._steps_before) // self._all_envs * self.n_envs
+        told = self.ranks.gather((goes_on, own, self._ended_episodes))
+        self.num_timesteps = self._steps_before + sum(steps for _, steps, _ in told)
+        others = [infos for rank, (_, _, infos) in enumerate(told) if rank != self.ranks.rank]
+        self.episodes_elsewhere = [info for infos in others for info in infos]
+        super()._update_info_buffer(self.episodes_elsewhere)
         return all(each for each, _, _ in told)
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
@@ -374,6 +375,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state
             callback.update_locals(locals())
             if not callback.on_step():
+                self._agree(False)
                 return False
             self._update_info_buffer(infos, dones)
             rollout_buffer.add(last_obs, actions, rewards, starts, values, log_probs, action_masks)  # type: ignore[arg-type]
@@ -384,6 +386,8 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, episode_starts)
         rollout_buffer.check_finite()
         rollout_buffer.compute_returns_and_advantage(last_values.cpu().numpy())
+        if not self._agree(True):
+            return False
         self._rollout_start = None
         for name, spent in seconds.items():
             self.logger.record(f"time/{name}_seconds", spent)

@@ -7,6 +7,7 @@ all ranks must call in the same order; training calls a handful of them per roll
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,9 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether it is true on any rank."""
         return flag
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
 
     def broadcast(self, value: Any) -> Any:
         """The plain value that rank 0 gives."""
@@ -112,6 +116,10 @@ class ProcessGroup(Ranks):
         value = torch.tensor([int(flag)])
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
+
+    @override
+    def barrier(self) -> None:
+        self.any(False)
 
     @override
     def broadcast(self, value: Any) -> Any:
@@ -229,7 +237,14 @@ def _join(timeout: timedelta) -> Any:
     store = PrefixStore(f"attempt_{attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # its threads must end before the interpreter does
+    atexit.register(_leave)
     return store
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Moments:

@@ -54,6 +54,7 @@ from xlstm_rl.agents.checkpoint import (
 )
 from xlstm_rl.agents.env_contract import FaultyEnvironmentError, seed_envs
 from xlstm_rl.agents.losses import AdvantageScale
+from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.agents.training_state import (
     TrainingPoint,
     env_of,
@@ -142,6 +143,8 @@ class Resumed(Generic[Model]):
 class SavedAlgorithm(OnPolicyAlgorithm):
     """The part of an on-policy algorithm for policies with memory that deals with files."""
 
+    ranks = Ranks()
+    """The processes that train together."""
     _rollout_start: TrainingPoint | None = None
     """Set while a rollout is collected, and where an exception or a callback broke one off until `learn` is over."""
     policy: Any
@@ -457,8 +460,12 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         device: torch.device | str = "auto",
         *,
         custom_objects: Mapping[str, Any] | None = None,
+        new_episodes: str | None = None,
     ) -> Resumed[Self]:
-        """Like `resume`, with the notes of the checkpoint, and in place of the warning why new episodes start."""
+        """Like `resume`, with the notes of the checkpoint, and in place of the warning why new episodes start.
+
+        `new_episodes` is a reason to start such in any case, with random numbers of this rank and not of the file.
+        """
         archive = read_archive(find_file(path), "model")  # type: ignore[arg-type]
         if TRAINING not in archive.parts:
             raise CheckpointError(
@@ -470,7 +477,8 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         model = cls._build(contents, env, device=device, given=given, force_reset=False, arguments={}, stacklevel=4)
         try:
             notes = dict(state["notes"])
-            restarted = restore_training(env_of(model), state, model.device)
+            kept = state if new_episodes is None else {**state, "episodes": None}
+            restarted = restore_training(env_of(model), kept, model.device)
         except FaultyEnvironmentError:
             # says nothing about the file
             raise
@@ -478,9 +486,13 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             raise CheckpointError(f"{archive.name}, {TRAINING}.json: {type(error).__name__}: {error}") from error
         if restarted is not None:
             model._last_obs = None
-            # other episodes than those at the start of training
-            seed_envs(env_of(model), None if model.seed is None else _other_seed(model.seed, model.num_timesteps))
-        return Resumed(model, notes, restarted)
+            # other episodes than those at the start of training, and than those of other ranks
+            rank = model.ranks.rank
+            other = None if model.seed is None else _other_seed(model.seed, model.num_timesteps) + rank * model.n_envs
+            seed_envs(env_of(model), other)
+            if new_episodes is not None and other is not None:
+                torch.manual_seed(other)
+        return Resumed(model, notes, restarted if new_episodes is None else new_episodes)
 
 
 def load_normalizer(path: File, env: VecEnv) -> VecNormalize | None:

@@ -349,6 +349,8 @@ class TrainConfig:
         seed: of the model, and of the environments with offsets.
         device: as torch knows it, or "auto"; whether this machine has it is checked by training.
         threads: torch threads; None leaves torch's choice.
+        rank_timeout: seconds in which each of several processes (torchrun) must come to where all meet, once a rollout
+            and once a minibatch; rank 0 evaluates in between.
     """
 
     env: EnvConfig
@@ -362,6 +364,7 @@ class TrainConfig:
     seed: Annotated[Natural, Field(lt=2**31)] = 0
     device: Word = "cpu"
     threads: Annotated[Count, Field(le=_MOST_THREADS)] | None = 1
+    rank_timeout: Positive = 1800.0
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:

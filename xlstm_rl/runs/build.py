@@ -18,6 +18,7 @@ from rich.console import Console
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO
 from xlstm_rl.agents.inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
 from xlstm_rl.agents.env_contract import FaultyEnvironmentError
@@ -28,7 +29,7 @@ from xlstm_rl.agents.training_state import make_normalizer
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
 from xlstm_rl.configs.schema import agent_arguments
 from xlstm_rl.envs import Resumable, TaskFacts, task_facts
-from xlstm_rl.runs.seeds import Purpose, environment_seed
+from xlstm_rl.runs.seeds import SEEDS_APART, Purpose, environment_seed
 
 # What environments say of keyword arguments that they do not like, or of a package that is missing.
 _REFUSALS = (AssertionError, ImportError, KeyError, MemoryError, TypeError, ValueError, gymnasium.error.Error)
@@ -115,7 +116,7 @@ def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
     except _MISFITS as error:
         raise ConfigError(f"the agent cannot be built{with_kwargs} for {config.env.id!r}: {error}") from error
     # the constructor has seeded it as Stable-Baselines3 does
-    env.seed(environment_seed(config.seed, Purpose.TRAINING))
+    env.seed(training_seed(config, model.ranks))
     return model
 
 
@@ -125,6 +126,20 @@ def own_classes(config: TrainConfig) -> dict[str, Any]:
     if name is None or name in EXTRACTORS:
         return {}
     return {"policy_kwargs": {"features_extractor_class": find_extractor(name)}}
+
+
+def training_seed(config: TrainConfig, group: Ranks) -> int:
+    """Of the first environment of this rank; the ranks before have the seeds before.
+
+    Raises:
+        ConfigError: there are more environments than runs of neighbouring seeds are apart.
+    """
+    if config.env.n_envs * group.world_size >= SEEDS_APART:
+        raise ConfigError(
+            f"env.n_envs={config.env.n_envs} on each of {group.world_size} processes are more than {SEEDS_APART - 1} "
+            "environments, whose episodes would be those of the next seed: take fewer"
+        )
+    return environment_seed(config.seed, Purpose.TRAINING) + group.rank * config.env.n_envs
 
 
 def _make_one(config: EnvConfig, vec: str, replay: bool, seed: int) -> gymnasium.Env[Any, Any]:

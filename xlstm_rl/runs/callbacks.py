@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.runs.live import LiveView
 from xlstm_rl.runs.returns import Returns, Row
 from xlstm_rl.runs.scores import Score
@@ -30,17 +31,20 @@ class StopOnRequest(BaseCallback):
     Args:
         requested: whether to end.
         save: called with the model after the last step, before `learn` returns.
+        group: of processes that train together: where one is to end, all end and save.
     """
 
-    def __init__(self, requested: Callable[[], bool], save: Callable[[Any], object]) -> None:
+    def __init__(
+        self, requested: Callable[[], bool], save: Callable[[Any], object], group: Ranks | None = None
+    ) -> None:
         super().__init__()
-        self._requested, self._save = requested, save
+        self._requested, self._save, self._group = requested, save, group or Ranks()
 
     def _on_step(self) -> bool:
         return not self._requested()
 
     def _on_training_end(self) -> None:
-        if self._requested():
+        if self._group.any(self._requested()):
             self._save(self.model)
 
 
@@ -90,6 +94,9 @@ class EpisodeRecorder(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
+        ended = [self._read(info) for info in getattr(self.model, "episodes_elsewhere", [])]
+        self._fresh += ended
+        self._recent += ended
         if self._fresh:
             mean_return, success = _means(self._fresh)
             seconds, episodes = self._returns.seconds(), len(self._fresh)

@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from xlstm_rl._version import __version__
+from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.agents.checkpoint import make_folder, remove_unfinished, write_whole
 from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
 from xlstm_rl.runs.lock import LockedError, exclusive
@@ -40,16 +41,26 @@ class RunFolder:
     `model.zip` the last model of a run that ended, each with the normalisation that it was trained with. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked
     into (`inspection-best` that of the best model), `lock` the process that trains, or trained last.
     The last line of `config.yaml` is a checksum of the others.
+
+    Of several processes that train one agent, rank 0 writes all of that, and every other one its own checkpoints to
+    `checkpoints/rankN/`.
+
+    Args:
+        path: of the folder.
+        group: the processes that train in it together; None for this one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, group: Ranks | None = None) -> None:
         self.path = path
+        self.group = group or Ranks()
         self.config = path / "config.yaml"
         self.versions = path / "versions.json"
         self.returns = path / "returns.csv"
         self.curve = path / "curve.png"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        if self.group.rank > 0:
+            self.checkpoints /= f"rank{self.group.rank}"
         self.model = path / "model.zip"
         self.best = path / "best.zip"
         self.policy = path / "policy.onnx"
@@ -118,7 +129,9 @@ class RunFolder:
         """
         with ExitStack() as stack:
             try:
-                stack.enter_context(exclusive(self.lock))
+                make_folder(self.checkpoints)
+                if self.group.rank == 0:
+                    stack.enter_context(exclusive(self.lock))
             except LockedError as error:
                 raise ConfigError(
                     f"{error} is training in run folder {self.path}; wait until it has ended, or end it"
@@ -126,9 +139,10 @@ class RunFolder:
             except OSError as error:
                 raise ConfigError(f"run folder {self.path} cannot be written: {error.strerror}") from error
             remove_unfinished(self.checkpoints, ["*"])
-            # pictures and exports may be being written by others
-            mine = (self.config, self.versions, self.returns, self.curve, self.model, self.best)
-            remove_unfinished(self.path, [path.name for path in mine])
+            if self.group.rank == 0:
+                # pictures and exports may be being written by others
+                mine = (self.config, self.versions, self.returns, self.curve, self.model, self.best)
+                remove_unfinished(self.path, [path.name for path in mine])
             yield
 
     def load_config(self, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -181,8 +195,9 @@ class RunFolder:
         return sorted(self.checkpoints.glob("step_*.zip"))
 
     def save(self, model: Any, path: Path) -> None:
-        """Write the model with its normalisation; the file appears whole or not at all."""
-        model.save(path)
+        """Write the model of rank 0 with its normalisation; the file appears whole or not at all."""
+        if self.group.rank == 0:
+            model.save(path)
 
     def has_checkpoint(self, model: Any) -> bool:
         """Whether `save_checkpoint` was called with the model as it is."""
@@ -194,19 +209,28 @@ class RunFolder:
     def save_checkpoint(self, model: Any, keep: int, notes: Mapping[str, Any]) -> Path:
         """Write a checkpoint to resume from, and remove `model.zip` and all checkpoints but the last `keep`.
 
+        It is complete once that of rank 0 is there, which is written after those of all other ranks; nothing older is
+        removed before.
+
         Args:
             model: after a rollout; see `RecurrentPPO.save_checkpoint`.
             keep: number of checkpoints.
             notes: given back with the model.
         """
-        path = self._checkpoint(model)
-        model.save_checkpoint(path, notes)
+        path, notes = self._checkpoint(model), {**notes, "world_size": self.group.world_size}
+        if self.group.rank > 0:
+            model.save_checkpoint(path, notes)
+        self.group.barrier()
+        if self.group.rank == 0:
+            model.save_checkpoint(path, notes)
+        self.group.barrier()
         for old in self.list_checkpoints()[:-keep]:
             # somebody may have removed it, or hold it open where the system then keeps it
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 old.unlink()
-        # that of a run before it was resumed is older than the checkpoint
-        self.model.unlink(missing_ok=True)
+        if self.group.rank == 0:
+            # that of a run before it was resumed is older than the checkpoint
+            self.model.unlink(missing_ok=True)
         return path
 
 

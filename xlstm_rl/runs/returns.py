@@ -40,15 +40,17 @@ class Returns:
     """Writes rows to a CSV file, each at once, and keeps them.
 
     Args:
-        path: of the file; written anew.
+        path: of the file; written anew. None for ranks that write none.
         kept: rows to begin with.
         seconds: of training so far.
     """
 
-    def __init__(self, path: Path, kept: Sequence[Row] = (), seconds: float = 0.0) -> None:
+    def __init__(self, path: Path | None, kept: Sequence[Row] = (), seconds: float = 0.0) -> None:
         self._path = path
         self._started = time.monotonic() - seconds
         self.rows = list(kept)
+        if path is None:
+            return
         text = io.StringIO(newline="")
         csv.writer(text).writerow(Row._fields)
         csv.writer(text).writerows(map(_cells, self.rows))
@@ -61,8 +63,9 @@ class Returns:
     def add(self, row: Row) -> None:
         """Append a row to the file."""
         self.rows.append(row)
-        with self._path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(_cells(row))
+        if self._path is not None:
+            with self._path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow(_cells(row))
 
     def of(self, kind: Kind) -> list[Row]:
         """The rows of one kind, oldest first."""
@@ -70,7 +73,8 @@ class Returns:
 
     def flush(self) -> None:
         """Put all rows on the disk."""
-        flush_file(self._path)
+        if self._path is not None:
+            flush_file(self._path)
 
 
 def _cells(row: Row) -> list[Any]:

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import CheckpointError, RecurrentPPO
 from xlstm_rl.agents.env_contract import FaultyEnvironmentError
+from xlstm_rl.agents.parallel import Ranks, ranks
 from xlstm_rl.agents.saving import Resumed
 from xlstm_rl.runs.build import (
     check_device,
@@ -26,6 +28,7 @@ from xlstm_rl.runs.build import (
     own_classes,
     read_facts,
     torch_threads,
+    training_seed,
 )
 from xlstm_rl.runs.callbacks import (
     EpisodeRecorder,
@@ -101,20 +104,34 @@ def train(
         TrainingStoppedError: NaN or infinity, a faulty environment, or a full disk ended training or the closing
             evaluation.
     """
-    console = console or Console(quiet=True)
+    group = ranks(config.rank_timeout)
+    console = _console(console, group)
     check_device(config.device)
-    with torch_threads(config.threads), closing(_training_env(config)) as env:
+    with group.explaining(), torch_threads(config.threads), closing(_training_env(config, group)) as env:
         model = make_model(config, normalized(env, config))
-        folder = RunFolder.create(Path(run_dir), config, versions=suite_versions(config.env.id), numbered=numbered)
+        path = Path(run_dir)
+        if group.rank == 0:
+            path = RunFolder.create(path, config, versions=suite_versions(config.env.id), numbered=numbered).path
+        folder = RunFolder(Path(group.broadcast(str(path))), group)
         say(console, f"run folder {folder.path}")
         with folder.training(), _faults_told(folder, "training stopped", model):
-            return _run(model, config, folder, Returns(folder.returns), {"log": {}}, stop_when, console)
+            return _run(model, config, folder, _returns(folder), {"log": {}}, stop_when, console)
+
+
+def _console(console: Console | None, group: Ranks) -> Console:
+    """Where to say something: rank 0 alone does."""
+    return console if console is not None and group.rank == 0 else Console(quiet=True)
+
+
+def _returns(folder: RunFolder, kept: Sequence[Row] = (), seconds: float = 0.0) -> Returns:
+    return Returns(folder.returns if folder.group.rank == 0 else None, kept, seconds)
 
 
 def resume(
     run_dir: Path | str,
     overrides: Sequence[str] = (),
     *,
+    new_episodes: bool = False,
     stop_when: StopWhen | None = None,
     console: Console | None = None,
 ) -> RunResult:
@@ -126,6 +143,7 @@ def resume(
     Args:
         run_dir: as `train` made it.
         overrides: "total_steps=N", to go on for longer.
+        new_episodes: leave the running episodes and start new ones, as another number of processes than before must.
         stop_when: as for `train`.
         console: shows progress, damaged checkpoints and the closing table; None shows nothing.
 
@@ -134,17 +152,22 @@ def resume(
             override is another one, or as for `train`.
         TrainingStoppedError: as for `train`.
     """
-    console = console or Console(quiet=True)
     for override in overrides:
         if not override.startswith("total_steps="):
             raise ConfigError(f"{override!r} cannot be changed when resuming; total_steps=N can")
-    folder = RunFolder(Path(run_dir))
-    config = folder.load_config(overrides)
+    config = RunFolder(Path(run_dir)).load_config(overrides)
+    group = ranks(config.rank_timeout)
+    folder, console = RunFolder(Path(run_dir), group), _console(console, group)
     check_device(config.device)
-    with torch_threads(config.threads), folder.training(), closing(_training_env(config)) as env:
+    with (
+        group.explaining(),
+        torch_threads(config.threads),
+        folder.training(),
+        closing(_training_env(config, group)) as env,
+    ):
         env = normalized(env, config)
         with _faults_told(folder, "the running episodes cannot be brought back"):
-            resumed = _last_usable(folder, config, env, console)
+            resumed = _last_usable(folder, config, env, console, new_episodes)
         if resumed is None:
             if folder.model.is_file():
                 raise ConfigError(
@@ -159,13 +182,13 @@ def resume(
             )
         model = make_model(config, env) if resumed is None else resumed.model
         with _faults_told(folder, "training stopped", model):
-            if overrides:
+            if overrides and group.rank == 0:
                 folder.write_config(config)
             if resumed is None:
-                return _run(model, config, folder, Returns(folder.returns), {"log": {}}, stop_when, console)
+                return _run(model, config, folder, _returns(folder), {"log": {}}, stop_when, console)
             _say_where(resumed, config, folder, console)
             notes = resumed.notes
-            returns = Returns(folder.returns, _rows_so_far(notes, folder, console), notes["seconds"])
+            returns = _returns(folder, _rows_so_far(notes, folder, console), notes["seconds"])
             return _run(model, config, folder, returns, notes, stop_when, console)
 
 
@@ -226,28 +249,53 @@ def evaluate_run(
         return list(final_scores(run.model, config, read_facts(config.env), n_episodes, seed, console))
 
 
-def _training_env(config: TrainConfig) -> VecEnv:
-    return make_env(config, config.env.n_envs, environment_seed(config.seed, Purpose.TRAINING))
+def _training_env(config: TrainConfig, group: Ranks) -> VecEnv:
+    return make_env(config, config.env.n_envs, training_seed(config, group))
 
 
-def _last_usable(folder: RunFolder, config: TrainConfig, env: VecEnv, console: Console) -> Resumed[RecurrentPPO] | None:
-    """The newest checkpoint that can be read; None if there are none."""
-    refused = ""
-    for path in reversed(folder.list_checkpoints()):
+def _last_usable(
+    folder: RunFolder, config: TrainConfig, env: VecEnv, console: Console, new_episodes: bool
+) -> Resumed[RecurrentPPO] | None:
+    """The newest checkpoint that every rank can read; None if there are none."""
+    refused, group = "", folder.group
+    # what rank 0 has is complete
+    names = group.broadcast([path.name for path in folder.list_checkpoints()])
+    for name in reversed(names):
+        path = (RunFolder(folder.path) if new_episodes else folder).checkpoints / name
+        resumed, problem = None, ""
         try:
-            resumed = RecurrentPPO.resume_with_notes(path, env, config.device, custom_objects=own_classes(config))
+            reason = "so it was asked for" if new_episodes else None
+            own = own_classes(config)
+            resumed = RecurrentPPO.resume_with_notes(
+                path, env, config.device, custom_objects=own, new_episodes=reason
+            )
             _check_notes(resumed.notes, path)
-            return resumed
         except (CheckpointError, OSError) as error:
             if isinstance(error, OSError) and not _is_of(error, folder.path):
                 raise
-            refused = f"{path.name} cannot be used: {error}"
-            say(console, f"{refused}; trying the one before")
+            problem = f"{path.name} cannot be used: {error}"
         except ValueError as error:
             raise ConfigError(f"{path} does not fit the environment: {error}") from error
+        if not new_episodes:
+            told = group.broadcast(None if resumed is None else resumed.notes.get("world_size", 1))
+            _check_world(folder, told)
+        problems = [text for text in group.gather(problem) if text]
+        if not problems:
+            return resumed
+        refused = problems[0]
+        say(console, f"{refused}; trying the one before")
     if refused:
         raise ConfigError(f"{folder.path} has no usable checkpoint left: {refused}")
     return None
+
+
+def _check_world(folder: RunFolder, world_size: int | None) -> None:
+    """Refuse to go on with another number of processes: their episodes and random numbers are not there."""
+    if world_size is not None and world_size != folder.group.world_size:
+        raise ConfigError(
+            f"{folder.path} was trained by {world_size} process(es), and here are {folder.group.world_size}: start as many "
+            "(torchrun --nproc_per_node), or go on with new episodes (--new-episodes)"
+        )
 
 
 def _check_notes(notes: Mapping[str, Any], path: Path) -> None:
@@ -269,13 +317,19 @@ def _run(
     console: Console,
 ) -> RunResult:
     """Learn what is left to learn, save, evaluate and report."""
-    facts = read_facts(config.env)
-    model.set_logger(open_logger(folder.tensorboard, model.num_timesteps, notes["log"]))
+    facts, group = read_facts(config.env), folder.group
+    # of rank 0 alone
+    logger = Logger(None, []) if group.rank > 0 else open_logger(folder.tensorboard, model.num_timesteps, notes["log"])
+    model.set_logger(logger)
     scores: list[Score] = []
     with Interruption(partial(say, console)) as interruption:
         _learn(model, config, folder, returns, notes, stop_when, console, interruption)
         folder.save(model, folder.model)
-        trained = interruption.signal is None
+        signals = [kind for kind in group.gather(interruption.signal) if kind is not None]
+        trained = not signals
+        if group.rank > 0:
+            # rank 0 evaluates
+            return RunResult(folder.path, folder.model, returns.rows, scores, signals[0] if signals else None)
         if trained:
             seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
             closing_scores = final_scores(
@@ -287,7 +341,7 @@ def _run(
             scores[1:1] = worst_of_last(returns.of("eval"), 5) if scores else []
     _draw(folder, config, returns.rows, facts, scores)
     _close(console, folder, config, model, scores, trained=trained, interrupted=interruption.signal is not None)
-    return RunResult(folder.path, folder.model, returns.rows, scores, interruption.signal)
+    return RunResult(folder.path, folder.model, returns.rows, scores, interruption.signal or next(iter(signals), None))
 
 
 @contextmanager
@@ -341,16 +395,20 @@ def _learn(
         # files of earlier versions have no such note
         due = bool(notes.get("evaluation_due", False))
         evaluation = PeriodicEvaluation(config.eval.every_steps, interim, returns, view, save_best, due=due)
-        callbacks = [
+        told: list[BaseCallback] = [
             *([] if stop_when is None else [StopAfterEvaluation(returns, stop_when)]),
             EpisodeRecorder(returns, view, config.eval.success_return),
             evaluation,
+        ]
+        callbacks = [
+            *(told if folder.group.rank == 0 else []),
             # last: what is written must be all that the others did
             PeriodicCheckpoint(config.checkpoint.every_steps, save),
-            StopOnRequest(lambda: interruption.signal is not None, save),
+            StopOnRequest(lambda: interruption.signal is not None, save, folder.group),
         ]
         model.learn(max(left, 0), callback=CallbackList(callbacks), reset_num_timesteps=False)
-    if interruption.signal is None and config.checkpoint.every_steps is not None and not folder.has_checkpoint(model):
+    wanted = interruption.signal is None and config.checkpoint.every_steps is not None
+    if not folder.group.any(not wanted or folder.has_checkpoint(model)):
         # so that a finished run can be made longer
         save(model)
     model.logger.close()
