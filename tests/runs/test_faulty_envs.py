@@ -22,7 +22,7 @@ from tests.runs.test_train import TINY
 from xlstm_rl import cli
 from xlstm_rl.agents import EvaluationResult, evaluate, evaluate_random
 from xlstm_rl.agents.env_contract import FaultyEnvironmentError
-from xlstm_rl.runs import train as runs
+from xlstm_rl.runs import scores
 from xlstm_rl.configs import ConfigError, TrainConfig, load
 from xlstm_rl.runs.open import inspect_run
 from xlstm_rl.runs.train import TrainingStoppedError, evaluate_run, resume, train
@@ -211,8 +211,8 @@ def test_ctrl_c_is_heard_in_an_evaluation_during_training_which_is_done_again_on
     def ending(*args: Any, **kwargs: Any) -> EvaluationResult:
         return evaluate(*args, **kwargs | {"max_episode_steps": 20})._replace(cut_episodes=0)
 
-    monkeypatch.setattr(runs, "evaluate", ending)
-    monkeypatch.setattr(runs, "evaluate_random", lambda *args, **kwargs: ending(_Still(), *args, **kwargs))
+    monkeypatch.setattr(scores, "evaluate", ending)
+    monkeypatch.setattr(scores, "evaluate_random", lambda *args, **kwargs: ending(_Still(), *args, **kwargs))
     again = resume(tmp_path / "run")
     assert [row.step for row in again.rows if row.kind == "eval"] == [64, 128]
 
@@ -236,8 +236,8 @@ def test_ctrl_c_is_heard_in_the_closing_evaluation_and_the_run_is_saved(
             kwargs["max_episode_steps"] = 5
         return (evaluate_random if empty is None else evaluate)(*args, **kwargs)
 
-    monkeypatch.setattr(runs, "evaluate", endless)
-    monkeypatch.setattr(runs, "evaluate_random", endless)
+    monkeypatch.setattr(scores, "evaluate", endless)
+    monkeypatch.setattr(scores, "evaluate_random", endless)
     config = faulty("total_steps=64", fault="endless")
     result, seconds = interrupted_after(4.0, lambda: train(config, tmp_path / "run"))
     assert seconds < 1.5

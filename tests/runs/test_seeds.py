@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from stable_baselines3.common.vec_env import VecEnv
 
-import xlstm_rl.runs.train
+import xlstm_rl.runs.scores
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate
 from xlstm_rl.runs.build import make_env, make_model
 from xlstm_rl.configs import load
@@ -57,7 +57,7 @@ def test_evaluations_of_a_run_meet_episodes_of_their_own(tmp_path: Path, monkeyp
         seen.append(seed)
         return evaluate(model, env, n_episodes, seed=seed, **options)
 
-    monkeypatch.setattr(xlstm_rl.runs.train, "evaluate", noted)
+    monkeypatch.setattr(xlstm_rl.runs.scores, "evaluate", noted)
     small = ["total_steps=256", "env.n_envs=2", "ppo.n_steps=64", "ppo.batch_size=64", "eval.every_steps=128"]
     train(load("cue-recall", [*small, "seed=3", "eval.n_episodes=2", "eval.interim_episodes=2"]), tmp_path / "run")
     interim, final = (

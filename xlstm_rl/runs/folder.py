@@ -129,9 +129,10 @@ class RunFolder:
         """
         with ExitStack() as stack:
             try:
-                make_folder(self.checkpoints)
                 if self.group.rank == 0:
                     stack.enter_context(exclusive(self.lock))
+                else:
+                    make_folder(self.checkpoints)
             except LockedError as error:
                 raise ConfigError(
                     f"{error} is training in run folder {self.path}; wait until it has ended, or end it"
