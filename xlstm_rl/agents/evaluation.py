@@ -10,6 +10,8 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
@@ -17,8 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from xlstm_rl.agents.env_contract import copies, reset_envs, seed_envs, step_envs
 from xlstm_rl.agents.guarded_vec_env import GuardedDummyVecEnv
 from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
-from xlstm_rl.agents.masked_evaluation import MaskedModel
-from xlstm_rl.agents.masks import masks_actions, read_masks, sample_allowed
+from xlstm_rl.agents.masks import masks_actions, read_masks, sample_allowed, takes_masks
 from xlstm_rl.agents.nonfinite import SKIPPED
 from xlstm_rl.agents.training_state import statistics_kept
 
@@ -133,6 +134,49 @@ def evaluate_random(
         return np.stack([space.sample() for _ in episode_start]), state
 
     return _play(actor, env, n_episodes, seed, max_episode_steps, on_step)
+
+
+class MaskedModel:
+    """A model whose `predict` looks up the masks of the environment that it plays in.
+
+    Pass it to code that calls `predict` without masks, such as Stable-Baselines3's `evaluate_policy`:
+    `evaluate_policy(MaskedModel(model, env), env)`. Where the environment has no `action_masks`, or the model does not
+    take them, it behaves as the model itself. Everything but `predict` is the model's.
+
+    Args:
+        model: with Stable-Baselines3's `predict`.
+        env: the environment it will play in.
+
+    Raises:
+        ValueError: the model has use_masking=True and the environment no masks.
+    """
+
+    def __init__(self, model: Any, env: VecEnv) -> None:
+        self._model, self._env = model, env
+        wanted = getattr(model, "use_masking", None)
+        self._masked = takes_masks(model) and masks_actions(env, env.action_space, wanted)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def predict(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, Any]:
+        """`predict` of the model with the masks of the present step."""
+        if self._masked:
+            kwargs["action_masks"] = read_masks(self._env, self._env.action_space)
+        actions, state = self._model.predict(*args, **kwargs)
+        return actions, state
+
+
+class MaskedEvalCallback(EvalCallback):
+    """Stable-Baselines3's `EvalCallback`, masks included; takes the same arguments.
+
+    sb3-contrib's `MaskableEvalCallback` is for policies without memory: it does not carry their state.
+    """
+
+    def init_callback(self, model: BaseAlgorithm) -> None:
+        """Called by `learn`."""
+        super().init_callback(model)
+        self.model = MaskedModel(model, self.eval_env)  # type: ignore[assignment]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces, obs_as_tens
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from xlstm_rl.agents.actor_critic import PolicyState
+from xlstm_rl.agents.actor_critic import PolicyState, value_of_cut_episodes
 from xlstm_rl.agents.env_contract import checked_observations, reset_envs, seed_envs, step_envs
 from xlstm_rl.agents.features import check_spaces
 from xlstm_rl.agents.gradient_clip import clip_gradients
@@ -38,7 +38,6 @@ from xlstm_rl.agents.policy_arguments import check_policy_kwargs
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
 from xlstm_rl.agents.saving import SavedAlgorithm
 from xlstm_rl.agents.training_state import mark_point, normalizer_statistics, restore_statistics
-from xlstm_rl.agents.truncation import value_of_cut_episodes
 from xlstm_rl.memory.config import check_number, check_whole
 
 if TYPE_CHECKING:
