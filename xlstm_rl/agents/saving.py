@@ -44,10 +44,8 @@ from xlstm_rl.agents.checkpoint import (
     File,
     NotStoredError,
     Part,
-    class_name,
     describe,
     describe_part,
-    named_class,
     read_archive,
     rebuild,
     write_archive,
@@ -55,6 +53,16 @@ from xlstm_rl.agents.checkpoint import (
 from xlstm_rl.agents.env_contract import FaultyEnvironmentError, seed_envs
 from xlstm_rl.agents.losses import AdvantageScale
 from xlstm_rl.agents.parallel import Ranks
+from xlstm_rl.agents.parameters import (
+    OPTIMIZER,
+    MisfitError,
+    check_numbers,
+    fit_optimizer,
+    freeze,
+    frozen_names,
+    name_weights,
+    set_weights,
+)
 from xlstm_rl.agents.training_state import (
     TrainingPoint,
     env_of,
@@ -73,7 +81,7 @@ Policy = TypeVar("Policy", bound=BasePolicy)
 
 # Parts of a file beside those of the agent; `load` passes over them.
 TRAINING, NORMALIZER = "training", "normalizer"
-POLICY, OPTIMIZER = "policy", "policy.optimizer"
+POLICY = "policy"
 # Entries of the settings that are no attributes.
 _FUNCTIONS, _FROZEN = "functions_saved_as_numbers", "frozen_parameters"
 _SCHEDULES = ("learning_rate", "lr_schedule", "clip_range", "clip_range_vf", "ent_coef")
@@ -97,14 +105,6 @@ _COUNTED: dict[str, Any] = {
 # What impossible settings lead to in the constructors of Stable-Baselines3, torch and policies: their checks, their
 # asserts, and attributes that text or None do not have.
 _IMPOSSIBLE = (AssertionError, AttributeError, MemoryError, OverflowError, RuntimeError, TypeError, ValueError)
-_WITHOUT = "; load(path, custom_objects={'policy.optimizer': None}) takes the weights alone"
-# Optimiser state that does not have the shape of its weight.
-_OTHER_SHAPES = ("step", "row_var", "col_var", "mu_product", "eta", "mu")
-# Sums and means of squares, and lengths: a root is taken of them, or they are divided by.
-_NOT_NEGATIVE = (
-    *("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf", "step_size"),
-    *("variance", "row_var", "col_var"),
-)
 
 
 class Contents(NamedTuple):
@@ -120,10 +120,6 @@ class Contents(NamedTuple):
     """Versions it was written with."""
     order: list[str] | None = None
     """Names of the weights in the order of the optimiser, where that is known."""
-
-
-class MisfitError(ValueError):
-    """The state of an optimiser is sound, but of other weights or of another class than the optimiser here."""
 
 
 Model = TypeVar("Model", bound="SavedAlgorithm")
@@ -200,8 +196,8 @@ class SavedAlgorithm(OnPolicyAlgorithm):
                 )
         if "_last_state" not in optional and list(leaves(self._last_state)):
             data["_last_state"] = describe(pack(self._last_state), "_last_state", tensors)
-        data |= {_FUNCTIONS: functions, _FROZEN: _frozen(self.policy)}
-        groups[OPTIMIZER] = _tell_weights(self.policy, groups[OPTIMIZER])
+        data |= {_FUNCTIONS: functions, _FROZEN: frozen_names(self.policy)}
+        groups[OPTIMIZER] = name_weights(self.policy, groups[OPTIMIZER])
         parts = {"data": Part(data, tensors)} | {name: describe_part(group) for name, group in groups.items()}
         normalizer = self.get_vec_normalize_env()
         if normalizer is not None:
@@ -337,13 +333,13 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             if group not in contents.groups:
                 raise CheckpointError(f"{contents.name} holds no {group}.json; it is incomplete")
             if group != OPTIMIZER:
-                _set_weights(recursive_getattr(self, group), contents.groups[group], group, contents.name)
-        _freeze(self.policy, frozen, contents.name)
+                set_weights(recursive_getattr(self, group), contents.groups[group], group, contents.name)
+        freeze(self.policy, frozen, contents.name)
         # in the dtype of the weights
         self._last_state = self.policy.initial_state(self.n_envs)
         if with_optimizer:
             try:
-                kept = _fit_optimizer(self.policy, contents.groups[OPTIMIZER], contents.name, contents.order)
+                kept = fit_optimizer(self.policy, contents.groups[OPTIMIZER], contents.name, contents.order)
                 self.policy.optimizer.load_state_dict(kept)
             except MisfitError as error:
                 warnings.warn(
@@ -375,11 +371,11 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             archive = read_archive(find_file(given), "model")
             name, given = archive.name, _groups(archive)
             for group, tree in given.items():
-                _check_numbers(tree, group, name)
+                check_numbers(tree, group, name)
         given = dict(given)
         if OPTIMIZER in given:
             try:
-                given[OPTIMIZER] = _fit_optimizer(self.policy, given[OPTIMIZER], name)
+                given[OPTIMIZER] = fit_optimizer(self.policy, given[OPTIMIZER], name)
             except MisfitError as error:
                 if exact_match:
                     raise ValueError(
@@ -522,7 +518,7 @@ def save_policy(policy: Any, target: File) -> None:
     """Write a policy; see `XLSTMPolicy.save`."""
     arguments = policy._get_constructor_parameters()
     arguments.pop("lr_schedule", None)
-    arguments[_FROZEN] = _frozen(policy)
+    arguments[_FROZEN] = frozen_names(policy)
     parts = {"data": describe_part(arguments, leave_out=True), POLICY: describe_part(policy.state_dict())}
     write_archive(target, "policy", parts)
 
@@ -540,8 +536,8 @@ def load_policy(
         raise CheckpointError(
             f"no {cls.__name__} can be built from the settings in {archive.name}: {type(error).__name__}: {error}"
         ) from error
-    _set_weights(policy, archive.value(POLICY), POLICY, archive.name)
-    _freeze(policy, frozen, archive.name)
+    set_weights(policy, archive.value(POLICY), POLICY, archive.name)
+    freeze(policy, frozen, archive.name)
     return policy.to(get_device(device))
 
 
@@ -658,228 +654,6 @@ def _rebuild_settings(archive: Archive, custom_objects: Mapping[str, Any], remed
         except (DescriptionError, RecursionError) as error:
             raise CheckpointError(f"{archive.name}, data.json: {error}") from error
     return settings
-
-
-# Weights.
-
-
-def _frozen(policy: torch.nn.Module) -> list[str]:
-    """Names of the weights that are not trained."""
-    return [name for name, weight in policy.named_parameters() if not weight.requires_grad]
-
-
-def _freeze(policy: torch.nn.Module, frozen: Any, file: str) -> None:
-    if frozen is None:
-        # files of format 1 do not tell
-        return
-    weights = dict(policy.named_parameters())
-    if not isinstance(frozen, list) or not _are_texts(frozen) or not weights.keys() >= set(frozen):
-        raise CheckpointError(f"{file}: {_FROZEN} are {frozen!r:.200}, which are no weights of the policy")
-    for name, weight in weights.items():
-        weight.requires_grad_(name not in frozen)
-
-
-def _set_weights(module: torch.nn.Module, weights: Any, name: str, file: str) -> None:
-    """Load a state dict that fits, in the dtype that it has."""
-    _check_numbers(weights, name, file)
-    expected = module.state_dict()
-    if set(expected) != set(weights):
-        raise CheckpointError(
-            f"{file}: the weights do not fit {type(module).__name__} as its settings build it: "
-            f"missing {sorted(set(expected) - set(weights))}, unknown {sorted(set(weights) - set(expected))}; where "
-            "layers were changed after the agent was made, make it, change them likewise and call set_parameters(path)"
-        )
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    dtypes = {weights[name].dtype for name in parameters if isinstance(weights[name], Tensor)}
-    if len(dtypes) == 1 and (dtype := dtypes.pop()).is_floating_point:
-        # as after policy.double()
-        module.to(dtype)
-        expected = module.state_dict()
-    for name, wanted in expected.items():
-        weight = weights[name]
-        if not isinstance(wanted, Tensor):
-            continue
-        if not isinstance(weight, Tensor) or weight.shape != wanted.shape:
-            found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise CheckpointError(f"{file}: weight {name!r} is {found}, its settings need {list(wanted.shape)}")
-        if weight.is_floating_point() != wanted.is_floating_point() or weight.is_complex():
-            raise CheckpointError(f"{file}: weight {name!r} is {weight.dtype}, its settings need {wanted.dtype}")
-        # as used: a float64 may be too large for a float32
-        lost = weight.isfinite() & ~weight.to(wanted.dtype).isfinite()
-        if bool(lost.any()) or (name in parameters and not bool(weight.isfinite().all())):
-            raise CheckpointError(f"{file}: weight {name!r} is infinite; use an earlier checkpoint")
-    _check_shared(module, weights, file)
-    module.load_state_dict(weights)
-
-
-def _check_shared(module: torch.nn.Module, weights: Mapping[str, Any], file: str) -> None:
-    """Weights that are one in the file must be one here, or training would make them two."""
-    here, first = module.state_dict(), {id(weight): name for name, weight in reversed(list(weights.items()))}
-    for name, weight in weights.items():
-        other = first[id(weight)]
-        if isinstance(weight, Tensor) and weight.numel() and here[name].data_ptr() != here[other].data_ptr():
-            raise CheckpointError(
-                f"{file}: weights {other!r} and {name!r} are one, and two in {type(module).__name__} as its settings "
-                "build it: make the agent, tie them likewise and call set_parameters(path)"
-            )
-
-
-def _check_numbers(group: Any, name: str, file: str) -> None:
-    """State dicts hold numbers."""
-    if not isinstance(group, dict):
-        raise CheckpointError(f"{file}: {name}.json describes no state dict")
-    for path, tensor in _named_tensors(group, ""):
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise CheckpointError(f"{file}: {name} has NaN in {path!r}; use an earlier checkpoint")
-
-
-def _named_tensors(tree: Any, path: str) -> Iterable[tuple[str, Tensor]]:
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, dict):
-        for key, part in tree.items():
-            yield from _named_tensors(part, f"{path}.{key}" if path else str(key))
-
-
-# Optimisers.
-
-
-def _tell_weights(policy: Any, kept: dict[str, Any]) -> dict[str, Any]:
-    """The state dict of the policy's optimiser with its class and the names of its weights, group by group."""
-    names = {id(weight): name for name, weight in policy.named_parameters()}
-    groups = [
-        {**told, "param_names": [names.get(id(weight), "") for weight in group["params"]]}
-        for told, group in zip(kept["param_groups"], policy.optimizer.param_groups, strict=True)
-    ]
-    return {**kept, "param_groups": groups, "class": class_name(type(policy.optimizer))}
-
-
-def _fit_optimizer(policy: Any, group: Any, file: str, order: list[str] | None = None) -> dict[str, Any]:
-    """A state dict for the policy's optimiser, which is made anew where that of the file has other groups or a class.
-
-    Args:
-        policy: whose `optimizer` it is for.
-        group: state dict, with names and class as `_tell_weights` adds them or without.
-        file: for errors.
-        order: names of the weights of a single group that has no names of its own.
-
-    Raises:
-        MisfitError: it is of other weights, or of a class that is not known here.
-        CheckpointError: it is damaged.
-    """
-    _check_numbers(group, OPTIMIZER, file)
-    state, groups = group.get("state"), group.get("param_groups")
-    if (
-        not isinstance(state, dict)
-        or not isinstance(groups, list)
-        or not all(isinstance(part, dict) and isinstance(part.get("params"), list) for part in groups)
-    ):
-        raise CheckpointError(f"{file}: the optimiser state lacks 'state' or 'param_groups'{_WITHOUT}")
-    groups = [dict(part) for part in groups]
-    names = [part.pop("param_names", None) for part in groups]
-    weights = dict(policy.named_parameters())
-    if order is not None and len(groups) == 1:
-        # a state dict names shared weights several times
-        names = [[name for name in order if name in weights]]
-    if all(isinstance(part, list) for part in names):
-        flat = [name for part in names for name in part]
-        if [len(part) for part in names] != [len(part["params"]) for part in groups] or not _are_texts(
-            [*flat, group.get("class", "")]
-        ):
-            raise CheckpointError(f"{file}: the optimiser state has another number of weights than names{_WITHOUT}")
-        unknown = [name for name in flat if name not in weights]
-        if unknown:
-            raise MisfitError(f"it is of weights that the policy does not have, {unknown!r:.200}")
-        _form_groups(policy, [[weights[name] for name in part] for part in names], groups, group.get("class"), file)
-    formed = [part["params"] for part in policy.optimizer.param_groups]
-    if [len(part) for part in formed] != [len(part["params"]) for part in groups]:
-        raise MisfitError(
-            f"it is of groups of {[len(part['params']) for part in groups]} weights, the optimiser here of "
-            f"{[len(part) for part in formed]}"
-        )
-    _check_optimizer(policy.optimizer, groups, state, file)
-    return {"state": state, "param_groups": groups}
-
-
-def _form_groups(policy: Any, weights: list[list[Tensor]], groups: list[dict[str, Any]], kind: Any, file: str) -> None:
-    """Make the policy's optimiser anew if it is of another class, or of other groups, than those of a file."""
-    built = policy.optimizer
-    same_class = kind in (None, class_name(type(built)))
-    here = [[id(weight) for weight in part["params"]] for part in built.param_groups]
-    if same_class and here == [[id(weight) for weight in part] for part in weights]:
-        return
-    make = type(built) if same_class else named_class(kind)
-    if make is None or not issubclass(make, torch.optim.Optimizer):
-        raise MisfitError(f"it is of the class {kind!r:.200}, the optimiser here of {class_name(type(built))}")
-    formed: Any = [{**part, "params": params} for part, params in zip(groups, weights, strict=True)]
-    try:
-        policy.optimizer = make(formed)  # type: ignore[call-arg]
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: no {kind} can be made of the groups in it: {error}{_WITHOUT}") from error
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], state: Any, file: str) -> None:
-    """What `load_state_dict` does not check itself, after the conversion that it does."""
-    for path, tensor in _named_tensors(state, "state"):
-        if tensor.is_floating_point() and bool(tensor.isinf().any()):
-            raise CheckpointError(f"{file}: {OPTIMIZER} has infinity in {path!r}{_WITHOUT}")
-    if not class_name(type(optimizer)).startswith(("torch.", "stable_baselines3.")):
-        # what else is right, only its own class knows
-        return
-    weights = [weight for part in optimizer.param_groups for weight in part["params"]]
-    flat = [index for part in groups for index in part["params"]]
-    known = inspect.signature(type(optimizer).__init__).parameters
-    for part in groups:
-        settings = {key: value for key, value in part.items() if key in known and key != "params"}
-        try:
-            if not all(np.isfinite(number) for number in _numbers(settings)):
-                raise ValueError(f"a setting is not finite: {settings}")
-            # the constructor checks them
-            type(optimizer)([torch.nn.Parameter(torch.zeros(1, 1))], **settings)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file}: the optimiser state has impossible settings: {error}{_WITHOUT}") from error
-    for index, kept in state.items():
-        if index not in flat or not isinstance(kept, dict):
-            raise CheckpointError(f"{file}: the optimiser state names weight {index!r:.50}, which there is not")
-        weight = weights[flat.index(index)]
-        for name, value in kept.items():
-            wrong = _wrong_state(name, value, weight)
-            if wrong:
-                raise CheckpointError(f"{file}: optimiser state {name!r:.50} of weight {index} {wrong}{_WITHOUT}")
-
-
-def _wrong_state(name: Any, value: Any, weight: Tensor) -> str | None:
-    """What is wrong with an entry of an optimiser's state; None if nothing is."""
-    if value is None and name == "momentum_buffer":
-        # before the first step
-        return None
-    if not isinstance(value, Tensor):
-        if not isinstance(value, int | float):
-            return f"is {value!r:.50}, no number"
-        value = torch.tensor(float(value))
-    elif value.shape != weight.shape and name not in _OTHER_SHAPES:
-        return f"is {list(value.shape)}, not {list(weight.shape)}"
-    elif not value.is_floating_point() and value.ndim:
-        return f"is {value.dtype}, not {weight.dtype}"
-    if name != "step" and value.is_floating_point():
-        value = value.to(weight.dtype)
-    if not bool(value.isfinite().all()):
-        return "is not finite"
-    if name in _NOT_NEGATIVE and bool((value < 0).any()):
-        return "is negative"
-    return None
-
-
-def _are_texts(values: list[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def _numbers(tree: Any) -> Iterable[float]:
-    if isinstance(tree, int | float):
-        yield tree
-    elif isinstance(tree, dict | list | tuple):
-        for part in tree.values() if isinstance(tree, dict) else tree:
-            yield from _numbers(part)
 
 
 # Zips of Stable-Baselines3, which are pickles: only read where the caller says that they are trusted.
