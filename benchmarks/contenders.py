@@ -101,7 +101,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, kind: str) -> None:
         super().__init__()
-        memory: Any = make_memory("xlstm", width, hidden_size=width, blocks=kind, num_heads=HEADS)
+        memory: Any = make_memory("xlstm", width, defaults="paper", hidden_size=width, blocks=kind, num_heads=HEADS)
         self.block = memory.blocks[0]
 
     def forward(self, x: Tensor, reset: Tensor) -> Any:
@@ -200,7 +200,7 @@ def step_contenders(B: int, width: int) -> dict[str, Run]:
     carried = (torch.randn(1, B, width), torch.randn(1, B, width))
     runs: dict[str, Run] = {LSTM: lambda: lstm(x, carried)}
     for kind, label in (("m", "mLSTM block"), ("s", "sLSTM block")):
-        memory: Any = make_memory("xlstm", width, hidden_size=width, blocks=kind, num_heads=HEADS)
+        memory: Any = make_memory("xlstm", width, defaults="paper", hidden_size=width, blocks=kind, num_heads=HEADS)
         state = memory(torch.randn(B, 3, width), memory.initial_state(B))[1]
         block, block_state = memory.blocks[0], state[0]
         runs[f"{label}, old state kept"] = lambda block=block, state=block_state: block.step(row, state, reset)  # type: ignore[misc]

@@ -130,7 +130,8 @@ def main() -> None:
         print("\nBytes per step kept for the backward pass")
         for name, row in kept.items():
             print(name, *(f"\n    {label:28s} {value:11.0f}" for label, value in row.items()))
-        states = {kind: make_memory("xlstm", 64, blocks=kind).state_size * 4 for kind in ("m", "s", "ms")}
+        memories = {kind: make_memory("xlstm", 64, defaults="paper", blocks=kind) for kind in ("m", "s", "ms")}
+        states = {kind: memory.state_size * 4 for kind, memory in memories.items()}
         print(f"\nBytes of the state that acting carries, whatever the length of the episode: {states}")
         result |= {"growth": times, "kept_bytes_per_step": kept, "state_bytes": states}
     if args.json:

@@ -76,9 +76,11 @@ def contenders(args: argparse.Namespace) -> dict[str, BaseAlgorithm]:
     }
 
     def ours(memory: str, critic_memory: str = "shared", **memory_kwargs: Any) -> BaseAlgorithm:
+        # the settings of the rows that were measured before there were others
+        paper = {"defaults": "paper", "init": "recall"} if memory == "xlstm" else {}
         policy_kwargs = {
             "memory": memory,
-            "memory_kwargs": {"hidden_size": args.width, **memory_kwargs},
+            "memory_kwargs": {"hidden_size": args.width, **paper, **memory_kwargs},
             "critic_memory": critic_memory,
         }
         return RecurrentPPO("MlpXLSTMPolicy", vec_env(), seq_len=args.seq_len, policy_kwargs=policy_kwargs, **settings)

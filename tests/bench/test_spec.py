@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from xlstm_rl.bench.spec import load_spec, read_spec, spec_names
 from xlstm_rl.configs import ConfigError, load
 from xlstm_rl.configs.loading import differences
 from xlstm_rl.envs import TaskFacts, TaskPurpose
+from xlstm_rl.memory import XLSTM, XLSTMConfig
 from xlstm_rl.runs.build import make_env, make_model
 
 OUT = Path("out")
@@ -40,7 +42,7 @@ def test_benchmarks_of_the_package_can_be_planned() -> None:
 
 
 def test_records_are_found_again_though_fields_of_tasks_are_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "differences", lambda config: "the configuration")
+    monkeypatch.setattr(plan, "differences", lambda config: {"memory": {"name": "lstm"}})
     spec = read_spec(SMALL, "x")
     said = (
         "Task(name='parity', purpose=TaskPurpose(ability='state tracking', length='length', odd=False), "
@@ -48,8 +50,28 @@ def test_records_are_found_again_though_fields_of_tasks_are_renamed(monkeypatch:
     )
     task = plan.Task("parity", TaskPurpose("state tracking", "length"), TaskFacts(9, 1.0, 0.5), False)
     run = plan.PlannedRun(task, "mine", load("parity"), OUT)
-    expected = hashlib.sha256(f'"the configuration"{said}(64, None, 5)'.encode()).hexdigest()[:16]
+    expected = hashlib.sha256(f'{{"memory": {{"name": "lstm"}}}}{said}(64, None, 5)'.encode()).hexdigest()[:16]
     assert plan.fingerprint(run, spec) == expected
+
+
+@pytest.mark.parametrize(
+    ("now", "before"),
+    [
+        ({"defaults": "paper", "init": "recall", "blocks": "m"}, {"blocks": "m"}),
+        ({"defaults": "paper", "init": "reference"}, {"init": "reference"}),
+        ({"blocks": "m", "hidden_size": 8}, {**plan._SETTINGS_OF_GENERAL, "blocks": "m", "hidden_size": 8}),
+        ({"name": "gru"}, {"name": "gru"}),
+    ],
+)
+def test_records_are_found_again_though_memories_have_other_defaults(
+    now: dict[str, object], before: dict[str, object]
+) -> None:
+    assert plan._as_of_before({"seed": 3, "memory": now}) == {"seed": 3, "memory": before}
+
+
+def test_settings_of_the_general_agent_are_the_defaults_of_the_memory() -> None:
+    settings: dict[str, Any] = {"defaults": "paper", "init": "recall", **plan._SETTINGS_OF_GENERAL}
+    assert XLSTM(4, **settings).config == XLSTMConfig()
 
 
 def test_lstm_of_equal_size_and_no_memory_are_added() -> None:

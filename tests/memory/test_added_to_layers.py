@@ -28,7 +28,8 @@ every_place = pytest.mark.parametrize(("letter", "name"), PLACES)
 
 def core_of(letter: str) -> Any:
     torch.manual_seed(0)
-    core = make_memory("xlstm", 4, hidden_size=WIDTH, blocks=letter, num_heads=2, recurrent_std=1.0).double()
+    core = make_memory("xlstm", 4, defaults="paper", hidden_size=WIDTH, blocks=letter, num_heads=2, recurrent_std=1.0)
+    core = core.double()
     with torch.no_grad():
         for parameter in core.parameters():
             # gates start at zero, where what is added to their inputs does nothing

@@ -45,7 +45,8 @@ every_block = pytest.mark.parametrize("blocks", ["m", "s", "ms"])
 def perturbed(blocks: str, dtype: torch.dtype = torch.float64, **config: Any) -> MemoryCore:
     """A core with every parameter moved, so that no zero init hides a mistake."""
     torch.manual_seed(0)
-    core = make_memory("xlstm", 5, blocks=blocks, **({"hidden_size": 24, "num_heads": 2} | config)).to(dtype)
+    settings: dict[str, Any] = {"defaults": "paper", "init": "recall", "hidden_size": 24, "num_heads": 2}
+    core = make_memory("xlstm", 5, blocks=blocks, **(settings | config)).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in core.parameters():

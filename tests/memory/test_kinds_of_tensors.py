@@ -102,7 +102,10 @@ def test_convolution_refuses_what_is_elsewhere_by_name() -> None:
 
 def core_of(letter: str) -> Any:
     torch.manual_seed(0)
-    core = make_memory("xlstm", 4, hidden_size=16, blocks=letter, num_heads=2, recurrent_std=1.0, bias=True).double()
+    core = make_memory(
+        "xlstm", 4, defaults="paper", hidden_size=16, blocks=letter, num_heads=2, recurrent_std=1.0, bias=True
+    )
+    core = core.double()
     with torch.no_grad():
         for parameter in core.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

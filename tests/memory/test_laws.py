@@ -12,7 +12,7 @@ from torch import Tensor
 from xlstm_rl.memory import MemoryCore, laws, leaves, make_memory, zeros_where
 from xlstm_rl.memory.laws import check_memory_laws
 
-SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "recurrent_std": 1.0}
+SMALL: dict[str, Any] = {"defaults": "paper", "hidden_size": 16, "num_heads": 2, "recurrent_std": 1.0}
 CORES: dict[str, tuple[str, dict[str, Any]]] = {
     "m": ("xlstm", SMALL | {"blocks": "m"}),
     "s": ("xlstm", SMALL | {"blocks": "s"}),
@@ -36,6 +36,7 @@ CORES: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer": ("transformer", {"hidden_size": 8, "num_heads": 2, "window": 5}),
     "two-layer transformer": ("transformer", {"hidden_size": 8, "num_layers": 2, "window": 3}),
     "ssm": ("ssm", {"hidden_size": 8, "num_states": 2}),
+    "as recommended": ("xlstm", {"hidden_size": 8}),
     "mas": ("xlstm", SMALL | {"blocks": "mas", "attention_window": 5}),
     "gru of two layers": ("gru", {"hidden_size": 6, "num_layers": 2, "bias": False}),
     "two-layer ssm without conv": ("ssm", {"hidden_size": 6, "num_layers": 2, "conv_kernel": 1}),

@@ -39,7 +39,7 @@ def nxai_stack(blocks: str, width: int, heads: int, bias: bool, conv: int, seed:
 
 
 def our_core(blocks: str, width: int, heads: int, bias: bool = False) -> XLSTM:
-    config = XLSTMConfig(
+    config = XLSTMConfig.paper(
         hidden_size=width, blocks=blocks, num_heads=heads, round_to=64, input_projection=False, bias=bias
     )
     return XLSTM(width, config).double().eval()

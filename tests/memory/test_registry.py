@@ -54,7 +54,7 @@ def test_unknown_memory_names_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "complaint"),
     [
-        ("xlstm", {"block": "m"}, r"no setting \['block'\]; known are \['hidden_size', 'blocks', "),
+        ("xlstm", {"block": "m"}, r"no setting \['block'\]; known are \['defaults', 'hidden_size', 'blocks', "),
         (
             "lstm",
             {"hidden": 8},
@@ -89,7 +89,7 @@ class NoWidth(Memoryless):
         {"num_heads": 0},
         {"slstm_num_heads": 3},
         {"slstm_num_heads": 0},
-        {"num_heads": 64, "blocks": "s"},
+        {"num_heads": 64, "blocks": "s", "slstm_num_heads": None},
         {"num_heads": 64, "blocks": "m", "proj_factor": 1.0},
         {"slstm_num_heads": 64},
         {"proj_factor": 0.0},
@@ -114,23 +114,23 @@ def test_input_of_another_width_needs_the_input_projection() -> None:
 
 
 def test_inner_widths_are_rounded_up_to_what_fits() -> None:
-    assert XLSTMConfig(hidden_size=64).ffn_size == 88
-    assert XLSTMConfig(hidden_size=64, round_to=64).ffn_size == 128
+    assert XLSTMConfig.paper(hidden_size=64).ffn_size == 88
+    assert XLSTMConfig.paper(hidden_size=64, round_to=64).ffn_size == 128
     assert XLSTMConfig(hidden_size=60, num_heads=3).inner_size == 120
 
 
 def test_slstm_blocks_take_the_heads_of_the_stack_or_their_own() -> None:
-    def shape(**fields: int) -> list[int]:
+    def shape(**fields: int | None) -> list[int]:
         core = make_memory("xlstm", 3, hidden_size=64, num_heads=4, blocks="ms", **fields)
         return list(core.get_parameter("blocks.1.recurrent").shape)
 
-    assert shape() == [4, 4, 16, 16]
+    assert shape(slstm_num_heads=None) == [4, 4, 16, 16]
     assert shape(slstm_num_heads=1) == [4, 1, 64, 64]
 
 
 def test_recurrent_weights_start_at_zero_or_not() -> None:
     def recurrent(std: float) -> float:
-        core = make_memory("xlstm", 3, hidden_size=256, num_heads=4, blocks="s", recurrent_std=std)
+        core = make_memory("xlstm", 3, hidden_size=256, num_heads=4, blocks="s", slstm_num_heads=4, recurrent_std=std)
         return float(core.get_parameter("blocks.0.recurrent").detach().std())
 
     assert recurrent(0.0) == 0.0
@@ -143,8 +143,18 @@ def test_forget_biases_start_as_configured() -> None:
     assert mlstm.tolist() == pytest.approx([3.0, 4.0, 5.0, 6.0])
     slstm = core.get_parameter("blocks.1.gate_bias")[1, 0]
     assert (slstm[0].item(), slstm[-1].item()) == pytest.approx((1.0, 2.0))
-    power_law = make_memory("xlstm", 3, blocks="s").get_parameter("blocks.0.gate_bias")[1, 0]
+    power_law = make_memory("xlstm", 3, blocks="s", slstm_forget_bias=None).get_parameter("blocks.0.gate_bias")[1, 0]
     assert (power_law[0].item(), power_law[-1].item()) == pytest.approx((5.0, -7.0))
+
+
+def test_settings_start_from_the_recommended_ones_or_from_those_of_the_paper() -> None:
+    recommended: Any = make_memory("xlstm", 3)
+    paper: Any = make_memory("xlstm", 3, defaults="paper", hidden_size=32)
+    assert recommended.config == XLSTMConfig()
+    assert paper.config == XLSTMConfig.paper(hidden_size=32)
+    assert (recommended.config.blocks, paper.config.blocks) == ("sm", "ms")
+    with pytest.raises(ValueError, match="defaults='reference' must be one of 'recommended', 'paper'"):
+        make_memory("xlstm", 3, defaults="reference")
 
 
 def test_mlstm_starts_by_reading_what_shows_again() -> None:

@@ -54,6 +54,6 @@ def test_take_indexes_every_leaf() -> None:
 
 
 def test_state_size_counts_the_numbers_of_one_row() -> None:
-    core = make_memory("xlstm", 3, hidden_size=16, num_heads=2, blocks="m")
+    core = make_memory("xlstm", 3, hidden_size=16, num_heads=2, blocks="m", conv_kernel=4)
     # cell 2 x 16 x 16, normaliser 2 x 16, stabiliser 2, conv window 3 x 32
     assert core.state_size == 512 + 32 + 2 + 96

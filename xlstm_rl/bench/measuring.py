@@ -148,6 +148,7 @@ def measure(
         sampled = play(model, config, config.eval.n_episodes, seed, deterministic=False, on_step=on_step)
         long_figures, state = _play_longer(model, run, spec.long_episodes, on_step)
         evaluations = [row for row in result.rows if row.kind == "eval"]
+        settings = getattr(model.policy.memory_actor, "config", None)
         return Record(
             task=run.task.name,
             agent=run.agent,
@@ -155,9 +156,7 @@ def measure(
             fingerprint=fingerprint(run, spec),
             ability=run.task.purpose.ability,
             env=config.env.id,
-            memory=" ".join(
-                str(word) for word in (config.memory.name, config.memory.settings.get("blocks", ""))
-            ).strip(),
+            memory=f"{config.memory.name} {getattr(settings, 'blocks', '')}".strip(),
             parameters=_count(model.policy),
             memory_parameters=_count(model.policy.memory_actor),
             tuning_runs=spec.agents[run.agent].tuning_runs,

@@ -123,8 +123,31 @@ class PlannedRun:
 def fingerprint(run: PlannedRun, spec: BenchSpec) -> str:
     """Equal for runs that were trained and measured with equal settings."""
     measured = (spec.long_episodes, spec.stop_score_of(run.task.name), spec.stop_evaluations)
-    settings = json.dumps(differences(run.config), sort_keys=True)
+    settings = json.dumps(_as_of_before(differences(run.config)), sort_keys=True)
     return hashlib.sha256(f"{settings}{_in_words(run.task)}{measured}".encode()).hexdigest()[:16]
+
+
+def _as_of_before(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in the words of the first records, when a memory that set nothing was that of the paper, with recall."""
+    memory = dict(settings.get("memory", {}))
+    if memory.get("name", MemoryConfig.name) != "xlstm":
+        return settings
+    paper = memory.pop("defaults", "recommended") == "paper"
+    memory = memory if paper else {**_SETTINGS_OF_GENERAL, **memory}
+    if memory.get("init") == "recall":
+        del memory["init"]
+    return {**settings, "memory": memory}
+
+
+_SETTINGS_OF_GENERAL = {
+    "blocks": "sm",
+    "slstm_num_heads": 1,
+    "recurrent_std": 1.0,
+    "slstm_forget_bias": [1.0, 1.0],
+    "ffn_factor": 0.0,
+    "conv_kernel": 32,
+    "slstm_conv_kernel": 0,
+}
 
 
 def _in_words(task: Task) -> str:

@@ -400,7 +400,8 @@ def memory_settings(memory: str) -> list[str]:
     """Names of the settings of a memory, which stand beside its name."""
     core = make_memory(memory, 64)
     config = getattr(core, "config", None)
-    if dataclasses.is_dataclass(config):
-        return [f.name for f in dataclasses.fields(config)]
     parameters = inspect.signature(type(core)).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
+    own = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
+    if dataclasses.is_dataclass(config):
+        return [*(name for name in own if name != "config"), *(f.name for f in dataclasses.fields(config))]
+    return own

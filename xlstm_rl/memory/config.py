@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 from xlstm_rl.memory.core import block_letters
 
@@ -15,6 +15,9 @@ from xlstm_rl.memory.core import block_letters
 @dataclass(frozen=True)
 class XLSTMConfig:
     """Shape and options of an xLSTM stack.
+
+    The defaults are what is recommended where nothing is known of a task: the sLSTM below tracks and counts with memory
+    mixing in one head, the mLSTM above it stores and recalls.
 
     Attributes:
         hidden_size: width of the residual stream and of the output; a multiple of the numbers of heads.
@@ -57,29 +60,44 @@ class XLSTMConfig:
     """
 
     hidden_size: int = 64
-    blocks: str = "ms"
+    blocks: str = "sm"
     num_heads: int = 4
-    slstm_num_heads: int | None = None
+    slstm_num_heads: int | None = 1
     input_projection: bool = True
     proj_factor: float = 2.0
-    ffn_factor: float = 4 / 3
+    ffn_factor: float = 0.0
     round_to: int = 8
     qkv_block_size: int = 4
-    conv_kernel: int = 4
-    slstm_conv_kernel: int | None = None
+    conv_kernel: int = 32
+    slstm_conv_kernel: int | None = 0
     forget_activation: Literal["sigmoid", "exp"] = "sigmoid"
     input_activation: Literal["exp", "sigmoid"] = "exp"
     gate_soft_cap: float | None = None
     init: Literal["recall", "reference"] = "recall"
     mlstm_forget_bias: tuple[float, float] = (3.0, 6.0)
-    slstm_forget_bias: tuple[float, float] | None = None
-    recurrent_std: float = 0.0
+    slstm_forget_bias: tuple[float, float] | None = (1.0, 1.0)
+    recurrent_std: float = 1.0
     dropout: float = 0.0
     bias: bool = False
     post_norm: bool = True
     norm_eps: float = 1e-5
     attention_window: int = 64
     num_states: int = 8
+
+    @classmethod
+    def paper(cls, **fields: Any) -> XLSTMConfig:
+        """The settings of Beck et al. 2024, but for `fields`, and for widths that are rounded to 8 and not to 64."""
+        settings = {
+            "blocks": "ms",
+            "slstm_num_heads": None,
+            "ffn_factor": 4 / 3,
+            "conv_kernel": 4,
+            "slstm_conv_kernel": None,
+            "init": "reference",
+            "slstm_forget_bias": None,
+            "recurrent_std": 0.0,
+        }
+        return cls(**{**settings, **fields})
 
     def __post_init__(self) -> None:
         self._check_blocks()

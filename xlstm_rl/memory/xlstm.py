@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from xlstm_rl.kernels.arguments import check_reset
 from xlstm_rl.kernels.tracing import traced
-from xlstm_rl.memory.config import XLSTMConfig
+from xlstm_rl.memory.config import XLSTMConfig, check_word
 from xlstm_rl.memory.core import MemoryBlock, MemoryCore, make_block
 from xlstm_rl.memory.fast import is_bare, stands_for
 
@@ -100,6 +100,8 @@ class XLSTM(Stack):
     Args:
         input_size: features per step.
         config: the stack; or give its fields as keyword arguments.
+        defaults: where fields that are not given come from: "recommended" is `XLSTMConfig()`, "paper" is
+            `XLSTMConfig.paper()`.
         **fields: fields of `XLSTMConfig`, if `config` is not given.
 
     Raises:
@@ -107,13 +109,22 @@ class XLSTM(Stack):
         TypeError: a field is unknown or of the wrong kind.
     """
 
-    def __init__(self, input_size: int, config: XLSTMConfig | None = None, **fields: Any) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        config: XLSTMConfig | None = None,
+        *,
+        defaults: Literal["recommended", "paper"] = "recommended",
+        **fields: Any,
+    ) -> None:
         if config is not None and fields:
             raise TypeError(f"give either config or fields, not both; got fields {sorted(fields)}")
-        known = [field.name for field in dataclasses.fields(XLSTMConfig)]
+        check_word("defaults", defaults, ("recommended", "paper"))
+        known = ["defaults", *(field.name for field in dataclasses.fields(XLSTMConfig))]
         if not fields.keys() <= set(known):
             raise TypeError(f"xLSTM has no setting {sorted(fields.keys() - set(known))}; known are {known}")
-        config = config or XLSTMConfig(**_as_tuples(fields))
+        make = XLSTMConfig.paper if defaults == "paper" else XLSTMConfig
+        config = config or make(**_as_tuples(fields))
         if not config.input_projection and input_size != config.hidden_size:
             raise ValueError(
                 f"without input_projection, input_size={input_size} must equal hidden_size={config.hidden_size}"
