@@ -13,11 +13,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from stable_baselines3.common.monitor import Monitor
 
 from tests.agents.small_agents import agent
 from xlstm_rl.agents import guarded_vec_env
-from xlstm_rl.agents.guarded_vec_env import GuardedSubprocVecEnv, WorkerError
+from xlstm_rl.agents.guarded_vec_env import EpisodeMonitor, GuardedSubprocVecEnv, WorkerError
 from xlstm_rl.agents.nonfinite import SKIPPED
+from xlstm_rl.configs import load
+from xlstm_rl.runs.build import make_env
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
@@ -184,4 +187,28 @@ def test_restart_that_fails_uses_another_one(tmp_path: Path) -> None:
         env.step(NOTHING[:1])
     with pytest.raises(WorkerError, match="simulator not ready yet"), pytest.warns(UserWarning, match="0 more times"):
         env.step(NOTHING[:1])
+    env.close()
+
+
+def test_monitor_tells_episodes_as_that_of_sb3_and_keeps_none() -> None:
+    ours, theirs = EpisodeMonitor(Counting()), Monitor(Counting())
+    told: list[list[Any]] = [[], []]
+    for monitor, episodes in ((ours, told[0]), (theirs, told[1])):
+        for _ in range(50):
+            monitor.reset()
+            over = False
+            while not over:
+                _, _, terminated, truncated, info = monitor.step(np.int64(0))
+                over = terminated or truncated
+            episodes.append({key: info["episode"][key] for key in ("r", "l")})
+    assert told[0] == told[1]
+    assert ours.get_total_steps() == theirs.get_total_steps() == 300
+    assert sum(len(part) for part in vars(ours).values() if isinstance(part, list)) == 0
+    assert sum(len(part) for part in vars(theirs).values() if isinstance(part, list)) >= 150
+
+
+def test_copies_of_runs_have_monitors_that_keep_nothing() -> None:
+    env = make_env(load("CartPole-v1"), 2, seed=0)
+    assert env.env_is_wrapped(Monitor) == [True, True]
+    assert env.env_is_wrapped(EpisodeMonitor) == [True, True]
     env.close()

@@ -126,6 +126,9 @@ def numbers_by_env(values: Any, name: str, n_envs: int, place: str) -> np.ndarra
 
 def flags_by_env(values: Any, name: str, n_envs: int, place: str) -> np.ndarray:
     """bool [n_envs] of booleans, or of numbers that are 0 or 1; raises as `step_envs`."""
+    if isinstance(values, np.ndarray) and values.dtype == bool and values.shape == (n_envs,):
+        # as nearly always
+        return np.array(values)
     numbers = numbers_by_env(values, name, n_envs, place)
     odd = np.flatnonzero((numbers != 0) & (numbers != 1))
     if len(odd):
