@@ -124,3 +124,57 @@ def test_action_of_another_space_is_refused() -> None:
     assert point is not None
     with pytest.raises(ValueError, match="action 7 is none of Discrete"):
         env.resume_at(point | {"actions": np.array([7])})
+
+
+class OwnGenerator(gym.Env[Any, Any]):
+    """Draws from a generator that is none of NumPy's new ones, as simulators of other libraries do."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,), np.float64), gym.spaces.Discrete(2)
+    np_random: Any = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.np_random = np.random.RandomState(seed)
+        return self.np_random.random(1), {}
+
+    def step(self, action: Any) -> Any:
+        return self.np_random.random(1), 0.0, False, False, {}
+
+
+def test_an_environment_with_a_generator_of_its_own_plays_and_is_not_brought_back() -> None:
+    env = Resumable(OwnGenerator())
+    env.reset(seed=0)
+    env.step(0)
+    env.mark_point()
+    assert env.resume_point() is None
+
+
+class Fragile(gym.Env[Any, Any]):
+    """Fails from the third step on, once it is broken."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,), np.float64), gym.spaces.Discrete(2)
+    broken = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.time = 0
+        return np.zeros(1), {}
+
+    def step(self, action: Any) -> Any:
+        self.time += 1
+        if self.broken and self.time == 3:
+            raise ZeroDivisionError("the physics broke")
+        return np.zeros(1), 0.0, False, False, {}
+
+
+def test_an_episode_that_fails_when_it_is_played_again_is_not_brought_back() -> None:
+    env = Resumable(Fragile())
+    env.reset(seed=0)
+    for _ in range(4):
+        env.step(0)
+    env.mark_point()
+    point = env.resume_point()
+    assert point is not None
+    assert Resumable(Fragile()).resume_at(point)
+    broken = Fragile()
+    broken.broken = True
+    assert not Resumable(broken).resume_at(point)
