@@ -200,9 +200,12 @@ def slstm_plan(sizes: SLSTMSizes, options: SLSTMOptions, places: Sequence[Place]
 
 
 def _plan(constants: bytes, fields: Iterable[str], sizes: MLSTMSizes | SLSTMSizes, places: Sequence[Place]) -> StepPlan:
+    # Every step checks what it finds against these shapes in C++, which costs less there than one attribute of a module
+    # costs here. Of a state, -1 is the number of rows, which is known with x only.
     weights = [(shape, name in OPTIONAL) for name, shape in zip(fields, sizes.weight_shapes(), strict=True)]
     state = [((-1, *shape), False) for shape in sizes.state_shapes()]
-    # the structure Shape in cpp/tensors.h
+    # The structure Shape in cpp/tensors.h, six numbers of 64 bits: dimensions (-1: there is none), whether it may be
+    # missing, and up to four sizes.
     shapes = [
         struct.pack("=6q", -1 if shape is None else len(shape), optional, *(*(shape or ()), 0, 0, 0, 0)[:4])
         for shape, optional in (*weights, *state)
@@ -248,6 +251,7 @@ def block_step(
     y, new = empty_like(x), None if reuse_state else _beside(state)
     if step(threads, x, *plan, state, reset, y, new):
         return y, state if new is None else new
+    # The step was not taken. Copies are tried where tensors only do not lie in order; anything else is for torch.
     if all(tensor is None or tensor.is_contiguous() for tensor in (x, reset, *state)):
         return None
     x, reset, state = x.contiguous(), dense(reset), tuple(leaf.contiguous() for leaf in state)

@@ -71,6 +71,8 @@ class _Call(NamedTuple):
 
     def numbers(self) -> tuple[int | float, ...]:
         """The arguments in the order in which the compiled functions take them."""
+        # The order of `Call::mixer` in cpp/module.cpp. All lies in order in memory, so addresses and sizes do; zero
+        # stands for a layer or a bias that is not there.
         B, T, N = *self.x.shape[:2], self.x.shape[2] // 2
         conv, conv_bias, query_key, *others = self.weights
         assert query_key is not None
@@ -128,6 +130,8 @@ class _Mixer(torch.autograd.Function):
         outer = [by_output.contiguous() for by_output in by_outputs[:4]]
         by_x, by_window, by_cell, by_normalizer = (torch.empty_like(x) for x in (call.x, call.window, *call.state[:2]))
         by_weights = [None if weight is None else torch.empty_like(weight) for weight in call.weights]
+        # Each row of the batch has room for its own gradients by the weights, which are added up in the order of the
+        # rows, so that the sum does not depend on the number of threads.
         rows_of_weights = call.x.new_empty(compiled().mlstm_mixer_weights_size(*numbers))
         compiled().mlstm_mixer_backward(
             *numbers,

@@ -81,12 +81,16 @@ def _mlstm_sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
 def _mlstm_forward(
     inputs: tuple[Tensor, ...], reset: Tensor | None, forget_activation: ForgetActivation, trace: Tensor | None
 ) -> tuple[Tensor, MLSTMState]:
+    # q, k, v and gates come as views of one projection: they are read where they lie, by strides. Only the last
+    # dimension of the former must be dense, as vectors are loaded along it. The state is small, and copied where it is
+    # not in order. These names keep the tensors alive until the call is over, which has addresses alone.
     q, k, v = (_readable(x) for x in inputs[:3])
     input_gate, forget_gate = inputs[3:5]
     cell, normalizer, stabilizer = (x.contiguous() for x in inputs[5:])
     reset = dense(reset)
     hidden = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = MLSTMState(torch.empty_like(cell), torch.empty_like(normalizer), torch.empty_like(stabilizer))
+    # the order is that of `Call::mlstm` in cpp/module.cpp: sizes, then each tensor's address and strides
     compiled().mlstm_forward(
         *_mlstm_sizes(q, v),
         *(q.data_ptr(), *q.stride()[:3], k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3]),
@@ -132,6 +136,7 @@ class _MLSTM(torch.autograd.Function):
             *_mlstm_sizes(q, v),
             *(q.data_ptr(), *q.stride()[:3], k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3]),
             *(input_gate.data_ptr(), *input_gate.stride(), forget_gate.data_ptr(), *forget_gate.stride()),
+            # The state before the sequence is not read: the trace begins with it.
             *(pointer(reset), ctx.forget_activation == "exp", 0, 0, 0),
             *(hidden.data_ptr(), trace.data_ptr()),
             *(x.data_ptr() for x in (*outer, *gradients)),
@@ -148,6 +153,7 @@ def _slstm_sizes(gates: Tensor) -> tuple[int, ...]:
 def _slstm_forward(
     inputs: tuple[Tensor, ...], reset: Tensor | None, forget_activation: ForgetActivation, trace: Tensor | None
 ) -> tuple[Tensor, SLSTMState]:
+    # The gates, the largest tensor here, are read where they lie, by four strides; all else is in order.
     gates = _readable(inputs[0])
     recurrent, *state = (x.contiguous() for x in inputs[1:])
     reset = dense(reset)

@@ -110,17 +110,21 @@ def _run(
         factors=gates.new_empty(T if keep else 1, 2, H, B, D),
         stabilizer=gates.new_empty(H, B, D),
     )
+    # Heads in front of rows from here on: the recurrent product of all heads is one batched product.
     trace.memory[0, 0].copy_(state.cell.transpose(0, 1))
     trace.memory[0, 1].copy_(state.normalizer.transpose(0, 1))
     trace.hidden[0].copy_(state.hidden.transpose(0, 1))
     # Minus infinity makes the forget factor of an empty unit exactly zero.
     stabilizer = state.stabilizer.transpose(0, 1).masked_fill(trace.memory[0, 1] == 0, float("-inf"))
     weight = _recurrent_matrix(recurrent)
+    # Room that every step writes anew. Write and forget factor lie side by side, so that one subtraction and one
+    # exponential make both.
     write_and_decay = gates.new_empty(2, H, B, D)
     cell_input = gates.new_empty(H, B, D)
     if keep:
         before, after, factors = _steps(trace.memory[:-1]), _steps(trace.memory[1:]), _steps(trace.factors)
     else:
+        # one place for all steps: each reads what the one before wrote, and writes over it
         before, after, factors = (itertools.repeat(x[0], T) for x in (trace.memory, trace.memory, trace.factors))
     pre_activations = _steps(trace.gates.view(T, H, B, 4 * D))
     hiddens = (_steps(trace.hidden[:-1]), _steps(trace.hidden[1:]))
@@ -132,11 +136,13 @@ def _run(
             # What an episode start throws away may be NaN, which a product with zero would keep.
             hidden, memory = hidden.masked_fill(mask, 0.0), memory.masked_fill(mask, 0.0)
             stabilizer = stabilizer.masked_fill(mask, float("-inf"))
+        # in place: the trace needs the gates with the feedback
         torch.baddbmm(g, hidden, weight, out=g)
         input_gate, forget_gate, z, output_gate = g.chunk(4, -1)
         torch.add(log_forget(forget_gate, forget_activation), stabilizer, out=write_and_decay[1])
         write_and_decay[0].copy_(input_gate)
         stabilizer = torch.maximum(write_and_decay[0], write_and_decay[1])
+        # views of `factor`, and below of `new_memory`: what is written there is in the trace at once
         write, forget = torch.sub(write_and_decay, stabilizer, out=factor).exp_().unbind(0)
         cell, normalizer = torch.mul(memory, forget, out=new_memory).unbind(0)
         cell.addcmul_(write, torch.tanh(z, out=cell_input))
