@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xlstm_rl.kernels.arguments import check_place, check_reset
+from xlstm_rl.kernels.argument_checks import check_place, check_reset
 from xlstm_rl.kernels.spoilt import known_finite
 
 

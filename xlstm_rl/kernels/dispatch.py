@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xlstm_rl.kernels import cpp_extension
-from xlstm_rl.kernels.arguments import check_mlstm, check_slstm, resolved
+from xlstm_rl.kernels.argument_checks import check_mlstm, check_slstm, resolved
 from xlstm_rl.kernels.cpp_sequence import mlstm_cpp, slstm_cpp
 from xlstm_rl.kernels.mlstm_chunkwise import mlstm_chunkwise
 from xlstm_rl.kernels.mlstm_reference import mlstm_recurrence

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xlstm_rl.kernels.arguments import check_reset
+from xlstm_rl.kernels.argument_checks import check_reset
 from xlstm_rl.kernels.tracing import traced
 from xlstm_rl.memory.config import XLSTMConfig, check_word
 from xlstm_rl.memory.core import MemoryBlock, MemoryCore, make_block
