@@ -41,7 +41,7 @@ from xlstm_rl.bench.plan import Task, plan_runs
 from xlstm_rl.bench.spec import AgentSpec, BenchSpec, TaskSpec, load_spec
 from xlstm_rl.bench.worker import leave_with_the_parent
 from xlstm_rl.configs import ConfigError, PolicyConfig, PPOConfig, TrainConfig, dump, load
-from xlstm_rl.configs.arguments import natural, positive
+from xlstm_rl.configs.option_types import natural, positive
 from xlstm_rl.configs.validation import nearest
 from xlstm_rl.memory import make_memory
 from xlstm_rl.runs.build import make_env, make_model

@@ -11,7 +11,7 @@ import pytest
 from stable_baselines3.common.env_util import make_vec_env
 
 from xlstm_rl.agents import evaluate
-from xlstm_rl.agents.loss_terms import _REGISTRY as LOSSES
+from xlstm_rl.agents.losses import _REGISTRY as LOSSES
 from xlstm_rl.memory.core import _REGISTRY
 from xlstm_rl.memory.laws import check_memory_laws
 

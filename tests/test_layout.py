@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ ORDER = (
     "_version",
     "kernels",
     "memory",
+    "vec_envs",
     "agents",
     "export",
     "inspection",
@@ -96,6 +99,24 @@ def test_imports_go_downwards(file: Path) -> None:
 
 def test_loose_modules_are_the_front_door_only() -> None:
     assert {file.name for file in PACKAGE.glob("*.py")} == LOOSE
+
+
+def test_no_file_name_stands_twice_in_the_package() -> None:
+    names = Counter(file.name for file in FILES if file.name != "__init__.py")
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_folders_are_small() -> None:
+    sizes = Counter(part_of(file) for file in FILES if file.parent != PACKAGE)
+    assert {name: size for name, size in sizes.items() if size > WIDEST and name not in WIDE} == {}
+
+
+def test_no_import_circle_between_files() -> None:
+    """Imports under TYPE_CHECKING and inside functions count too; a folder's `__init__`, which re-exports, does not."""
+    modules = {file.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): file for file in FILES}
+    graph = {name: set(imports_of(file)) & set(modules) for name, file in modules.items() if file.stem != "__init__"}
+    # raises CycleError, which names the circle
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if part_of(f) == "envs"], ids=lambda f: f.name)

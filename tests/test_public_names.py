@@ -23,11 +23,17 @@ def test_unknown_name_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "attribute"),
-    [("callbacks", "PeriodicCheckpoint"), ("finished", "open_run"), ("training", "train"), ("training", "resume")],
+    [
+        ("agents.subprocesses", "GuardedSubprocVecEnv"),
+        ("callbacks", "PeriodicCheckpoint"),
+        ("finished", "open_run"),
+        ("training", "train"),
+        ("training", "resume"),
+    ],
 )
 def test_moved_module_is_found_where_it_was_with_a_warning(name: str, attribute: str) -> None:
     sys.modules.pop(f"xlstm_rl.{name}", None)
-    with pytest.warns(DeprecationWarning, match=rf"xlstm_rl\.{name} is now xlstm_rl\.runs"):
+    with pytest.warns(DeprecationWarning, match=rf"xlstm_rl\.{name} is now xlstm_rl\."):
         exec(f"from xlstm_rl.{name} import {attribute}")
 
 

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
         evaluate,
         register_loss,
     )
-    from xlstm_rl.agents.guarded_vec_env import GuardedSubprocVecEnv
     from xlstm_rl.configs import general_settings
     from xlstm_rl.memory.laws import check_memory_laws
     from xlstm_rl.runs.open import open_run
+    from xlstm_rl.vec_envs.guarded_vec_env import GuardedSubprocVecEnv
 
 __all__ = [
     "CheckpointError",
@@ -62,7 +62,7 @@ __all__ = [
 
 # Loaded on first use; what is in __all__ and neither imported above nor listed here is in xlstm_rl.agents.
 _PLACES = {
-    "GuardedSubprocVecEnv": "xlstm_rl.agents.guarded_vec_env",
+    "GuardedSubprocVecEnv": "xlstm_rl.vec_envs.guarded_vec_env",
     "check_memory_laws": "xlstm_rl.memory.laws",
     "general_settings": "xlstm_rl.configs",
     "open_run": "xlstm_rl.runs.open",
@@ -70,7 +70,7 @@ _PLACES = {
 
 # Modules that the documentation of earlier versions named; importing them still works, with a warning.
 _MOVED = {
-    "xlstm_rl.agents.subprocesses": "xlstm_rl.agents.guarded_vec_env",
+    "xlstm_rl.agents.subprocesses": "xlstm_rl.vec_envs.guarded_vec_env",
     "xlstm_rl.callbacks": "xlstm_rl.runs.callbacks",
     "xlstm_rl.finished": "xlstm_rl.runs.open",
     "xlstm_rl.training": "xlstm_rl.runs.train",

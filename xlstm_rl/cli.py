@@ -15,7 +15,7 @@ from rich.table import Table
 from xlstm_rl._version import __version__
 from xlstm_rl.bench.commands import add_parser as add_bench_parser
 from xlstm_rl.configs import ConfigError, dump, load, preset_names
-from xlstm_rl.configs.arguments import natural, positive
+from xlstm_rl.configs.option_types import natural, positive
 from xlstm_rl.runs.folder import default_run_path
 from xlstm_rl.runs.live import LastingConsole, drop_output
 
@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     except RuntimeError as error:
         # Loaded here because few commands need it.
-        from xlstm_rl.agents.env_contract import FaultyEnvironmentError
         from xlstm_rl.agents.parallel import RankError
         from xlstm_rl.runs.train import TrainingStoppedError
+        from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 
         if not isinstance(error, FaultyEnvironmentError | RankError | TrainingStoppedError):
             raise

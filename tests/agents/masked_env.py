@@ -6,7 +6,7 @@ import numpy as np
 from gymnasium import spaces
 
 from tests.agents.spaces_for_tests import RandomEpisodes
-from xlstm_rl.agents.masks import mask_parts
+from xlstm_rl.agents.heads import mask_parts
 
 MASKABLE = ("discrete", "multi-discrete", "multi-binary")
 

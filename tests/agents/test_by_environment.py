@@ -12,8 +12,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import xlstm_rl.envs  # noqa: F401
 from xlstm_rl.agents import GymnasiumVecEnv
-from xlstm_rl.agents.env_contract import has_method
-from xlstm_rl.agents.guarded_vec_env import GuardedDummyVecEnv, GuardedSubprocVecEnv
+from xlstm_rl.vec_envs.env_contract import has_method
+from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv, GuardedSubprocVecEnv
 
 N = 3
 

@@ -14,8 +14,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tests.agents.foreign_env import FOREIGN, Engine, Stub, raises
 from tests.agents.small_agents import agent
 from xlstm_rl.agents import MaskedModel, RecurrentPPO, VecMemoryInputs, evaluate, evaluate_random
-from xlstm_rl.agents.env_contract import FaultyEnvironmentError
 from xlstm_rl.inspection import record_episode
+from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 
 SMALL: dict[str, Any] = {"n_steps": 10, "batch_size": 20, "n_epochs": 1}
 

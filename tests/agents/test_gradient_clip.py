@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xlstm_rl.agents.gradient_clip import clip_gradients
+from xlstm_rl.agents.losses import clip_gradients
 
 
 def parameter(gradient: float) -> Tensor:

@@ -16,11 +16,11 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 
 from tests.agents.small_agents import agent
-from xlstm_rl.agents import guarded_vec_env
-from xlstm_rl.agents.guarded_vec_env import EpisodeMonitor, GuardedSubprocVecEnv, WorkerError
-from xlstm_rl.agents.nonfinite import SKIPPED
 from xlstm_rl.configs import load
 from xlstm_rl.runs.build import make_env
+from xlstm_rl.vec_envs import guarded_vec_env
+from xlstm_rl.vec_envs.env_contract import SKIPPED
+from xlstm_rl.vec_envs.guarded_vec_env import EpisodeMonitor, GuardedSubprocVecEnv, WorkerError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),

@@ -13,7 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO, evaluate
-from xlstm_rl.agents.nonfinite import SKIPPED
+from xlstm_rl.vec_envs.env_contract import SKIPPED
 
 MODES = [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.agents.small_agents import agent, assert_same
 from xlstm_rl import LossTerm, RecurrentPPO, XLSTMPolicy, register_loss
 from xlstm_rl.agents import Evaluation, RolloutChunks
-from xlstm_rl.agents.loss_terms import _REGISTRY
+from xlstm_rl.agents.losses import _REGISTRY
 from xlstm_rl.configs import ConfigError, load
 from xlstm_rl.configs.schema import agent_arguments
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import assert_close
-from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, gae, ppo_loss
+from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, ppo_loss
+from xlstm_rl.agents.rollout import gae
 
 
 def looped_advantage(

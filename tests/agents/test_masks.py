@@ -22,7 +22,7 @@ from tests.agents.recomputation import assert_recomputed, recompute
 from tests.agents.small_agents import agent
 from tests.agents.spaces_for_tests import RandomEpisodes, vec_env
 from xlstm_rl.agents import MaskedEvalCallback, MaskedModel, RecurrentPPO, evaluate, evaluate_random
-from xlstm_rl.agents.masks import check_masks, mask_parts, sample_allowed
+from xlstm_rl.agents.heads import check_masks, mask_parts, sample_allowed
 
 CRITICS = ("shared", "separate", "none")
 

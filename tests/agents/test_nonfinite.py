@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from tests.agents.small_agents import agent
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.agents.nonfinite import SKIPPED, check_step, rewards_without_skipped
+from xlstm_rl.vec_envs.env_contract import SKIPPED, check_step, rewards_without_skipped
 
 # what NumPy says of it inside VecNormalize
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

@@ -19,9 +19,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack,
 from tests.agents.small_agents import SMALL, assert_same
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.checkpoint import CheckpointError
-from xlstm_rl.agents.guarded_vec_env import GuardedSubprocVecEnv
 from xlstm_rl.envs import Resumable, TMaze
 from xlstm_rl.memory import leaves
+from xlstm_rl.vec_envs.guarded_vec_env import GuardedSubprocVecEnv
 
 N_ENVS, N_STEPS, ROLLOUTS = 3, 10, 5
 

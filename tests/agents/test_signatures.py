@@ -19,9 +19,9 @@ import xlstm_rl
 from tests.agents.small_agents import agent
 from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS
 from xlstm_rl import agents
-from xlstm_rl.agents.guarded_vec_env import GuardedSubprocVecEnv
 from xlstm_rl.agents.heads import GumbelCategorical
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
+from xlstm_rl.vec_envs.guarded_vec_env import GuardedSubprocVecEnv
 
 # sb3-contrib changed these itself, for memories: its form is the one to keep.
 PAIRS = [

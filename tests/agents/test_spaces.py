@@ -15,10 +15,10 @@ from tests.agents.small_agents import SMALL
 from xlstm_rl import cli
 from xlstm_rl.agents import RecurrentPPO, evaluate
 from xlstm_rl.agents.features import find_extractor
-from xlstm_rl.agents.observations import map_obs
 from xlstm_rl.configs import ConfigError, load
 from xlstm_rl.runs.open import open_run
 from xlstm_rl.runs.train import resume, train
+from xlstm_rl.vec_envs.env_contract import map_obs
 
 UNIT = spaces.Box(-1, 1, (2,), np.float32)
 PIXELS = spaces.Box(0, 255, (7, 7, 3), np.uint8)

@@ -11,7 +11,7 @@ import torch
 from stable_baselines3.common.logger import configure
 
 from tests.agents.small_agents import agent
-from xlstm_rl.agents.statistics import memory_statistics
+from xlstm_rl.agents.ppo import memory_statistics
 
 XLSTM = {"memory": "xlstm", "memory_kwargs": {"hidden_size": 8, "num_heads": 2, "blocks": "ms"}}
 

@@ -23,9 +23,9 @@ from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes,
 from tests.conftest import assert_close
 from xlstm_rl.agents import MemoryInputs, RecurrentPPO
 from xlstm_rl.agents.actor_critic import evaluating
-from xlstm_rl.agents.masks import mask_parts
+from xlstm_rl.agents.heads import mask_parts
 from xlstm_rl.export import ExportError, check_onnx, export_onnx
-from xlstm_rl.export.front import as_seen, entries, front_of
+from xlstm_rl.export.preprocessing import as_seen, entries, front_of
 from xlstm_rl.export.step_graph import observation_name
 
 SMALL_XLSTM: dict[str, Any] = {"hidden_size": 8, "num_heads": 2}

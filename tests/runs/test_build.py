@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv
-from xlstm_rl.agents.guarded_vec_env import GuardedDummyVecEnv
+from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv
 from xlstm_rl.runs.build import make_env, make_model, normalized
 from xlstm_rl.configs import ConfigError, load
 

@@ -9,16 +9,21 @@ from xlstm_rl.agents.evaluation import (
     evaluate,
     evaluate_random,
 )
-from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
-from xlstm_rl.agents.inputs import MemoryInputs, VecMemoryInputs
-from xlstm_rl.agents.loss_terms import LossTerm, register_loss
-from xlstm_rl.agents.losses import AdvantageScale, gae, ppo_loss
-from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
+from xlstm_rl.agents.losses import AdvantageScale, LossTerm, ppo_loss, register_loss
 from xlstm_rl.agents.on_policy import RecurrentOnPolicyAlgorithm
-from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
+from xlstm_rl.agents.policy import (
+    CnnLSTMPolicy,
+    CnnXLSTMPolicy,
+    LSTMPolicy,
+    MultiInputLSTMPolicy,
+    MultiInputXLSTMPolicy,
+    XLSTMPolicy,
+)
 from xlstm_rl.agents.ppo import RecurrentPPO
-from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, Evaluation, RolloutChunks, minibatches
+from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, Evaluation, RolloutChunks, gae, minibatches
 from xlstm_rl.agents.saving import load_normalizer
+from xlstm_rl.vec_envs.gymnasium_vector import GymnasiumVecEnv
+from xlstm_rl.vec_envs.inputs import MemoryInputs, VecMemoryInputs
 
 __all__ = [
     "AdvantageScale",

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from xlstm_rl.agents.features import as_seen, check_extractor, check_spaces, is_grid, seen_space, space_parts
 from xlstm_rl.agents.heads import GumbelCategorical, as_sampled, distribution_of, masked_output, to_env
-from xlstm_rl.agents.loss_terms import WeightedTerms
-from xlstm_rl.agents.observations import entries, map_obs
+from xlstm_rl.agents.losses import WeightedTerms
 from xlstm_rl.agents.rollout import Evaluation
 from xlstm_rl.memory import MemoryCore, make_memory, map_leaves, take
+from xlstm_rl.vec_envs.env_contract import entries, map_obs
 
 CriticMemory = Literal["shared", "separate", "none"]
 

@@ -16,12 +16,11 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from xlstm_rl.agents.env_contract import copies, reset_envs, seed_envs, step_envs
-from xlstm_rl.agents.guarded_vec_env import GuardedDummyVecEnv
-from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
-from xlstm_rl.agents.masks import masks_actions, read_masks, sample_allowed, takes_masks
-from xlstm_rl.agents.nonfinite import SKIPPED
+from xlstm_rl.agents.heads import masks_actions, read_masks, sample_allowed, takes_masks
 from xlstm_rl.agents.training_state import statistics_kept
+from xlstm_rl.vec_envs.env_contract import SKIPPED, copies, reset_envs, seed_envs, step_envs
+from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv
+from xlstm_rl.vec_envs.gymnasium_vector import GymnasiumVecEnv
 
 
 class EvaluationResult(NamedTuple):

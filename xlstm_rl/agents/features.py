@@ -15,7 +15,7 @@ from stable_baselines3.common.torch_layers import (
     NatureCNN,
 )
 
-from xlstm_rl.agents.observations import entries, map_obs
+from xlstm_rl.vec_envs.env_contract import entries, map_obs
 
 # Pixels of the sides of an image, below which nothing is left after the layers of `NatureCNN`.
 SMALLEST_IMAGE = 36

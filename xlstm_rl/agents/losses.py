@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from xlstm_rl.agents.parallel import Ranks
-
-
-def gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, ended: Tensor, *, gamma: float, lam: float
-) -> Tensor:
-    """Generalised advantage of every step (Schulman et al. 2016, eq. 16).
-
-    Args:
-        reward: [B, T].
-        value: [B, T], value of the observation acted on.
-        next_value: [B, T], value of the observation that step t led to, seen by the memory that saw step t; where an
-            episode was cut by a time limit, that is its final observation.
-        terminated: bool [B, T], the task ended: nothing follows.
-        ended: bool [B, T], terminated or cut by a time limit.
-        gamma: discount factor per step.
-        lam: trade-off between bias (0) and variance (1).
-
-    Returns:
-        Advantage [B, T], in units of reward.
-    """
-    delta = reward + gamma * next_value.masked_fill(terminated, 0.0) - value
-    keep = gamma * lam * (~ended).to(delta.dtype)
-    advantages = [torch.zeros_like(delta[:, 0])]
-    for step_delta, step_keep in zip(reversed(delta.unbind(1)), reversed(keep.unbind(1)), strict=True):
-        advantages.append(torch.addcmul(step_delta, step_keep, advantages[-1]))
-    return torch.stack(advantages[:0:-1], dim=1)
-
-
-ALONE = Ranks()
+from xlstm_rl.agents.parallel import ALONE, Ranks
+from xlstm_rl.agents.rollout import Evaluation, RolloutChunks
 
 
 class AdvantageScale:
@@ -153,3 +126,134 @@ def ppo_loss(
         approx_kl = (share * (ratio - 1 - log_ratio)).sum()
         clip_fraction = (share * ((ratio - 1).abs() > clip_range)).sum()
     return PPOLoss(total, policy, value_loss, mean_entropy, approx_kl, clip_fraction)
+
+
+# Updates over which the running norm averages.
+MEMORY = 100
+
+
+def clip_gradients(
+    parameters: Iterable[Tensor], *, max_norm: float, spike_factor: float | None, running_norm: float | None
+) -> float:
+    """Scale gradients down to `max_norm`, and to a multiple of their usual norm.
+
+    On a solved task gradients become small and Adam's second moment forgets what large ones were. One rare action with
+    a surprising outcome then gives a gradient hundreds of times the usual, still below `max_norm`; Adam keeps moving
+    along it for ten updates, farther than PPO's clipped ratio can undo, and the policy breaks. A bound relative to the
+    running norm keeps such a step at the size of the others; gradients that stay large raise the bound.
+
+    Args:
+        parameters: with gradients.
+        max_norm: largest norm of all gradients together.
+        spike_factor: largest norm as a multiple of `running_norm`; None for no such bound.
+        running_norm: mean of the clipped norms so far, or None before the first update.
+
+    Returns:
+        The running norm, this update counted in.
+
+    Raises:
+        FloatingPointError: the gradient is NaN or infinite.
+    """
+    limit = max_norm
+    # a norm of zero, where nothing was to be learnt, bounds nothing
+    if spike_factor is not None and running_norm:
+        limit = min(max_norm, spike_factor * running_norm)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient norm is {norm}: lower the learning rate, or look for huge observations and rewards"
+        )
+    clipped = min(norm, limit)
+    return clipped if not running_norm else running_norm + (clipped - running_norm) / MEMORY
+
+
+class LossTerm(nn.Module):
+    """A loss of a chunk and of what the policy computed for it, trained together with the policy.
+
+    A subclass is registered with `register_loss` and named in `policy_kwargs=dict(extra_losses={name: settings})`. Its
+    constructor is called as `cls(policy, **settings)` before the optimiser is made; parameters that it makes are
+    trained, saved and loaded as those of the policy. It takes sizes from the policy and keeps no reference to it.
+    """
+
+    def forward(self, chunk: RolloutChunks, computed: Evaluation) -> Tensor:
+        """The loss of every step, [B, T]; 0 where it says nothing.
+
+        Args:
+            chunk: of the rollout, [B, T] steps, episode starts inside.
+            computed: by the present policy for it; the loss reaches the memory through its tensors.
+        """
+        raise TypeError(f"{type(self).__name__} has no forward: return the loss of every step, [B, T]")
+
+
+class WeightedTerms(nn.Module):
+    """The loss terms of a policy by name, each with its weight.
+
+    Args:
+        policy: whose sizes the terms take; its memories are made.
+        settings: by name, the keyword arguments of each term, and its `weight` (1 where none is given).
+
+    Raises:
+        TypeError: the settings are no such mapping, or a term does not know one.
+        ValueError: a name is not registered.
+    """
+
+    def __init__(self, policy: Any, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleDict()
+        self.weights: dict[str, float] = {}
+        for name, given in settings.items():
+            if name not in _REGISTRY:
+                known = ", ".join(sorted(_REGISTRY)) or "none yet"
+                raise ValueError(
+                    f"extra_losses has {name!r}, which nobody has registered; known: {known}; call "
+                    "xlstm_rl.register_loss(name, LossTermSubclass) first"
+                )
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f"extra_losses[{name!r}]={given!r} must be a dict of settings, such as dict(weight=0.1)"
+                )
+            arguments = dict(given)
+            self.weights[name] = float(arguments.pop("weight", 1.0))
+            self.terms[name] = _REGISTRY[name](policy, **arguments)
+
+    def forward(self, chunk: RolloutChunks, computed: Evaluation) -> dict[str, Tensor]:
+        """The terms as weighted sums over the steps that count, scalars by name; weights of the terms left out.
+
+        Raises:
+            ValueError: a term is of another shape than [B, T].
+        """
+        sums = {}
+        for name, term in self.terms.items():
+            loss = term(chunk, computed)
+            if loss.shape != chunk.weights.shape:
+                raise ValueError(
+                    f"loss term {name!r} gave the shape {[*loss.shape]} for {[*chunk.weights.shape]} steps: return the "
+                    "loss of every step, [B, T]"
+                )
+            sums[name] = (chunk.weights * loss).sum()
+        return sums
+
+
+_REGISTRY: dict[str, Callable[..., LossTerm]] = {}
+
+
+def register_loss(name: str, factory: Callable[..., LossTerm]) -> None:
+    """Make a loss term available to policies under `name`; saved agents hold the name, so register before loading.
+
+    Args:
+        name: letters, digits, '-' and '_'; logged as "train/loss_NAME".
+        factory: called as `factory(policy, **settings)`; a `LossTerm` subclass will do.
+
+    Raises:
+        TypeError: the factory cannot be called.
+        ValueError: the name is taken by another factory, or is no plain name. The same definition run again, as in a
+            notebook, takes the place of the one before.
+    """
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"loss name {name!r} must be made of letters, digits, '-' and '_'")
+    if not callable(factory):
+        raise TypeError(f"factory={factory!r} must be callable: a LossTerm subclass, or a function that returns one")
+    known = _REGISTRY.get(name, factory)
+    if (known.__module__, known.__qualname__) != (factory.__module__, factory.__qualname__):
+        raise ValueError(f"loss {name!r} is already registered; choose another name")
+    _REGISTRY[name] = factory

@@ -24,21 +24,35 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from xlstm_rl.agents.actor_critic import PolicyState, value_of_cut_episodes
-from xlstm_rl.agents.env_contract import checked_observations, reset_envs, seed_envs, step_envs
 from xlstm_rl.agents.features import check_spaces
-from xlstm_rl.agents.gradient_clip import clip_gradients
-from xlstm_rl.agents.guarded_vec_env import GuardedDummyVecEnv
-from xlstm_rl.agents.gymnasium_vector import GymnasiumVecEnv
-from xlstm_rl.agents.lstm_policy import CnnLSTMPolicy, LSTMPolicy, MultiInputLSTMPolicy
-from xlstm_rl.agents.masks import masks_actions, read_masks
-from xlstm_rl.agents.nonfinite import check_first_observations, check_step, rewards_without_skipped, skipped_steps
+from xlstm_rl.agents.heads import masks_actions, read_masks
+from xlstm_rl.agents.losses import clip_gradients
 from xlstm_rl.agents.parallel import Moments, ranks
-from xlstm_rl.agents.policy import CnnXLSTMPolicy, MultiInputXLSTMPolicy, XLSTMPolicy
-from xlstm_rl.agents.policy_arguments import check_policy_kwargs
+from xlstm_rl.agents.policy import (
+    CnnLSTMPolicy,
+    CnnXLSTMPolicy,
+    LSTMPolicy,
+    MultiInputLSTMPolicy,
+    MultiInputXLSTMPolicy,
+    XLSTMPolicy,
+    check_policy_kwargs,
+)
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
 from xlstm_rl.agents.saving import SavedAlgorithm
 from xlstm_rl.agents.training_state import mark_point, normalizer_statistics, restore_statistics
 from xlstm_rl.memory.config import check_number, check_whole
+from xlstm_rl.vec_envs.env_contract import (
+    check_first_observations,
+    check_step,
+    checked_observations,
+    reset_envs,
+    rewards_without_skipped,
+    seed_envs,
+    skipped_steps,
+    step_envs,
+)
+from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv
+from xlstm_rl.vec_envs.gymnasium_vector import GymnasiumVecEnv
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -89,6 +89,9 @@ class Ranks:
         yield
 
 
+ALONE = Ranks()
+
+
 class ProcessGroup(Ranks):
     """The ranks of the default process group of `torch.distributed`.
 

@@ -16,13 +16,17 @@ from torch import Tensor
 
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState, within_bounds
 from xlstm_rl.agents.features import FlatSmallImagesExtractor
-from xlstm_rl.agents.masks import check_masks
-from xlstm_rl.agents.observations import rows_of
+from xlstm_rl.agents.heads import check_masks
 from xlstm_rl.agents.saving import load_policy, save_policy
 from xlstm_rl.memory import MemoryCore, map_leaves, pack, unpack
+from xlstm_rl.vec_envs.env_contract import rows_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+import inspect
+from collections.abc import Mapping
+
+from xlstm_rl.agents.actor_critic import CriticMemory
 
 StatePair = tuple[Tensor, ...]
 
@@ -235,3 +239,85 @@ class MultiInputXLSTMPolicy(XLSTMPolicy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("features_extractor_class", FlatSmallImagesExtractor)
         super().__init__(*args, **kwargs)
+
+
+class LSTMPolicy(XLSTMPolicy):
+    """A policy with an LSTM memory that takes the arguments of sb3-contrib's "MlpLstmPolicy".
+
+    Args:
+        *args: as for `XLSTMPolicy`.
+        lstm_hidden_size: units per layer.
+        n_lstm_layers: stacked layers.
+        shared_lstm: one LSTM for actor and critic; unlike sb3-contrib's, it is trained by both losses.
+        enable_critic_lstm: an LSTM of its own for the critic.
+        lstm_kwargs: `bias` and `dropout` of `torch.nn.LSTM`.
+        **kwargs: as for `XLSTMPolicy`.
+
+    Raises:
+        ValueError: both `shared_lstm` and `enable_critic_lstm` are set.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        lstm_hidden_size: int = 256,
+        n_lstm_layers: int = 1,
+        shared_lstm: bool = False,
+        enable_critic_lstm: bool = True,
+        lstm_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if shared_lstm and enable_critic_lstm:
+            raise ValueError("shared_lstm=True needs enable_critic_lstm=False: the critic has one LSTM or the other")
+        critic: CriticMemory = "shared" if shared_lstm else "separate" if enable_critic_lstm else "none"
+        kwargs.setdefault("memory", "lstm")
+        settings = {"hidden_size": lstm_hidden_size, "num_layers": n_lstm_layers, **(lstm_kwargs or {})}
+        kwargs.setdefault("memory_kwargs", settings)
+        kwargs.setdefault("critic_memory", critic)
+        super().__init__(*args, **kwargs)
+
+
+class CnnLSTMPolicy(LSTMPolicy):
+    """`LSTMPolicy` for image observations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", NatureCNN)
+        super().__init__(*args, **kwargs)
+
+
+class MultiInputLSTMPolicy(LSTMPolicy):
+    """`LSTMPolicy` for Dict observations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", FlatSmallImagesExtractor)
+        super().__init__(*args, **kwargs)
+
+
+def check_policy_kwargs(policy_class: type[Any], policy_kwargs: Mapping[str, Any]) -> None:
+    """Refuse what the policy does not know.
+
+    Raises:
+        TypeError: a name is unknown; the message lists it and the known ones.
+    """
+    known = _arguments_of(policy_class)
+    unknown = [key for key in policy_kwargs if key not in known]
+    if unknown:
+        raise TypeError(
+            f"policy_kwargs: {policy_class.__name__} takes no {unknown}; settings of the memory go into "
+            "memory_kwargs=dict(...), and those of sb3-contrib's LSTM policies fit MlpLstmPolicy, CnnLstmPolicy "
+            f"and MultiInputLstmPolicy alone; known are {sorted(known)}"
+        )
+
+
+def _arguments_of(policy_class: type[Any]) -> set[str]:
+    """Names of the settings that the constructor takes, those that it hands on to its parents included."""
+    names: set[str] = set()
+    for kind in policy_class.__mro__:
+        if "__init__" not in vars(kind):
+            continue
+        parameters = inspect.signature(vars(kind)["__init__"]).parameters.values()
+        named = {part.name for part in parameters if part.kind not in (part.VAR_POSITIONAL, part.VAR_KEYWORD)}
+        names |= named - {"self", "observation_space", "action_space", "lr_schedule"}
+        if not any(part.kind is part.VAR_KEYWORD for part in parameters):
+            break
+    return names

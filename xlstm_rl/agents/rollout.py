@@ -14,11 +14,36 @@ from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 from torch import Tensor
 
-from xlstm_rl.agents.losses import ALONE, gae
-from xlstm_rl.agents.observations import map_obs
-from xlstm_rl.agents.parallel import Ranks
+from xlstm_rl.agents.parallel import ALONE, Ranks
 from xlstm_rl.memory import map_leaves, take
 from xlstm_rl.memory.config import check_fits
+from xlstm_rl.vec_envs.env_contract import map_obs
+
+
+def gae(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, ended: Tensor, *, gamma: float, lam: float
+) -> Tensor:
+    """Generalised advantage of every step (Schulman et al. 2016, eq. 16).
+
+    Args:
+        reward: [B, T].
+        value: [B, T], value of the observation acted on.
+        next_value: [B, T], value of the observation that step t led to, seen by the memory that saw step t; where an
+            episode was cut by a time limit, that is its final observation.
+        terminated: bool [B, T], the task ended: nothing follows.
+        ended: bool [B, T], terminated or cut by a time limit.
+        gamma: discount factor per step.
+        lam: trade-off between bias (0) and variance (1).
+
+    Returns:
+        Advantage [B, T], in units of reward.
+    """
+    delta = reward + gamma * next_value.masked_fill(terminated, 0.0) - value
+    keep = gamma * lam * (~ended).to(delta.dtype)
+    advantages = [torch.zeros_like(delta[:, 0])]
+    for step_delta, step_keep in zip(reversed(delta.unbind(1)), reversed(keep.unbind(1)), strict=True):
+        advantages.append(torch.addcmul(step_delta, step_keep, advantages[-1]))
+    return torch.stack(advantages[:0:-1], dim=1)
 
 
 class RolloutChunks(NamedTuple):

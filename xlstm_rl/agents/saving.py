@@ -50,29 +50,27 @@ from xlstm_rl.agents.checkpoint import (
     rebuild,
     write_archive,
 )
-from xlstm_rl.agents.env_contract import FaultyEnvironmentError, seed_envs
 from xlstm_rl.agents.losses import AdvantageScale
 from xlstm_rl.agents.parallel import Ranks
-from xlstm_rl.agents.parameters import (
+from xlstm_rl.agents.training_state import (
     OPTIMIZER,
     MisfitError,
+    TrainingPoint,
     check_numbers,
+    env_of,
     fit_optimizer,
     freeze,
     frozen_names,
-    name_weights,
-    set_weights,
-)
-from xlstm_rl.agents.training_state import (
-    TrainingPoint,
-    env_of,
     make_normalizer,
     mark_point,
+    name_weights,
     normalizer_state,
     read_training,
     restore_training,
+    set_weights,
 )
 from xlstm_rl.memory import leaves, pack, unpack
+from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError, seed_envs
 
 if TYPE_CHECKING:
     from typing_extensions import Self

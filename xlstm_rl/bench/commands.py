@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_rl.configs import ConfigError
-from xlstm_rl.configs.arguments import positive
+from xlstm_rl.configs.option_types import positive
 from xlstm_rl.runs.lock import LockedError, exclusive
 
 INCOMPLETE = 3

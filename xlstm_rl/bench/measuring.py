@@ -16,9 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.agents.env_contract import has_method
 from xlstm_rl.agents.evaluation import EvaluationResult, OnStep, evaluate
-from xlstm_rl.agents.nonfinite import SKIPPED
 from xlstm_rl.bench.plan import LENGTHS, PlannedRun, fingerprint, lengthened, score
 from xlstm_rl.bench.results import Figure, Record, StateHealth
 from xlstm_rl.bench.spec import BenchSpec
@@ -28,6 +26,7 @@ from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.scores import EMPTIED, TRAINED, Score, play
 from xlstm_rl.runs.seeds import Purpose, environment_seed
 from xlstm_rl.runs.train import RunResult
+from xlstm_rl.vec_envs.env_contract import SKIPPED, has_method
 
 # What environments and monitors say about a single episode.
 _OF_ONE_EPISODE = ("episode", "is_success")

@@ -16,7 +16,6 @@ from stable_baselines3.common.utils import LinearSchedule
 from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
 from xlstm_rl.agents.evaluation import MAX_EPISODE_STEPS
 from xlstm_rl.agents.features import find_extractor
-from xlstm_rl.agents.guarded_vec_env import START_SECONDS
 from xlstm_rl.configs.validation import (
     Count,
     Flag,
@@ -33,6 +32,7 @@ from xlstm_rl.configs.validation import (
 )
 from xlstm_rl.memory import make_memory, memory_names
 from xlstm_rl.memory.config import check_fits
+from xlstm_rl.vec_envs.guarded_vec_env import START_SECONDS
 
 # Beyond these no run is meant: processes and copies of an environment, layers, threads, seconds.
 _MOST_PROCESSES, _MOST_COPIES, _MOST_LAYERS, _MOST_THREADS, _LONGEST_WAIT = 4096, 2**17, 1000, 1024, 10.0**7

@@ -16,9 +16,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import obs_as_tensor
 
 from xlstm_rl.agents.actor_critic import evaluating
-from xlstm_rl.agents.masks import mask_parts
-from xlstm_rl.export.front import SINGLE, as_seen, entries, front_of
+from xlstm_rl.agents.heads import mask_parts
 from xlstm_rl.export.onnx_file import ExportError, masks_wanted, memory_policy, require
+from xlstm_rl.export.preprocessing import SINGLE, as_seen, entries, front_of
 from xlstm_rl.export.step_graph import MASK, NEXT, RESET, observation_name
 from xlstm_rl.memory import leaf_names, leaves
 

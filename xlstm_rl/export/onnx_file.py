@@ -20,10 +20,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from xlstm_rl._version import __version__
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, evaluating
 from xlstm_rl.agents.checkpoint import KIND, describe, write_whole
-from xlstm_rl.agents.inputs import KEYS
-from xlstm_rl.agents.masks import mask_parts, masks_actions
-from xlstm_rl.export.front import Front, Normalize, entries, front_of
+from xlstm_rl.agents.heads import mask_parts, masks_actions
+from xlstm_rl.export.preprocessing import Front, Normalize, entries, front_of
 from xlstm_rl.export.step_graph import MASK, NEXT, RESET, PolicyStep, distribution_parameters, observation_name
+from xlstm_rl.vec_envs.inputs import KEYS
 
 # The entry of the ONNX metadata that holds the JSON.
 METADATA = "xlstm_rl"

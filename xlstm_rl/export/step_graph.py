@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, PolicyState
 from xlstm_rl.agents.heads import masked_output, most_likely, to_env
-from xlstm_rl.export.front import SINGLE, Front
+from xlstm_rl.export.preprocessing import SINGLE, Front
 from xlstm_rl.memory import leaf_names, leaves, map_leaves
 
 RESET, MASK = "reset", "action_mask"

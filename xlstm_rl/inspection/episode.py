@@ -13,12 +13,12 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, evaluating
-from xlstm_rl.agents.env_contract import first_image, render_mode, reset_envs, step_envs
 from xlstm_rl.agents.evaluation import plays_in
-from xlstm_rl.agents.masks import masks_actions, read_masks
+from xlstm_rl.agents.heads import masks_actions, read_masks
 from xlstm_rl.agents.training_state import statistics_kept
 from xlstm_rl.kernels import KernelCall, MLSTMCall, recorded_calls
 from xlstm_rl.memory import leaf_names, leaves, map_leaves
+from xlstm_rl.vec_envs.env_contract import first_image, render_mode, reset_envs, step_envs
 
 # Entries of an observation with more numbers are not drawn.
 LARGEST_ENTRY = 64

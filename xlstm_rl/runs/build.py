@@ -20,10 +20,10 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO
-from xlstm_rl.agents.inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
-from xlstm_rl.agents.env_contract import FaultyEnvironmentError
+from xlstm_rl.vec_envs.inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
+from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 from xlstm_rl.agents.features import EXTRACTORS, check_spaces, find_extractor, is_small_image
-from xlstm_rl.agents.guarded_vec_env import EpisodeMonitor, GuardedDummyVecEnv, GuardedSubprocVecEnv
+from xlstm_rl.vec_envs.guarded_vec_env import EpisodeMonitor, GuardedDummyVecEnv, GuardedSubprocVecEnv
 from xlstm_rl.agents.saving import load_normalizer
 from xlstm_rl.agents.training_state import make_normalizer
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig

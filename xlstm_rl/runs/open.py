@@ -14,7 +14,7 @@ from rich.console import Console
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.agents.env_contract import seed_envs
+from xlstm_rl.vec_envs.env_contract import seed_envs
 from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.runs.build import evaluation_device, make_env, normalized_as_saved, own_classes, torch_threads
 from xlstm_rl.configs import ConfigError, TrainConfig

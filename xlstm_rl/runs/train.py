@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import CheckpointError, RecurrentPPO
-from xlstm_rl.agents.env_contract import FaultyEnvironmentError
+from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 from xlstm_rl.agents.parallel import Ranks, ranks
 from xlstm_rl.agents.saving import Resumed
 from xlstm_rl.runs.build import (

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
-from xlstm_rl.agents.env_contract import reset_envs, vec_step
+from xlstm_rl.vec_envs.env_contract import reset_envs, vec_step
 
 MEMORY_INPUTS = ("action", "reward", "start")
 # The names of the inputs in the observation, and that of an observation which is no Dict itself.

@@ -20,9 +20,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper, VecEnvStepReturn
 
-from xlstm_rl.agents.env_contract import FaultyEnvironmentError, env_reset, env_step
-from xlstm_rl.agents.nonfinite import SKIPPED
-from xlstm_rl.agents.observations import map_obs
+from xlstm_rl.vec_envs.env_contract import SKIPPED, FaultyEnvironmentError, env_reset, env_step, map_obs
 
 # For a worker to close its environment before it is killed.
 CLOSE_SECONDS = 5.0

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, unwrap_vec_normalize
 from torch import Tensor
-
-from xlstm_rl.agents.observations import map_obs
 
 # What a vector environment does that lacks a method; RecursionError: a wrapper without its parent's attributes.
 LACKING = (AttributeError, NotImplementedError, RecursionError)
@@ -315,3 +314,107 @@ def copies(env: VecEnv) -> set[int]:
     if isinstance(inner, DummyVecEnv):
         return {id(one.unwrapped) for one in inner.envs}
     return {id(getattr(getattr(inner, "env", inner), "unwrapped", inner))}
+
+
+def map_obs(function: Callable[..., Any], obs: Any, *others: Any) -> Any:
+    """Apply `function` to an observation, or to every entry of a dict.
+
+    Args:
+        function: receives one entry of each observation.
+        obs: an array, a tensor, a space or the like; or a dict of those.
+        *others: further observations with the same keys.
+    """
+    if isinstance(obs, dict):
+        return {key: function(part, *(other[key] for other in others)) for key, part in obs.items()}
+    return function(obs, *others)
+
+
+def entries(obs: Any) -> Iterator[tuple[str | None, Any]]:
+    """The entries of an observation and their keys; one that is no dict has the key None."""
+    yield from obs.items() if isinstance(obs, dict) else [(None, obs)]
+
+
+def rows_of(obs: Any) -> int:
+    """Number of rows of observations [n, ...]."""
+    return len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+
+
+# In the info of a step that did not happen, because the environment was lost or only reset in it; tells why.
+SKIPPED = "skipped_step"
+
+
+def check_step(env: VecEnv, obs: Any, rewards: np.ndarray, infos: Sequence[dict[str, Any]], place: str) -> None:
+    """Refuse what the environments answered if there is NaN or infinity in it.
+
+    Args:
+        env: that answered.
+        obs: [n_envs, ...] or a dict of those.
+        rewards: [n_envs].
+        infos: of the step; final observations are checked too.
+        place: where this happens, for the message.
+
+    Raises:
+        FloatingPointError: names the quantity, the environment and the step.
+    """
+    if not (_is_finite(rewards) and _is_finite(obs)):
+        normalizer = unwrap_vec_normalize(env)
+        if normalizer is not None:
+            # of a single NaN, normalising makes one everywhere
+            _check_rows(normalizer.get_original_reward(), "reward", place)
+            _check_rows(normalizer.get_original_obs(), "observation", place)
+        _check_rows(rewards, "reward", place)
+        _check_rows(obs, "observation", place)
+    for env_index, info in enumerate(infos):
+        if "terminal_observation" in info:
+            _check_one(info["terminal_observation"], f"final observation of environment {env_index}", place)
+
+
+def check_first_observations(env: VecEnv, obs: Any) -> None:
+    """Refuse observations [n_envs, ...] before a rollout if there is NaN or infinity in them.
+
+    Raises:
+        FloatingPointError: names the environment and the entry.
+    """
+    if not _is_finite(obs):
+        normalizer = unwrap_vec_normalize(env)
+        if normalizer is not None:
+            _check_rows(normalizer.get_original_obs(), "observation", "before the rollout")
+        _check_rows(obs, "observation", "before the rollout")
+
+
+def _is_finite(values: Any) -> bool:
+    return all(part.dtype.kind != "f" or bool(np.isfinite(part).all()) for _, part in entries(values))
+
+
+def _check_rows(values: Any, name: str, place: str) -> None:
+    for env_index in range(rows_of(values)):
+        row = map_obs(itemgetter(env_index), values)
+        _check_one(row, f"{name} of environment {env_index}", place)
+
+
+def _check_one(values: Any, name: str, place: str) -> None:
+    for key, part in entries(values):
+        array = np.asarray(part)
+        if not _is_finite(array):
+            entry = tuple(int(index) for index in np.argwhere(~np.isfinite(array))[0])
+            where = ("" if key is None else f" under the key {key!r}") + (f" at index {list(entry)}" if entry else "")
+            raise FloatingPointError(f"the {name} is {array[entry]}{where} {place}")
+
+
+def rewards_without_skipped(rewards: np.ndarray, values: np.ndarray, infos: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Rewards [n_envs] under which steps that did not happen teach nothing.
+
+    Where an environment was lost, its episode ends before the step. With the value [n_envs] of the observation acted
+    on as reward, and nothing after it, the advantage of the step is 0, and the steps before are valued as if a time
+    limit had cut the episode there.
+    """
+    skipped = skipped_steps(infos)
+    if skipped.any():
+        rewards = rewards.astype(values.dtype)
+        rewards[skipped] = values[skipped]
+    return rewards
+
+
+def skipped_steps(infos: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Where the step did not happen, bool [n_envs]."""
+    return np.array([SKIPPED in info for info in infos], bool)

@@ -14,9 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
-from xlstm_rl.agents.env_contract import FaultyEnvironmentError, flags_by_env, numbers_by_env
-from xlstm_rl.agents.nonfinite import SKIPPED
-from xlstm_rl.agents.observations import map_obs
+from xlstm_rl.vec_envs.env_contract import SKIPPED, FaultyEnvironmentError, flags_by_env, map_obs, numbers_by_env
 
 Indices = int | Iterable[int] | None
 
