@@ -15,6 +15,9 @@ from xlstm_rl.agents.ppo import memory_statistics
 
 XLSTM = {"memory": "xlstm", "memory_kwargs": {"hidden_size": 8, "num_heads": 2, "blocks": "ms"}}
 
+# a linear schedule ends with the single rollout that these are trained on
+pytestmark = pytest.mark.filterwarnings("ignore:the learning rate was 0")
+
 
 def statistics_of(model: Any) -> dict[str, float]:
     buffer = model.rollout_buffer

@@ -1,4 +1,4 @@
-"""What a training run is besides the agent: random numbers, running episodes, statistics of vector wrappers."""
+"""What training needs from a file besides the weights: optimisers that fit, random numbers, running episodes, statistics."""
 
 from __future__ import annotations
 
