@@ -1,4 +1,4 @@
-"""What training needs from a file besides the weights: optimisers that fit, random numbers, running episodes, statistics."""
+"""What training needs from a file besides weights: optimisers that fit, random numbers, episodes, statistics."""
 
 from __future__ import annotations
 

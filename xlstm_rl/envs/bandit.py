@@ -6,11 +6,11 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from xlstm_rl.envs.argument_checks import RENDER_MODES, known_render_mode, real_number, whole_number
 from xlstm_rl.envs.noisy_evidence import majority_accuracies
 from xlstm_rl.envs.random_draws import Chance, Symbols
 from xlstm_rl.envs.task import TaskFacts, task
 from xlstm_rl.envs.task_pictures import Picture, draw
+from xlstm_rl.envs.task_sizes import RENDER_MODES, known_render_mode, real_number, whole_number
 
 
 class Arms(NamedTuple):

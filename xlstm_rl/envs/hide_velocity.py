@@ -8,8 +8,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from xlstm_rl.envs.argument_checks import whole_number
 from xlstm_rl.envs.task import TaskFacts, TaskPurpose, register_task
+from xlstm_rl.envs.task_sizes import whole_number
 
 
 class Velocities(NamedTuple):

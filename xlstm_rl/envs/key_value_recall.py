@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from xlstm_rl.envs.argument_checks import real_number, whole_number
 from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 from xlstm_rl.envs.task import task
+from xlstm_rl.envs.task_sizes import real_number, whole_number
 
 
 # more pairs need more keys, hence other observations: no length

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 
-from xlstm_rl.envs.argument_checks import real_number, whole_number
 from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 from xlstm_rl.envs.task import task
+from xlstm_rl.envs.task_sizes import real_number, whole_number
 
 # Up to so many copies the binomial sum is quick, and its last digit is part of what benchmark records were made with.
 _LARGEST_SUM = 64

@@ -1,9 +1,9 @@
 """State tracking: say at every step the parity of the bits seen so far."""
 
-from xlstm_rl.envs.argument_checks import whole_number
 from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 from xlstm_rl.envs.task import task
+from xlstm_rl.envs.task_sizes import whole_number
 
 
 @task("Parity", "state tracking", "length")

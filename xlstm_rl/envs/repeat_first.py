@@ -1,9 +1,9 @@
 """Hold one symbol: say at the end what was shown at the start."""
 
-from xlstm_rl.envs.argument_checks import whole_number
 from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
 from xlstm_rl.envs.task import task
+from xlstm_rl.envs.task_sizes import whole_number
 
 
 @task("RepeatFirst", "hold", "length")

@@ -20,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from xlstm_rl.envs.argument_checks import whole_number
+from xlstm_rl.envs.task_sizes import whole_number
 
 POPGYM = (
     *("Autoencode", "Battleship", "Concentration", "CountRecall", "HigherLower", "LabyrinthEscape"),

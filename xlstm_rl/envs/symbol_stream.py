@@ -8,10 +8,10 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from xlstm_rl.envs.argument_checks import RENDER_MODES, known_render_mode
 from xlstm_rl.envs.random_draws import Chance, Reals, Symbols
 from xlstm_rl.envs.task import TaskFacts
 from xlstm_rl.envs.task_pictures import Picture, draw
+from xlstm_rl.envs.task_sizes import RENDER_MODES, known_render_mode
 
 Observation = NDArray[np.float32]
 
