@@ -310,7 +310,11 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
 
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
         """Actions [n_envs, ...] as the environment wants them: in bounds, from the start of its space, in its dtype."""
-        return to_env(self.action_space, torch.from_numpy(actions), squash=self.squash_output).numpy()
+        space = self.action_space
+        if isinstance(space, spaces.Discrete) and space.start == 0:
+            # as nearly always
+            return actions.astype(space.dtype, copy=False)
+        return to_env(space, torch.from_numpy(actions), squash=self.squash_output).numpy()
 
 
 class Truncation(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def to_env(space: spaces.Space[Any], actions: Tensor, *, squash: bool) -> Tensor
         squash: Box actions are within [-1, 1] and stand for the whole range.
     """
     shaped = actions.reshape(-1, *(space.shape or ()))
-    dtype = torch.from_numpy(np.zeros(1, space.dtype)).dtype
+    dtype = _torch_dtype(space.dtype)
     if isinstance(space, spaces.Box):
         low, high = (torch.from_numpy(bound.copy()).to(actions.device) for bound in (space.low, space.high))
         # in the wider of the two, where the bounds are exact
@@ -125,9 +126,15 @@ def to_env(space: spaces.Space[Any], actions: Tensor, *, squash: bool) -> Tensor
         shaped = low + 0.5 * (shaped + 1.0) * (high - low) if squash else shaped.clamp(low, high)
         # whole numbers are not cut: the environment gets the floats that it was trained with
         return shaped.to(dtype) if dtype.is_floating_point else shaped
-    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) and np.any(space.start):
         shaped = shaped + torch.as_tensor(space.start, device=actions.device)
     return shaped.to(dtype)
+
+
+@lru_cache
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    """That of torch with the name of one of NumPy."""
+    return torch.from_numpy(np.zeros(1, dtype)).dtype
 
 
 def as_sampled(space: spaces.Space[Any], actions: Tensor) -> Tensor:

@@ -92,11 +92,12 @@ def vec_step(env: VecEnv, answer: Any, place: str) -> VecStep:
         flags_by_env(dones, "dones", n_envs, place),
         _infos(infos, n_envs, place),
     )
-    for row, info in enumerate(checked.infos):
-        final = info.get("terminal_observation")
-        if final is not None:
-            name = f"final observation {place}"
-            info["terminal_observation"] = _observation(final, env.observation_space, name, row)
+    # in other rows nobody reads it
+    for row in np.flatnonzero(checked.dones):
+        info = checked.infos[row]
+        if info.get("terminal_observation") is not None:
+            name, final = f"final observation {place}", info["terminal_observation"]
+            info["terminal_observation"] = _observation(final, env.observation_space, name, int(row))
     return checked
 
 
@@ -138,6 +139,9 @@ def flags_by_env(values: Any, name: str, n_envs: int, place: str) -> np.ndarray:
 def _infos(infos: Any, n_envs: int, place: str) -> list[dict[str, Any]]:
     if not isinstance(infos, Sequence) or len(infos) != n_envs:
         raise FaultyEnvironmentError(None, f"answered infos {_told(infos)} {place}: one dict for each of {n_envs}")
+    if all(type(info) is dict for info in infos):
+        # as nearly always
+        return list(infos)
     return [_info(info, row, place) for row, info in enumerate(infos)]
 
 
@@ -383,6 +387,9 @@ def check_first_observations(env: VecEnv, obs: Any) -> None:
 
 
 def _is_finite(values: Any) -> bool:
+    if isinstance(values, np.ndarray):
+        # as nearly always
+        return values.dtype.kind != "f" or bool(np.isfinite(values).all())
     return all(part.dtype.kind != "f" or bool(np.isfinite(part).all()) for _, part in entries(values))
 
 
