@@ -407,18 +407,49 @@ def test_failed_write_keeps_the_file_before(saved: Path, monkeypatch: pytest.Mon
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
-def test_file_of_format_1_is_read(saved: Path, tmp_path: Path) -> None:
-    """As the first versions wrote them: nothing for others, no names of weights, nothing about frozen ones."""
-    with zipfile.ZipFile(saved) as file:
-        members = {name: file.read(name) for name in file.namelist() if name != "data"}
-    trees = {name: json.loads(members[name]) for name in ("format.json", "data.json", "policy.optimizer.json")}
-    trees["format.json"]["version"] = 1
-    del trees["data.json"]["frozen_parameters"]
-    del trees["policy.optimizer.json"]["class"], trees["policy.optimizer.json"]["param_groups"][0]["param_names"]
-    with zipfile.ZipFile(tmp_path / "old.zip", "w") as file:
+def rewritten(file: Path, target: Path, version: int, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A file as a former version wrote it: its JSON members by name, changed."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist() if version > 1 or name != "data"}
+    trees = {name: json.loads(content) for name, content in members.items() if name.endswith(".json")}
+    trees["format.json"]["version"] = version
+    change(trees)
+    with zipfile.ZipFile(target, "w") as archive:
         for name, content in members.items():
-            file.writestr(name, json.dumps(trees[name]) if name in trees else content)
-    assert_same(RecurrentPPO.load(saved, device="cpu"), RecurrentPPO.load(tmp_path / "old.zip", device="cpu"))
+            archive.writestr(name, json.dumps(trees[name]) if name in trees else content)
+    return target
+
+
+def test_file_of_format_1_is_read(tmp_path: Path) -> None:
+    """As the first versions wrote them: nothing for others, no names of weights, nothing about frozen ones."""
+    model = agent(policy_kwargs={"memory_kwargs": {"defaults": "paper", **SMALL["memory_kwargs"]}}, steps=24)
+    model.save(tmp_path / "new.zip")
+
+    def change(trees: dict[str, Any]) -> None:
+        del trees["data.json"]["frozen_parameters"]
+        del trees["policy.optimizer.json"]["class"], trees["policy.optimizer.json"]["param_groups"][0]["param_names"]
+
+    old = rewritten(tmp_path / "new.zip", tmp_path / "old.zip", 1, change)
+    assert_same(model, RecurrentPPO.load(old, device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["agent", "policy"])
+def test_file_of_format_2_has_the_default_memory_of_its_time(name: str, tmp_path: Path) -> None:
+    model = agent(policy_kwargs={"memory_kwargs": {"defaults": "paper", **SMALL["memory_kwargs"]}}, steps=24)
+    (model if name == "agent" else model.policy).save(str(tmp_path / "new.zip"))
+
+    def change(trees: dict[str, Any]) -> None:
+        arguments = trees["data.json"]["policy_kwargs"] if name == "agent" else trees["data.json"]
+        del arguments["memory_kwargs"]["defaults"]
+
+    old = rewritten(tmp_path / "new.zip", tmp_path / "old.zip", 2, change)
+    loaded = RecurrentPPO.load(old, device="cpu").policy if name == "agent" else XLSTMPolicy.load(str(old), "cpu")
+    for before, after in zip(model.policy.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(before, after)
+    # and a file written now has the default of now
+    with pytest.raises(CheckpointError):
+        now = rewritten(tmp_path / "new.zip", tmp_path / "now.zip", 3, change)
+        RecurrentPPO.load(now, device="cpu") if name == "agent" else XLSTMPolicy.load(str(now), "cpu")
 
 
 def test_hub_tools_find_settings_and_how_to_load(saved: Path) -> None:

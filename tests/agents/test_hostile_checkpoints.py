@@ -195,7 +195,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         r"no policy\.optimizer\.json",
     ),
     "other format": (set_head(format="other"), "no checkpoint of xlstm_rl"),
-    "later version": (set_head(version=3), "format version 3, this library reads 1, 2"),
+    "later version": (set_head(version=4), "format version 4, this library reads 1, 2, 3"),
     "parts upwards": (set_head(parts=["../data"]), "incomplete or changed"),
     "no JSON": (put("data.json", b"{"), "data.json is no JSON"),
     "deep JSON": (put("data.json", b"[" * 100_000 + b"]" * 100_000), "data.json is no JSON|no settings"),

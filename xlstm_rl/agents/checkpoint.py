@@ -37,9 +37,9 @@ from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
 File: TypeAlias = str | os.PathLike[str] | IO[bytes]
 
 FORMAT = "xlstm_rl checkpoint"
-# 2 has the member "data", and names the weights of the optimiser's groups.
-VERSION = 2
-READABLE = (1, 2)
+# 2 has the member "data" and names the weights of an optimiser's groups; since 3 "xlstm" is the recommended memory.
+VERSION = 3
+READABLE = (1, 2, 3)
 # Settings are kilobytes; bounds of every pixel of an observation are megabytes.
 MAX_JSON_BYTES = 64 * 2**20
 # Elements of one bound of a space: more than any observation that fits a network, less than memory.
@@ -86,6 +86,8 @@ class Archive(NamedTuple):
     libraries: dict[str, str]
     """Versions it was written with."""
     parts: dict[str, Part]
+    version: int = VERSION
+    """Of the format."""
 
     def value(self, part: str) -> Any:
         """The values of a part.
@@ -184,7 +186,8 @@ def read_archive(source: File, kind: str) -> Archive:
         raise CheckpointError(
             f"{name} is torn or no checkpoint ({error}); use the one before, or copy it again"
         ) from error
-    return Archive(name, {str(key): str(value) for key, value in head["libraries"].items()}, parts)
+    libraries = {str(key): str(value) for key, value in head["libraries"].items()}
+    return Archive(name, libraries, parts, head["version"])
 
 
 def _check_members(file: zipfile.ZipFile, name: str, size: int) -> None:

@@ -651,7 +651,16 @@ def _rebuild_settings(archive: Archive, custom_objects: Mapping[str, Any], remed
             ) from error
         except (DescriptionError, RecursionError) as error:
             raise CheckpointError(f"{archive.name}, data.json: {error}") from error
+    if archive.version < 3:
+        _keep_former_memory(settings.get("policy_kwargs", settings), str(settings.get("policy_class", "")))
     return settings
+
+
+def _keep_former_memory(arguments: Any, policy: str) -> None:
+    """Say in the arguments of a policy what was the default of "xlstm" when its file was written: the paper's."""
+    if isinstance(arguments, dict) and arguments.get("memory", "xlstm") == "xlstm" and "Lstm" not in policy:
+        given = arguments.get("memory_kwargs")
+        arguments["memory_kwargs"] = {"defaults": "paper", **(given if isinstance(given, Mapping) else {})}
 
 
 # Zips of Stable-Baselines3, which are pickles: only read where the caller says that they are trusted.

@@ -92,12 +92,10 @@ def vec_step(env: VecEnv, answer: Any, place: str) -> VecStep:
         flags_by_env(dones, "dones", n_envs, place),
         _infos(infos, n_envs, place),
     )
-    # in other rows nobody reads it
-    for row in np.flatnonzero(checked.dones):
-        info = checked.infos[row]
+    for row, info in enumerate(checked.infos):
         if info.get("terminal_observation") is not None:
             name, final = f"final observation {place}", info["terminal_observation"]
-            info["terminal_observation"] = _observation(final, env.observation_space, name, int(row))
+            info["terminal_observation"] = _observation(final, env.observation_space, name, row)
     return checked
 
 
