@@ -222,3 +222,21 @@ def test_wheel_holds_exactly_the_package_and_its_extension(tmp_path: Path) -> No
     sources = {name for name in package if name.startswith("xlstm_rl/kernels/cpp/")}
     assert held - extension == package - sources
     assert not extension or "xlstm_rl/kernels/_cpp_base.abi3.so" in extension
+
+
+def test_no_folder_of_code_is_left_out_by_tools() -> None:
+    """A name such as "runs", meant for a folder at the root, would hide those of the package and of its tests too."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--show-files", "."],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert {str(file) for file in python_sources()} <= {*listed}
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    hidden = {*ast.literal_eval(settings.partition("norecursedirs = ")[2].partition("\n")[0])}
+    assert not hidden & {part for file in python_sources() for part in file.relative_to(ROOT).parts}
+    if (ROOT / ".git").exists():
+        ignored = ["git", "check-ignore", "--no-index", *map(str, python_sources())]
+        assert subprocess.run(ignored, cwd=ROOT, capture_output=True, text=True).stdout == ""

@@ -11,9 +11,9 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv
-from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv
-from xlstm_rl.runs.build import make_env, make_model, normalized
 from xlstm_rl.configs import ConfigError, load
+from xlstm_rl.runs.build import make_env, make_model, normalized
+from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,9 @@ def test_box_observations_are_normalised_but_not_images(
         assert env.norm_obs_keys == keys
 
 
-@pytest.mark.parametrize("overrides", [["ppo.n_steps=1e12"], ["ppo.n_steps=1e9", "env.n_envs=64"], ["ppo.n_steps=1" + "0" * 400]])
+@pytest.mark.parametrize(
+    "overrides", [["ppo.n_steps=1e12"], ["ppo.n_steps=1e9", "env.n_envs=64"], ["ppo.n_steps=1" + "0" * 400]]
+)
 def test_rollout_that_no_machine_can_hold_is_refused_in_a_sentence(overrides: list[str]) -> None:
     config = load("tmaze", overrides)
     with closing(make_env(config, config.env.n_envs, 0)) as env:

@@ -1,4 +1,4 @@
-"""Files of a run that are damaged, missing or cannot be written: told in a sentence, and nothing is lost or mixed up."""
+"""Files of a run that are damaged, missing or cannot be written: told in a sentence, and nothing is lost."""
 
 from __future__ import annotations
 

@@ -21,11 +21,11 @@ from tests.runs import faulty_envs
 from tests.runs.test_train import TINY
 from xlstm_rl import cli
 from xlstm_rl.agents import EvaluationResult, evaluate, evaluate_random
-from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
-from xlstm_rl.runs import scores
 from xlstm_rl.configs import ConfigError, TrainConfig, load
+from xlstm_rl.runs import scores
 from xlstm_rl.runs.open import inspect_run
 from xlstm_rl.runs.train import TrainingStoppedError, evaluate_run, resume, train
+from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 
 ID = "tests.runs.faulty_envs:Faulty-v0"
 SAYS = {

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from xlstm_rl.runs.curve import plot_curve
 from xlstm_rl.runs.live import LiveView
 from xlstm_rl.runs.returns import Returns, Row, read_returns
 from xlstm_rl.runs.scores import Score, score_table
-from xlstm_rl.runs.curve import plot_curve
 
 TRAIN = Row("train", 2048, 1.5, 100, 0.25, 0.5)
 EVAL = Row("eval", 2048, 1.75, 32, 0.5, None)

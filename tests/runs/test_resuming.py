@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import resource
 import shutil
@@ -22,11 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from xlstm_rl import cli
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.runs.callbacks import EpisodeRecorder
 from xlstm_rl.configs import ConfigError, TrainConfig, load, load_file
+from xlstm_rl.runs.callbacks import EpisodeRecorder
+from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.open import open_run
 from xlstm_rl.runs.returns import read_returns
-from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.train import RunResult, TrainingStoppedError, evaluate_run, resume, train
 
 ROOT = Path(__file__).parents[2]

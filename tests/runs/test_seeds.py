@@ -13,8 +13,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import xlstm_rl.runs.scores
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate
-from xlstm_rl.runs.build import make_env, make_model
 from xlstm_rl.configs import load
+from xlstm_rl.runs.build import make_env, make_model
 from xlstm_rl.runs.seeds import Purpose, environment_seed
 from xlstm_rl.runs.train import train
 

@@ -1,4 +1,4 @@
-"""Training with several processes from the command line: one folder, one agent, and nothing lost where a process dies."""
+"""Training with several processes: one folder, one agent, and nothing lost where a process dies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.returns import read_returns
 
 SMALL = [
-    *("tmaze", "total_steps=3072", "env.n_envs=4", "env.kwargs.corridor_length=3", "ppo.n_steps=64", "ppo.batch_size=128"),
+    *(
+        "tmaze",
+        "total_steps=3072",
+        "env.n_envs=4",
+        "env.kwargs.corridor_length=3",
+        "ppo.n_steps=64",
+        "ppo.batch_size=128",
+    ),
     *("memory.hidden_size=16", "checkpoint.every_steps=512", "eval.every_steps=1024", "eval.interim_episodes=8"),
     *("eval.n_episodes=8", "eval.n_envs=4", "rank_timeout=60"),
 ]
@@ -28,7 +35,14 @@ TRAIN = ["-m", "xlstm_rl", "train"]
 
 
 def torchrun(*command: str, processes: int = 2, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        *options,
+    ]
     everything = [*launcher, *command]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(everything, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -188,10 +202,18 @@ def test_signal_saves_once_and_the_run_goes_on_exactly(kind: signal.Signals, und
 def test_two_nodes_do_what_one_does(undisturbed: Path, tmp_path: Path) -> None:
     """Two agents of torchrun on this machine, as on two."""
     folder = tmp_path / "nodes"
-    common = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:29519", "--rdzv-id=nodes"]
+    common = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:29519",
+        "--rdzv-id=nodes",
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", *common, *TRAIN, *SMALL, "--run-dir", str(folder)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    agents = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "12"]
+    agents = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "12"
+    ]
     for agent in agents:
         code, said = ended(agent)
         assert code == 0, said

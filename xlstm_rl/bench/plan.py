@@ -246,6 +246,7 @@ def _untuned(config: TrainConfig, agent: AgentSpec) -> TrainConfig:
 
 def _match(config: TrainConfig, target: TrainConfig) -> TrainConfig:
     """The configuration with a memory of as many parameters as the target's."""
+    read_facts(target.env)
     with closing(make_env(target, 1, target.seed, here=True)) as env:
         memory = make_model(dataclasses.replace(target, device="cpu"), env).policy.memory_actor
     count = sum(parameter.numel() for parameter in memory.parameters())

@@ -18,18 +18,18 @@ from rich.console import Console
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO
-from xlstm_rl.vec_envs.inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
-from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 from xlstm_rl.agents.features import EXTRACTORS, check_spaces, find_extractor, is_small_image
-from xlstm_rl.vec_envs.guarded_vec_env import EpisodeMonitor, GuardedDummyVecEnv, GuardedSubprocVecEnv
+from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.agents.saving import load_normalizer
 from xlstm_rl.agents.training_state import make_normalizer
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
 from xlstm_rl.configs.schema import agent_arguments
 from xlstm_rl.envs import Resumable, TaskFacts, task_facts
 from xlstm_rl.runs.seeds import SEEDS_APART, Purpose, environment_seed
+from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
+from xlstm_rl.vec_envs.guarded_vec_env import EpisodeMonitor, GuardedDummyVecEnv, GuardedSubprocVecEnv
+from xlstm_rl.vec_envs.inputs import KEYS, InputLayout, MemoryInputs, VecMemoryInputs
 
 # What environments say of keyword arguments that they do not like, or of a package that is missing.
 _REFUSALS = (AssertionError, ImportError, KeyError, MemoryError, TypeError, ValueError, gymnasium.error.Error)
@@ -47,9 +47,8 @@ def make_env(config: TrainConfig, n_envs: int, seed: int, *, here: bool = False)
         here: for evaluation: one after the other in this process whatever the configuration says, and never resumed.
 
     Raises:
-        ConfigError: as for `read_facts`; or a copy cannot be made, or not in time.
+        ConfigError: a copy cannot be made, or not in time; `read_facts` says before what is wrong with a task.
     """
-    read_facts(config.env)
     # a module to import may stand before the id
     batched = gymnasium.spec(config.env.id.rpartition(":")[2]).vector_entry_point is not None
     if config.env.vec == "vector" and batched and not here:

@@ -22,11 +22,10 @@ import torch
 import yaml
 
 from xlstm_rl._version import __version__
-from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.agents.checkpoint import make_folder, remove_unfinished, write_whole
+from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
 from xlstm_rl.runs.lock import LockedError, exclusive
-
 
 # The last line of config.yaml.
 CHECKSUM_NAME = b"xlstm_rl-sha256"
@@ -38,8 +37,9 @@ class RunFolder:
 
     `config.yaml` the resolved configuration, `versions.json` what it ran with, `returns.csv`, `curve.png`,
     `tensorboard/` events, `checkpoints/` to resume from, `best.zip` the model of the best evaluation during training,
-    `model.zip` the last model of a run that ended, each with the normalisation that it was trained with. `policy.onnx` the exported policy, `inspection.png` and `inspection.gif` an episode looked
-    into (`inspection-best` that of the best model), `lock` the process that trains, or trained last.
+    `model.zip` the last model of a run that ended, each with the normalisation that it was trained with. `policy.onnx`
+    the exported policy, `inspection.png` and `inspection.gif` an episode looked into (`inspection-best` that of the
+    best model), `lock` the process that trains, or trained last.
     The last line of `config.yaml` is a checksum of the others.
 
     Of several processes that train one agent, rank 0 writes all of that, and every other one its own checkpoints to

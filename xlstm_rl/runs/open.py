@@ -14,15 +14,16 @@ from rich.console import Console
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.vec_envs.env_contract import seed_envs
 from xlstm_rl.agents.checkpoint import write_whole
-from xlstm_rl.runs.build import evaluation_device, make_env, normalized_as_saved, own_classes, torch_threads
 from xlstm_rl.configs import ConfigError, TrainConfig
+from xlstm_rl.envs import TaskFacts
 from xlstm_rl.export import Check, ExportError, check_onnx, export_onnx
 from xlstm_rl.export.onnx_check import ROWS
 from xlstm_rl.inspection import Episode, draw_episode, record_episode, write_gif
+from xlstm_rl.runs.build import evaluation_device, make_env, normalized_as_saved, own_classes, read_facts, torch_threads
 from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.seeds import Purpose, environment_seed
+from xlstm_rl.vec_envs.env_contract import seed_envs
 
 DEFAULT_FPS = 10
 # A run that trains has a new checkpoint before it removes the old one.
@@ -37,6 +38,8 @@ class FinishedRun(NamedTuple):
     model: RecurrentPPO
     env: VecEnv
     """One copy of the environment, as the agent sees it; its normalisation stays as it is."""
+    facts: TaskFacts | None
+    """What is known about the task, None if nothing."""
 
 
 @contextmanager
@@ -67,6 +70,7 @@ def open_run(
     folder = RunFolder(Path(run_dir))
     config = folder.load_config()
     device = evaluation_device(config.device, device, console or Console(quiet=True))
+    facts = read_facts(config.env)
     with (
         torch_threads(config.threads),
         closing(make_env(_rendering(config) if render else config, 1, config.seed, here=True)) as env,
@@ -78,7 +82,7 @@ def open_run(
         if normalizer is not None:
             # what is played now is no training
             normalizer.training = False
-        yield FinishedRun(folder, config, model, wrapped)
+        yield FinishedRun(folder, config, model, wrapped, facts)
 
 
 def _load(folder: RunFolder, best: bool, config: TrainConfig, env: VecEnv, device: str) -> RecurrentPPO:
@@ -87,7 +91,9 @@ def _load(folder: RunFolder, best: bool, config: TrainConfig, env: VecEnv, devic
         path = folder.best if best else folder.latest_model()
         try:
             with path.open("rb") as file:
-                return RecurrentPPO.load(file, env=normalized_as_saved(env, config, file), device=device, custom_objects=own_classes(config))
+                return RecurrentPPO.load(
+                    file, env=normalized_as_saved(env, config, file), device=device, custom_objects=own_classes(config)
+                )
         except FileNotFoundError as error:
             if best:
                 raise ConfigError(

@@ -118,6 +118,8 @@ def unpack_rows(numbers: np.ndarray) -> list[Row]:
     if numbers.ndim != 2 or numbers.shape[1] != len(Row._fields) or not np.isfinite(numbers[:, :4]).all():
         raise ValueError(f"an array of shape {numbers.shape} holds no rows of returns")
     return [
-        Row("eval" if kind else "train", int(step), seconds, int(episodes), mean, None if np.isnan(success) else success)
+        Row(
+            "eval" if kind else "train", int(step), seconds, int(episodes), mean, None if np.isnan(success) else success
+        )
         for kind, step, seconds, episodes, mean, success in numbers.tolist()
     ]

@@ -17,9 +17,10 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import CheckpointError, RecurrentPPO
-from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 from xlstm_rl.agents.parallel import Ranks, ranks
 from xlstm_rl.agents.saving import Resumed
+from xlstm_rl.configs import ConfigError, TrainConfig
+from xlstm_rl.envs import TaskFacts, suite_versions
 from xlstm_rl.runs.build import (
     check_device,
     make_env,
@@ -37,17 +38,16 @@ from xlstm_rl.runs.callbacks import (
     StopAfterEvaluation,
     StopOnRequest,
 )
-from xlstm_rl.configs import ConfigError, TrainConfig
-from xlstm_rl.envs import TaskFacts, suite_versions
-from xlstm_rl.runs.open import open_run
+from xlstm_rl.runs.curve import plot_curve
+from xlstm_rl.runs.events import flush_events, open_logger, pending_numbers
+from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.interruption import InterruptedEvaluationError, Interruption
 from xlstm_rl.runs.live import LiveView, SignOfLife, say
+from xlstm_rl.runs.open import open_run
 from xlstm_rl.runs.returns import Returns, Row, pack_rows, read_returns, unpack_rows
 from xlstm_rl.runs.scores import RANDOM, Score, final_scores, play, score, show_scores, worst_of_last
-from xlstm_rl.runs.events import flush_events, open_logger, pending_numbers
-from xlstm_rl.runs.curve import plot_curve
-from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.seeds import Purpose, environment_seed
+from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 
 StopWhen = Callable[[Sequence[Row]], bool]
 
@@ -107,6 +107,7 @@ def train(
     group = ranks(config.rank_timeout)
     console = _console(console, group)
     check_device(config.device)
+    facts = read_facts(config.env)
     with group.explaining(), torch_threads(config.threads), closing(_training_env(config, group)) as env:
         model = make_model(config, normalized(env, config))
         path = Path(run_dir)
@@ -115,7 +116,7 @@ def train(
         folder = RunFolder(Path(group.broadcast(str(path))), group)
         say(console, f"run folder {folder.path}")
         with folder.training(), _faults_told(folder, "training stopped", model):
-            return _run(model, config, folder, _returns(folder), {"log": {}}, stop_when, console)
+            return _run(model, config, facts, folder, _returns(folder), {"log": {}}, stop_when, console)
 
 
 def _console(console: Console | None, group: Ranks) -> Console:
@@ -159,6 +160,7 @@ def resume(
     group = ranks(config.rank_timeout)
     folder, console = RunFolder(Path(run_dir), group), _console(console, group)
     check_device(config.device)
+    facts = read_facts(config.env)
     with (
         group.explaining(),
         torch_threads(config.threads),
@@ -185,11 +187,11 @@ def resume(
             if overrides and group.rank == 0:
                 folder.write_config(config)
             if resumed is None:
-                return _run(model, config, folder, _returns(folder), {"log": {}}, stop_when, console)
+                return _run(model, config, facts, folder, _returns(folder), {"log": {}}, stop_when, console)
             _say_where(resumed, config, folder, console)
             notes = resumed.notes
             returns = _returns(folder, _rows_so_far(notes, folder, console), notes["seconds"])
-            return _run(model, config, folder, returns, notes, stop_when, console)
+            return _run(model, config, facts, folder, returns, notes, stop_when, console)
 
 
 def _say_where(resumed: Resumed[RecurrentPPO], config: TrainConfig, folder: RunFolder, console: Console) -> None:
@@ -246,7 +248,7 @@ def evaluate_run(
         if n_episodes < 1:
             raise ConfigError(f"n_episodes={n_episodes} must be at least 1")
         console = console or Console(quiet=True)
-        return list(final_scores(run.model, config, read_facts(config.env), n_episodes, seed, console))
+        return list(final_scores(run.model, config, run.facts, n_episodes, seed, console))
 
 
 def _training_env(config: TrainConfig, group: Ranks) -> VecEnv:
@@ -266,9 +268,7 @@ def _last_usable(
         try:
             reason = "so it was asked for" if new_episodes else None
             own = own_classes(config)
-            resumed = RecurrentPPO.resume_with_notes(
-                path, env, config.device, custom_objects=own, new_episodes=reason
-            )
+            resumed = RecurrentPPO.resume_with_notes(path, env, config.device, custom_objects=own, new_episodes=reason)
             _check_notes(resumed.notes, path)
         except (CheckpointError, OSError) as error:
             if isinstance(error, OSError) and not _is_of(error, folder.path):
@@ -293,8 +293,8 @@ def _check_world(folder: RunFolder, world_size: int | None) -> None:
     """Refuse to go on with another number of processes: their episodes and random numbers are not there."""
     if world_size is not None and world_size != folder.group.world_size:
         raise ConfigError(
-            f"{folder.path} was trained by {world_size} process(es), and here are {folder.group.world_size}: start as many "
-            "(torchrun --nproc_per_node), or go on with new episodes (--new-episodes)"
+            f"{folder.path} was trained by {world_size} process(es), and here are {folder.group.world_size}: start as "
+            "many (torchrun --nproc_per_node), or go on with new episodes (--new-episodes)"
         )
 
 
@@ -302,7 +302,9 @@ def _check_notes(notes: Mapping[str, Any], path: Path) -> None:
     """Refuse a checkpoint that somebody else than `train` wrote."""
     rows, log = notes.get("rows"), notes.get("log")
     if not isinstance(rows, int | np.ndarray) or not isinstance(log, dict):
-        raise CheckpointError(f"{path} is no checkpoint of a run folder: it notes no returns; RecurrentPPO.resume reads it")
+        raise CheckpointError(
+            f"{path} is no checkpoint of a run folder: it notes no returns; RecurrentPPO.resume reads it"
+        )
     if isinstance(rows, np.ndarray):
         unpack_rows(rows)
 
@@ -310,6 +312,7 @@ def _check_notes(notes: Mapping[str, Any], path: Path) -> None:
 def _run(
     model: RecurrentPPO,
     config: TrainConfig,
+    facts: TaskFacts | None,
     folder: RunFolder,
     returns: Returns,
     notes: Mapping[str, Any],
@@ -317,7 +320,7 @@ def _run(
     console: Console,
 ) -> RunResult:
     """Learn what is left to learn, save, evaluate and report."""
-    facts, group = read_facts(config.env), folder.group
+    group = folder.group
     # of rank 0 alone
     logger = Logger(None, []) if group.rank > 0 else open_logger(folder.tensorboard, model.num_timesteps, notes["log"])
     model.set_logger(logger)
@@ -356,7 +359,8 @@ def _faults_told(folder: RunFolder, what: str, model: RecurrentPPO | None = None
         left = f"{kept[-1]} is kept" if kept else "there is no checkpoint yet"
         when = "" if model is None else f" after {model.num_timesteps:,} steps"
         raise TrainingStoppedError(
-            f"{what}{when}: {error}\n{left}; once the cause is mended, go on with: xlstm-rl train --resume {folder.path}"
+            f"{what}{when}: {error}\n{left}; once the cause is mended, go on with: "
+            f"xlstm-rl train --resume {folder.path}"
         ) from error
 
 
@@ -414,9 +418,7 @@ def _learn(
     model.logger.close()
 
 
-def _interim(
-    model: RecurrentPPO, config: TrainConfig, console: Console, interruption: Interruption
-) -> Score | None:
+def _interim(model: RecurrentPPO, config: TrainConfig, console: Console, interruption: Interruption) -> Score | None:
     n_episodes = config.eval.interim_episodes
     seed = environment_seed(config.seed, Purpose.INTERIM_EVALUATION)
     alive = SignOfLife(console, "the agent", n_episodes, interruption.check)
@@ -458,7 +460,9 @@ def _close(
             f"go on with: xlstm-rl train --resume {folder.path}"
         )
     elif interrupted:
-        text = f"all steps are done, the closing evaluation was interrupted; model saved in {folder.model}; evaluate it "
+        text = (
+            f"all steps are done, the closing evaluation was interrupted; model saved in {folder.model}; evaluate it "
+        )
         text += f"with: {again}"
     else:
         text = f"model saved in {folder.model}; play it again with: {again}"
