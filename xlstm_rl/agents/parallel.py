@@ -8,6 +8,7 @@ all ranks must call in the same order; training calls a handful of them per roll
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -248,6 +249,8 @@ def _join(timeout: timedelta) -> Any:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        # what still refers to the group in a circle would end its threads too late, and with them the process
+        gc.collect()
 
 
 class Moments:
