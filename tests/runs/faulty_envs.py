@@ -70,4 +70,19 @@ FAULTS: dict[str, Any] = {
     "a list as info": lambda answer: (*answer[:4], []),
     "die": _exit,
 }
+# What is to be said of each.
+SAYS = {
+    "raise": r"ZeroDivisionError: the physics broke \(.*faulty_envs.py, line \d+\)",
+    "four parts": "a tuple|with 4 entries|not enough values",
+    "nothing": "None|NoneType",
+    "one number": r"shape \(1,\).* wants the shape \(3,\)",
+    "too many numbers": r"shape \(4,\).* wants the shape \(3,\)",
+    "no observation": r"observation .* None",
+    "objects": r"dtype object",
+    "no reward": "reward|NoneType",
+    "rewards": "reward|array",
+    "no flag": "terminated None",
+    "no info": "info None",
+    "a list as info": "info of type list",
+}
 gymnasium.register("Faulty-v0", entry_point="tests.runs.faulty_envs:Faulty")

@@ -18,6 +18,7 @@ from rich.console import Console
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from tests.runs import faulty_envs
+from tests.runs.faulty_envs import SAYS
 from tests.runs.test_train import TINY
 from xlstm_rl import cli
 from xlstm_rl.agents import EvaluationResult, evaluate, evaluate_random
@@ -28,20 +29,6 @@ from xlstm_rl.runs.train import TrainingStoppedError, evaluate_run, resume, trai
 from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 
 ID = "tests.runs.faulty_envs:Faulty-v0"
-SAYS = {
-    "raise": r"ZeroDivisionError: the physics broke \(.*faulty_envs.py, line \d+\)",
-    "four parts": "a tuple|with 4 entries|not enough values",
-    "nothing": "None|NoneType",
-    "one number": r"shape \(1,\).* wants the shape \(3,\)",
-    "too many numbers": r"shape \(4,\).* wants the shape \(3,\)",
-    "no observation": r"observation .* None",
-    "objects": r"dtype object",
-    "no reward": "reward|NoneType",
-    "rewards": "reward|array",
-    "no flag": "terminated None",
-    "no info": "info None",
-    "a list as info": "info of type list",
-}
 
 
 def faulty(*overrides: str, **kwargs: Any) -> TrainConfig:

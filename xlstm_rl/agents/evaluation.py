@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from xlstm_rl.agents.heads import masks_actions, read_masks, sample_allowed, takes_masks
 from xlstm_rl.agents.training_state import statistics_kept
 from xlstm_rl.vec_envs.env_contract import SKIPPED, copies, reset_envs, seed_envs, step_envs
-from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv
+from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv, guard
 from xlstm_rl.vec_envs.gymnasium_vector import GymnasiumVecEnv
 
 
@@ -208,7 +208,7 @@ def _as_vec_env(env: Any) -> VecEnv:
             f"env={env!r} is no environment: hand over what gymnasium.make, gymnasium.make_vec or Stable-Baselines3's "
             "make_vec_env returned"
         )
-    return env
+    return guard(env)
 
 
 def plays_in(model: Any, env: VecEnv) -> bool:

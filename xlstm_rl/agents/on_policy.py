@@ -51,7 +51,7 @@ from xlstm_rl.vec_envs.env_contract import (
     skipped_steps,
     step_envs,
 )
-from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv
+from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv, guard
 from xlstm_rl.vec_envs.gymnasium_vector import GymnasiumVecEnv
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         if isinstance(env, gymnasium.Env):
             one = Monitor(env) if monitor_wrapper and not is_wrapped(env, Monitor) else env
             env = GuardedDummyVecEnv([lambda: one])
-        return SavedAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        return SavedAlgorithm._wrap_env(guard(env) if isinstance(env, VecEnv) else env, verbose, monitor_wrapper)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Use another environment from the next `learn` on, with as many or other numbers of copies."""

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -20,7 +20,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper, VecEnvStepReturn
 
-from xlstm_rl.vec_envs.env_contract import SKIPPED, FaultyEnvironmentError, env_reset, env_step, map_obs
+from xlstm_rl.vec_envs.env_contract import SKIPPED, FaultyEnvironmentError, env_reset, env_step, innermost, map_obs
 
 # For a worker to close its environment before it is killed.
 CLOSE_SECONDS = 5.0
@@ -45,13 +45,12 @@ class EnvPlayer:
     Args:
         env: the environment.
         index: its number among others, for messages.
+        space: of its observations.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], index: int) -> None:
+    def __init__(self, env: gym.Env[Any, Any], index: int, space: gym.Space[Any]) -> None:
         self.env, self._index, self._steps = env, index, 0
-        # asked once: every wrapper around an environment passes such questions on
-        self._space = env.observation_space
-        self._shape, self._dtype = self._space.shape, self._space.dtype
+        self._space, self._shape, self._dtype = space, space.shape, space.dtype
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """First observation and info of a new episode.
@@ -155,12 +154,20 @@ class GuardedDummyVecEnv(DummyVecEnv):
     def __init__(self, env_fns: list[Callable[[], gym.Env[Any, Any]]]) -> None:
         super().__init__(env_fns)
         _check_spaces([(env.observation_space, env.action_space) for env in self.envs])
-        self._players = [EnvPlayer(env, index) for index, env in enumerate(self.envs)]
+        self._players: dict[int, EnvPlayer] = {}
+
+    def _player(self, index: int) -> EnvPlayer:
+        env, known = self.envs[index], self._players.get(index)
+        if known is not None and known.env is env:
+            return known
+        # the first time, or somebody has put another environment in its place
+        self._players[index] = EnvPlayer(env, index, self.observation_space)
+        return self._players[index]
 
     def reset(self) -> Any:
         """Start new episodes everywhere."""
-        for index, player in enumerate(self._players):
-            obs, self.reset_infos[index] = player.reset(self._seeds[index], self._options[index])
+        for index in range(self.num_envs):
+            obs, self.reset_infos[index] = self._player(index).reset(self._seeds[index], self._options[index])
             self._save_obs(index, obs)
         self._reset_seeds()
         self._reset_options()
@@ -168,10 +175,9 @@ class GuardedDummyVecEnv(DummyVecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Step every environment."""
-        for index, player in enumerate(self._players):
-            obs, self.buf_rews[index], self.buf_dones[index], self.buf_infos[index], reset_info = player.step(
-                self.actions[index]
-            )
+        for index in range(self.num_envs):
+            answer = self._player(index).step(self.actions[index])
+            obs, self.buf_rews[index], self.buf_dones[index], self.buf_infos[index], reset_info = answer
             if reset_info is not None:
                 self.reset_infos[index] = reset_info
             self._save_obs(index, obs)
@@ -255,6 +261,65 @@ class _Remote:
     def _failed(self, reason: str) -> WorkerError:
         self.fault = WorkerError(self.index, reason)
         return self.fault
+
+
+class _CheckedRemote(_Remote):
+    """The parent's end of a pipe to a worker of Stable-Baselines3 itself; what its environment answers is checked."""
+
+    def __init__(self, index: int, pipe: Connection, process: Any, space: gym.Space[Any]) -> None:
+        super().__init__(index, pipe, process, None, None)
+        self._space, self._steps, self._asked = space, 0, ""
+
+    def send(self, message: Any) -> None:
+        if message[0] == "close" and self.fault is not None:
+            # nobody is there any more
+            return
+        self._asked = message[0]
+        super().send(message)
+
+    def recv(self) -> Any:
+        asked, self._asked = self._asked, ""
+        if not asked:
+            # closed after a fault in a step, where the others' answers have been taken
+            return None
+        answer = super().recv()
+        # which has the parts that the worker makes of what its environment answers
+        if asked == "step":
+            obs, reward, done, info, reset_info = answer
+            self._steps += 1
+            step = env_step((obs, reward, done, False, info), self._space, self.index, f"in step {self._steps}")
+            return step.observation, step.reward, step.terminated, step.info, reset_info
+        return env_reset(answer, self._space, self.index) if asked == "reset" else answer
+
+    def _wait(self) -> None:
+        # forked workers hold the pipes of each other open, so that a dead one's does not end
+        if self.pipe not in wait([self.pipe, self.process.sentinel]) and not self.pipe.poll():
+            raise self._died()
+
+
+def guard(env: VecEnv) -> VecEnv:
+    """Let a `DummyVecEnv` or `SubprocVecEnv` of Stable-Baselines3, in whatever wrappers, name the faults of its copies.
+
+    Args:
+        env: any vector environment. A `DummyVecEnv` in it becomes a `GuardedDummyVecEnv` in its place, so that whoever
+            holds it keeps the same object.
+
+    Returns:
+        `env` itself.
+    """
+    inner: Any = innermost(env)
+    if isinstance(inner, DummyVecEnv) and not isinstance(inner, GuardedDummyVecEnv):
+        kind: type[Any] = type(inner)
+        # behind a class of somebody else, whose methods may call those of DummyVecEnv
+        inner.__class__ = (
+            GuardedDummyVecEnv if kind is DummyVecEnv else type(kind.__name__, (kind, GuardedDummyVecEnv), {})
+        )
+        vars(inner)["_players"] = {}
+    elif isinstance(inner, SubprocVecEnv) and not isinstance(inner.remotes[0], _Remote):
+        pairs = enumerate(zip(inner.remotes, inner.processes, strict=True))
+        space = inner.observation_space
+        inner.remotes = tuple(_CheckedRemote(index, pipe, process, space) for index, (pipe, process) in pairs)
+    return env
 
 
 class GuardedSubprocVecEnv(SubprocVecEnv):
@@ -433,7 +498,7 @@ def _work(pipe: Connection, make_env: CloudpickleWrapper, index: int) -> None:
     """Tell the spaces, then answer what `SubprocVecEnv` asks."""
     # which takes environments of older interfaces too
     env = DummyVecEnv([make_env.var]).envs[0]
-    player = EnvPlayer(env, index)
+    player = EnvPlayer(env, index, env.observation_space)
     answers: dict[str, Callable[[Any], Any]] = {
         "step": player.step,
         "reset": lambda data: player.reset(*data),

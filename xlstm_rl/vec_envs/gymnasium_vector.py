@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
+from traceback import walk_tb
 from typing import Any
 
 import gymnasium as gym
@@ -82,7 +83,8 @@ class GymnasiumVecEnv(VecEnv):
             answer = question()
         # everything that an environment can raise is to be told
         except Exception as error:
-            raise FaultyEnvironmentError(None, f"failed {place}: {type(error).__name__}: {error}") from error
+            row = _row_at_fault(error, self.env.unwrapped)
+            raise FaultyEnvironmentError(row, f"failed {place}: {type(error).__name__}: {error}") from error
         if not isinstance(answer, tuple) or len(answer) != parts:
             raise FaultyEnvironmentError(None, f"answered {place} what is no tuple of {parts} entries: {answer!r:.200}")
         return answer
@@ -277,6 +279,22 @@ class GymnasiumVecEnv(VecEnv):
                 f"cannot {what} in environments {rows} alone: {type(self.env.unwrapped).__name__} {why}; leave out "
                 "indices, or use a SyncVectorEnv or a vector environment of Stable-Baselines3"
             )
+
+
+# What gymnasium calls the number of an environment in its loops.
+_AT = ("index", "env_idx", "i")
+
+
+def _row_at_fault(error: Exception, env: Any) -> int | None:
+    """Which environment of gymnasium's vectors failed; None if unknown. They name none, but stopped at one."""
+    row = None
+    for frame, _ in walk_tb(error.__traceback__):
+        if "concatenate" in frame.f_code.co_name:
+            # observations are stacked when the loop over the environments is over
+            return None
+        if isinstance(env, SyncVectorEnv | AsyncVectorEnv) and frame.f_locals.get("self") is env:
+            row = next((frame.f_locals[name] for name in _AT if name in frame.f_locals), row)
+    return row if isinstance(row, int) else None
 
 
 def _for_gymnasium(seeds: Sequence[int | None]) -> int | list[int | None] | None:
