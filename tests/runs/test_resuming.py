@@ -245,6 +245,29 @@ def test_run_that_is_interrupted_within_a_rollout_becomes_the_same_run(
     assert_same_runs(run.folder, tmp_path / "run")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals for processes")
+@pytest.mark.parametrize("updates", [0, 3, 5])
+def test_run_that_is_interrupted_within_an_update_becomes_the_same_run(
+    updates: int, run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, done = RecurrentPPO.gradient_step, []
+
+    def interrupted(self: RecurrentPPO, explain: Any) -> bool:
+        done.append(self.num_timesteps)
+        # the second of the four minibatches of an update
+        if len(done) == 4 * updates + 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, explain)
+
+    monkeypatch.setattr(RecurrentPPO, "gradient_step", interrupted)
+    stopped = train(small(), tmp_path / "run")
+    assert stopped.interrupted_by == signal.SIGINT and len(done) == 4 * updates + 2
+    assert (tmp_path / "run" / "checkpoints" / f"step_{96 * updates:010d}.zip").is_file()
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert_same_runs(run.folder, tmp_path / "run")
+
+
 def test_run_that_is_alive_in_another_process_is_not_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections import defaultdict
@@ -16,6 +17,7 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import is_wrapped
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -59,6 +61,12 @@ if TYPE_CHECKING:
 
 # Attempts at first observations without NaN.
 RESETS = 10
+# Among the parts of a loss that are summed over ranks: how many of them are asked to stop.
+_STOPPING = "stopping"
+
+
+class UpdateBrokenOffError(Exception):
+    """Ends an update between two minibatches; `learn` undoes what was done of it."""
 
 
 class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
@@ -87,6 +95,9 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         ValueError: a setting does not fit; the message names it and the remedy.
     """
 
+    stop_requested: Callable[[], bool] | None = None
+    """Asked between the minibatches of an update, if set: where it says so, the update is undone and training ends, as
+    where a callback ends it. The rollout counts as not collected for `save_checkpoint`."""
     policy: XLSTMPolicy
     rollout_buffer: ChunkedRolloutBuffer  # type: ignore[assignment]
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -135,6 +146,8 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         self._idle_calls = 0
         self.ranks = ranks()
         self._moments: list[Moments] = []
+        self._before_update: Callable[[], None] | None = None
+        self._callback: BaseCallback | None = None
         self._ended_episodes: list[dict[str, Any]] = []
         # infos of the episodes that ended on the other ranks in the last rollout
         self.episodes_elsewhere: list[dict[str, Any]] = []
@@ -149,6 +162,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             *super()._excluded_save_params(),
             *("_largest_rate", "_idle_calls", "ranks", "_all_envs", "_moments"),
             *("_ended_episodes", "episodes_elsewhere", "_steps_before", "_agreed"),
+            *("stop_requested", "_before_update", "_callback"),
         ]
 
     def check_settings(self) -> None:
@@ -265,6 +279,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         # before the first reset, which counts observations in: here they are equal on all ranks
         self._moments = self._running_moments()
         result = super()._setup_learn(*args, **kwargs)
+        self._callback = result[1]
         assert self.env is not None and self._last_obs is not None, "the parent class has reset it"
         self._last_obs = checked_observations(self.env, self._last_obs, "on reset")
         if fresh or self._last_state is None:
@@ -356,6 +371,8 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             self._begin_episodes()
         assert self._last_obs is not None and self._last_state is not None, "learn() sets them"
         self._rollout_start = mark_point(self)
+        # what the end of the rollout writes
+        pending = _pending(self.logger)
         seconds: dict[str, float] = defaultdict(float)
         check_first_observations(env, self._last_obs)
         if self.use_sde:
@@ -401,6 +418,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         rollout_buffer.compute_returns_and_advantage(last_values.cpu().numpy())
         if not self._agree(True):
             return False
+        self._before_update = None if self.stop_requested is None else self._undoing_update(pending)
         self._rollout_start = None
         for name, spent in seconds.items():
             self.logger.record(f"time/{name}_seconds", spent)
@@ -424,11 +442,20 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
 
         Returns:
             The parts of all processes together, without gradients.
+
+        Raises:
+            UpdateBrokenOffError: `stop_requested` says so, on any of the processes.
         """
         self.policy.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         named = {name: part.detach() for name, part in parts.items()}
-        return self.ranks.sum_gradients(self.policy.parameters(), named)
+        stopping = self.stop_requested is not None and self.stop_requested()
+        if self.ranks.world_size > 1:
+            named[_STOPPING] = loss.new_tensor(float(stopping))
+        summed = self.ranks.sum_gradients(self.policy.parameters(), named)
+        if summed.pop(_STOPPING, stopping):
+            raise UpdateBrokenOffError
+        return summed
 
     def gradient_step(self, explain: Callable[[FloatingPointError], str]) -> bool:
         """One step of the optimiser along the gradients; the only place where weights change.
@@ -482,7 +509,13 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         """Train for `total_timesteps` environment steps, rounded up to whole rollouts."""
         updates, self._largest_rate = self._n_updates, 0.0
         with self.ranks.explaining():
-            super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            try:
+                super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            except UpdateBrokenOffError:
+                assert self._before_update is not None and self._callback is not None, "a rollout came before"
+                self._before_update()
+                self._callback.on_training_end()
+            self._before_update = None
             for moments in self._moments:
                 moments.merge(self.ranks)
         if self._n_updates > updates:
@@ -498,6 +531,27 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         # a rollout that a callback broke off is over once all callbacks have seen the end
         self._rollout_start = None
         return self
+
+    def _undoing_update(self, pending: dict[str, Any]) -> Callable[[], None]:
+        """What brings the agent back to before the rollout that has just been collected.
+
+        Args:
+            pending: numbers that waited to be written then.
+        """
+        start, optimizer = self._rollout_start, self.policy.optimizer
+        weights, moments = copy.deepcopy((self.policy.state_dict(), optimizer.state_dict()))
+        left = {"_logger", *self._excluded_save_params()}
+        names = [name for name in vars(self) if name not in left and not name.startswith("_last_")]
+        attributes = copy.deepcopy({name: vars(self)[name] for name in names})
+
+        def undo() -> None:
+            self.policy.load_state_dict(weights)
+            optimizer.load_state_dict(moments)
+            vars(self).update(attributes)
+            vars(self.logger).update(pending)
+            self._rollout_start = start
+
+        return undo
 
     def _begin_episodes(self) -> None:
         """All environments begin new episodes, with empty memories."""
@@ -563,6 +617,11 @@ def _schedule_rates(optimizer: torch.optim.Optimizer, rate: float, first: float)
             group["lr_ratio"] = float(group["lr"]) / (group.get("lr_base") or first)
         group["lr"] = group["lr_scheduled"] = group["lr_ratio"] * rate
         group["lr_base"] = rate
+
+
+def _pending(logger: Logger) -> dict[str, Any]:
+    """Copies of what a logger holds and has not written."""
+    return {name: copy.copy(vars(logger)[name]) for name in ("name_to_value", "name_to_count", "name_to_excluded")}
 
 
 @contextmanager

@@ -384,13 +384,17 @@ def _learn(
         # first, so that a power cut leaves no checkpoint that knows more than they do
         returns.flush()
         kept = {
-            "rows": pack_rows(returns.rows),
+            # without that of a rollout which is collected again, where its update was broken off
+            "rows": pack_rows([row for row in returns.rows if row.step <= model.checkpoint_step]),
             "seconds": returns.seconds(),
             "log": pending_numbers(model.logger),
             "events": flush_events(model.logger, folder.tensorboard),
             "evaluation_due": evaluation.due,
         }
         folder.save_checkpoint(model, config.checkpoint.keep, kept)
+
+    def requested() -> bool:
+        return interruption.signal is not None
 
     left = config.total_steps - model.num_timesteps
     with LiveView(config.total_steps, console, model.num_timesteps) as view:
@@ -408,8 +412,9 @@ def _learn(
             *(told if folder.group.rank == 0 else []),
             # last: what is written must be all that the others did
             PeriodicCheckpoint(config.checkpoint.every_steps, save),
-            StopOnRequest(lambda: interruption.signal is not None, save, folder.group),
+            StopOnRequest(requested, save, folder.group),
         ]
+        model.stop_requested = requested
         model.learn(max(left, 0), callback=CallbackList(callbacks), reset_num_timesteps=False)
     wanted = interruption.signal is None and config.checkpoint.every_steps is not None
     if not folder.group.any(not wanted or folder.has_checkpoint(model)):
