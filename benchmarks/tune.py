@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import importlib.util
 import json
 import multiprocessing
@@ -24,9 +25,9 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT
@@ -190,13 +191,14 @@ def tune(tuning: Tuning) -> int:
 
     Raises:
         ConfigError: another process does this study, or it was begun with other settings.
+        OSError: files cannot be read or written, the database of the study among them.
     """
     from optuna.samplers import TPESampler
     from optuna.trial import TrialState
 
     tuning.database.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with exclusive(tuning.database.with_suffix(".lock")):
+        with exclusive(tuning.database.with_suffix(".lock")), _database_told(tuning.database):
             study = open_study(tuning)
             for left in study.get_trials(states=(TrialState.RUNNING,)):
                 study.tell(left.number, state=TrialState.FAIL)
@@ -268,6 +270,9 @@ def _run(tuning: Tuning, study: Study, trial: Trial) -> int:
             finals += [tuning.task.score(line.mean_return) for line in result.scores if line.agent == TRAINED]
     # settings that cannot be built or that end in NaN are a bad choice of the trial, which counts as any other
     except (ConfigError, TrainingStoppedError) as error:
+        if isinstance(error.__cause__, OSError):
+            # a full disk is nobody's choice
+            raise error.__cause__ from error
         stopped = str(error)
     noted = {
         "overrides": overrides,
@@ -351,7 +356,12 @@ def _count(module: Any) -> int:
 
 def gather(tunings: Sequence[Tuning]) -> list[dict[str, Any]]:
     """What is known of every study that was begun."""
-    return [_describe(tuning, open_study(tuning)) for tuning in tunings if tuning.database.is_file()]
+    described = []
+    for tuning in tunings:
+        if tuning.database.is_file():
+            with _database_told(tuning.database):
+                described.append(_describe(tuning, open_study(tuning)))
+    return described
 
 
 def _describe(tuning: Tuning, study: Study) -> dict[str, Any]:
@@ -431,6 +441,22 @@ def run_all(tunings: Sequence[Tuning], workers: int) -> int:
             return SIGINT
 
 
+@contextmanager
+def _database_told(path: Path) -> Iterator[None]:
+    """Errors of the database as those of the file that it is."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        # the innermost one says it in a sentence
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise OSError(errno.EIO, f"the database cannot be used: {cause}", str(path)) from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tune and write down what was found; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -466,6 +492,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = "" if error.filename is None else f" ({error.filename})"
         print(f"tune: {error.strerror or error}{place}; what was done until now is kept", file=sys.stderr)
         return STOPPED
+    except BrokenExecutor as error:
+        print(f"tune: a worker process has died ({error}); the same command goes on", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print("tune: interrupted; the same command goes on", file=sys.stderr)
+        return SIGNAL_EXIT + SIGINT
     return SIGNAL_EXIT + signal if signal else 0
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
@@ -209,6 +210,32 @@ def test_evaluation_callback_masks_and_saves_the_best_model(tmp_path: Path) -> N
     agent(env=masked_env()).learn(48, callback)
     assert np.isfinite(callback.best_mean_reward)
     assert RecurrentPPO.load(tmp_path / "best_model").num_timesteps in (24, 48)
+
+
+def test_evaluation_callback_cuts_episodes_without_an_end_and_says_so(tmp_path: Path) -> None:
+    class Endless(RandomEpisodes):
+        def step(self, action: Any) -> Any:
+            obs, reward, _, _, info = super().step(action)
+            return obs, reward, False, False, info
+
+    class StopAtSecond(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < 2
+
+    after = StopAtSecond()
+    callback = MaskedEvalCallback(
+        make_vec_env(Endless, 2),
+        callback_after_eval=after,
+        n_eval_episodes=3,
+        eval_freq=8,
+        log_path=str(tmp_path),
+        max_episode_steps=20,
+    )
+    with pytest.warns(UserWarning, match=r"3 of 3 episodes of the evaluation were cut after 20 steps"):
+        model = agent(env=masked_env()).learn(480, callback)
+    # ended by the callback within it
+    assert after.n_calls == 2 and model.num_timesteps == 48
+    assert np.load(tmp_path / "evaluations.npz")["ep_lengths"].tolist() == [[20] * 3] * 2
 
 
 def test_models_without_masks_are_evaluated_as_they_are() -> None:

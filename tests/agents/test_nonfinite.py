@@ -205,6 +205,25 @@ def test_update_with_a_loss_that_is_not_finite_can_be_skipped() -> None:
     assert model.logger.name_to_value["train/skipped_updates"] == 1
 
 
+@pytest.mark.parametrize("blocks", ["m", "s", "lstm", "gru", "transformer", "ssm", "none"])
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_spoilt_sequence_of_one_environment_is_told_and_reaches_no_weight(blocks: str, on_nonfinite: Any) -> None:
+    """Whoever writes into the rollout after it was checked, as callbacks may."""
+    memory = "xlstm" if len(blocks) == 1 else blocks
+    kwargs = {"memory": memory, "memory_kwargs": {"hidden_size": 8} | ({"blocks": blocks} if memory == "xlstm" else {})}
+    model = agent(policy_kwargs=kwargs, on_nonfinite=on_nonfinite, steps=24, n_epochs=2)
+    model.rollout_buffer.observations[3, 1] = np.nan
+    if on_nonfinite == "stop":
+        with pytest.raises(FloatingPointError, match="the loss .* in minibatch [01] of epoch 0"):
+            model.train()
+    else:
+        with pytest.warns(UserWarning, match=r"the loss \(.*this update is skipped"):
+            model.train()
+        # that minibatch of every epoch, not the one without
+        assert model.logger.name_to_value["train/skipped_updates"] == 2
+    assert all(bool(weight.isfinite().all()) for weight in model.policy.parameters())
+
+
 def test_other_words_are_refused() -> None:
     with pytest.raises(ValueError, match="on_nonfinite='ignore' must be 'stop' or 'skip'"):
         agent(on_nonfinite="ignore")

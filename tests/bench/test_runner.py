@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -110,20 +112,51 @@ def test_training_ends_once_the_task_is_solved(tmp_path: Path) -> None:
     assert record.steps == 128
 
 
+def test_agent_with_a_features_extractor_of_its_own_is_measured(tmp_path: Path) -> None:
+    text = SMALL + "  policy.features_extractor: tests.agents.test_checkpoint:OwnExtractor\n"
+    outcome, runs, _ = run_some(tmp_path, text, ["cue-recall/none/0"])
+    assert not outcome.failed, runs[0].failure.read_text(encoding="utf-8")
+    assert read(runs[0]).sampled.episodes == 8
+
+
+def test_results_that_cannot_be_written_end_the_workers_and_all_is_gone_on_with(tmp_path: Path) -> None:
+    text = SMALL.replace("total_steps: 320", "total_steps: 60_000")
+    runs = plan_runs(read_spec(text, "x"), tmp_path, ["cue-recall/none/0", "cue-recall/lstm/0"])
+    short, long = (run for agent in ("none", "lstm") for run in runs if run.agent == agent)
+    short = dataclasses.replace(short, config=dataclasses.replace(short.config, total_steps=64))
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "results.json"))
+
+    begun = time.monotonic()
+    with pytest.raises(OSError, match="No space left"):
+        run_all(
+            [long, short], read_spec(text, "x"), workers=2, hours=None, console=Console(quiet=True), after_each=full
+        )
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - begun < 60
+    assert list(long.folder.glob("checkpoints/*.zip")) and not long.record.exists()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_benchmark_goes_on_where_it_was(tmp_path: Path, kind: signal.Signals) -> None:
     text = SMALL.replace("total_steps: 320", "total_steps: 6_000").replace("every_steps: 64", "every_steps: 320")
     spec = tmp_path / "spec.yaml"
     spec.write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "xlstm_rl", "bench", "run", str(spec), "--only", "cue-recall/lstm/0", "--out"]
-    started = subprocess.Popen([*command, str(tmp_path / "out")], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen([*command, str(tmp_path / "out")], cwd=ROOT, env=environ, start_new_session=True)
     run = plan_runs(read_spec(text, "x"), tmp_path / "out", ["cue-recall/lstm/0"])[0]
     while not any(run.folder.glob("checkpoints/*.zip")):
         assert started.poll() is None
         time.sleep(0.1)
-    started.send_signal(kind)
-    assert started.wait(60) == (128 + kind if kind == signal.SIGTERM else -kind)
+    if kind == signal.SIGINT:
+        # as a terminal sends Ctrl-C, to all processes that were started in it
+        os.killpg(started.pid, kind)
+    else:
+        started.send_signal(kind)
+    assert started.wait(60) == (-kind if kind == signal.SIGKILL else 128 + kind)
     assert not run.record.exists()
     subprocess.run([*command, str(tmp_path / "out")], cwd=ROOT, check=True)
     subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True)

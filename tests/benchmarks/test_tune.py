@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from signal import SIGTERM
 from statistics import fmean
@@ -167,6 +169,50 @@ def test_trial_that_breaks_counts(spec: Path, tmp_path: Path, monkeypatch: pytes
     (study,) = read(tmp_path)
     assert (study["trials"], study["pruned"], study["best"]) == (2, 2, None)
     assert study["all"][0]["stopped"] == "NaN in the loss"
+
+
+def test_a_full_disk_is_told_and_no_trial_pays_for_it(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise TrainingStoppedError("training stopped") from OSError(
+            errno.ENOSPC, "No space left on device", "model.zip"
+        )
+
+    monkeypatch.setattr(tune, "train", full)
+    assert run(spec, tmp_path, 2) == tune.STOPPED
+    assert "tune: No space left on device (model.zip); what was done until now is kept" in capsys.readouterr().err
+    assert read(tmp_path)[0]["trials"] == 0
+    monkeypatch.undo()
+    assert run(spec, tmp_path, 2) == 0
+    assert read(tmp_path)[0]["trials"] == 2
+
+
+@pytest.mark.parametrize("kind", ["a folder in its place", "damaged", "a file in place of the folder"])
+def test_a_database_that_cannot_be_used_is_told_in_a_sentence(
+    kind: str, spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database = tmp_path / "studies" / "parity-3" / "lstm.db"
+    database.parent.mkdir(parents=True)
+    if kind == "damaged":
+        database.write_bytes(b"no database" * 1000)
+    elif kind == "a folder in its place":
+        database.mkdir()
+    else:
+        database.parent.rmdir()
+        database.parent.touch()
+    assert run(spec, tmp_path, 1) == tune.STOPPED
+    told = capsys.readouterr().err
+    assert told.startswith("tune: ") and str(database.parent) in told and told.count("\n") == 1
+
+
+def test_a_worker_that_dies_and_an_interruption_are_told(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, code in ((BrokenProcessPool("terminated abruptly"), tune.STOPPED), (KeyboardInterrupt(), 130)):
+        monkeypatch.setattr(tune, "run_all", lambda *_, error=error: (_ for _ in ()).throw(error))
+        assert run(spec, tmp_path, 1) == code
+        assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_pruned_trials_end_early_and_count(spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, unwrap_vec_normalize
 
 from xlstm_rl.agents.heads import masks_actions, read_masks, sample_allowed, takes_masks
 from xlstm_rl.agents.training_state import statistics_kept
@@ -167,15 +168,92 @@ class MaskedModel:
 
 
 class MaskedEvalCallback(EvalCallback):
-    """Stable-Baselines3's `EvalCallback`, masks included; takes the same arguments.
+    """Stable-Baselines3's `EvalCallback` by `evaluate`: masks included, and evaluations end.
 
     sb3-contrib's `MaskableEvalCallback` is for policies without memory: it does not carry their state.
+
+    Args:
+        *args: as for `EvalCallback`.
+        max_episode_steps: an episode is cut there; None: never.
+        **kwargs: as for `EvalCallback`.
     """
 
-    def init_callback(self, model: BaseAlgorithm) -> None:
-        """Called by `learn`."""
-        super().init_callback(model)
-        self.model = MaskedModel(model, self.eval_env)  # type: ignore[assignment]
+    def __init__(self, *args: Any, max_episode_steps: int | None = MAX_EPISODE_STEPS, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_episode_steps = max_episode_steps
+
+    def _on_step(self) -> bool:
+        if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
+            return True
+        if self.model.get_vec_normalize_env() is not None:
+            sync_envs_normalization(self.training_env, self.eval_env)
+        result = evaluate(
+            self.model,
+            self.eval_env,
+            self.n_eval_episodes,
+            deterministic=self.deterministic,
+            max_episode_steps=self.max_episode_steps,
+            on_step=(lambda finished, steps: self.eval_env.render("human")) if self.render else None,
+        )
+        if result.cut_episodes:
+            warnings.warn(
+                f"{result.cut_episodes} of {self.n_eval_episodes} episodes of the evaluation were cut after "
+                f"{self.max_episode_steps:,} steps (max_episode_steps)",
+                stacklevel=2,
+            )
+        self._is_success_buffer = [] if result.successes is None else result.successes.tolist()
+        if self.log_path is not None:
+            self._write_file(result)
+        self._tell(result)
+        return self._after(result)
+
+    def _write_file(self, result: EvaluationResult) -> None:
+        assert self.log_path is not None, "asked before"
+        self.evaluations_timesteps.append(self.num_timesteps)
+        self.evaluations_results.append(result.returns.tolist())
+        self.evaluations_length.append(result.lengths.tolist())
+        successes: dict[str, Any] = {}
+        if result.successes is not None:
+            self.evaluations_successes.append(self._is_success_buffer)
+            successes["successes"] = self.evaluations_successes
+        np.savez(
+            self.log_path,
+            timesteps=self.evaluations_timesteps,
+            results=self.evaluations_results,
+            ep_lengths=self.evaluations_length,
+            **successes,
+        )
+
+    def _tell(self, result: EvaluationResult) -> None:
+        mean_return, mean_length = result.mean_return, float(result.lengths.mean())
+        if self.verbose >= 1:
+            print(f"Eval num_timesteps={self.num_timesteps}, episode_reward={_spread(result.returns)}")
+            print(f"Episode length: {_spread(result.lengths)}")
+        self.logger.record("eval/mean_reward", mean_return)
+        self.logger.record("eval/mean_ep_length", mean_length)
+        if result.successes is not None:
+            if self.verbose >= 1:
+                print(f"Success rate: {100 * result.successes.mean():.2f}%")
+            self.logger.record("eval/success_rate", float(result.successes.mean()))
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(self.num_timesteps)
+
+    def _after(self, result: EvaluationResult) -> bool:
+        """Keep the best and ask the callbacks within this one; whether training goes on."""
+        goes_on, self.last_mean_reward = True, result.mean_return
+        if result.mean_return > self.best_mean_reward:
+            if self.verbose >= 1:
+                print("New best mean reward!")
+            if self.best_model_save_path is not None:
+                self.model.save(Path(self.best_model_save_path) / "best_model")
+            self.best_mean_reward = result.mean_return
+            if self.callback_on_new_best is not None:
+                goes_on = self.callback_on_new_best.on_step()
+        return goes_on and (self.callback is None or self._on_event())
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.mean():.2f} +/- {values.std():.2f}"
 
 
 @contextmanager

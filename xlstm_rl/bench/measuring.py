@@ -21,7 +21,7 @@ from xlstm_rl.bench.plan import LENGTHS, PlannedRun, fingerprint, lengthened, sc
 from xlstm_rl.bench.results import Figure, Record, StateHealth
 from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.envs import TaskFacts
-from xlstm_rl.runs.build import make_env, normalized_as_saved
+from xlstm_rl.runs.build import make_env, normalized_as_saved, own_classes
 from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.scores import EMPTIED, TRAINED, Score, play
 from xlstm_rl.runs.seeds import Purpose, environment_seed
@@ -141,7 +141,8 @@ def measure(
     config, folder = run.config, RunFolder(result.folder)
     with closing(make_env(config, 1, config.seed, here=True)) as env:
         with folder.model.open("rb") as file:
-            model = RecurrentPPO.load(file, env=normalized_as_saved(env, config, file), device="cpu")
+            normalized = normalized_as_saved(env, config, file)
+            model = RecurrentPPO.load(file, env=normalized, device="cpu", custom_objects=own_classes(config))
         scores = {line.agent: line for line in result.scores}
         seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
         sampled = play(model, config, config.eval.n_episodes, seed, deterministic=False, on_step=on_step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
@@ -75,16 +76,16 @@ def run_all(
     deadline = float("inf") if hours is None else time.monotonic() + hours * 3600
     outcome = Outcome()
     with Interruption() as interruption, ProgressView(runs, done, console) as view:
-        pool = _Pool(spec, view, outcome, after_each)
-        while True:
-            stopping = interruption.signal is not None
-            while todo and len(pool.running) < workers and not stopping and time.monotonic() < deadline:
-                pool.start(todo.pop(0))
-            if stopping:
-                pool.ask_to_stop()
-            if not pool.running:
-                break
-            pool.wait()
+        with _Pool(spec, view, outcome, after_each) as pool:
+            while True:
+                stopping = interruption.signal is not None
+                while todo and len(pool.running) < workers and not stopping and time.monotonic() < deadline:
+                    pool.start(todo.pop(0))
+                if stopping:
+                    pool.ask_to_stop()
+                if not pool.running:
+                    break
+                pool.wait()
     outcome.left += todo
     outcome.interrupted_by = interruption.signal
     return outcome
@@ -121,14 +122,21 @@ def _goes_on(run: PlannedRun, spec: BenchSpec) -> bool:
     return load_file(config) == run.config and noted in (None, fingerprint(run, spec))
 
 
-class _Pool:
-    """The running workers."""
+class _Pool(AbstractContextManager["_Pool"]):
+    """The running workers, which save and end where the block is left with some of them."""
 
     def __init__(self, spec: BenchSpec, view: ProgressView, outcome: Outcome, after_each: Callable[[], None]) -> None:
         self.running: dict[BaseProcess, PlannedRun] = {}
         self._spec, self._view, self._outcome, self._after_each = spec, view, outcome, after_each
         self._context = _context()
         self._asked = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.ask_to_stop()
+        for process in self.running:
+            process.join()
 
     def start(self, run: PlannedRun) -> None:
         run.failure.unlink(missing_ok=True)
