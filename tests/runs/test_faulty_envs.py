@@ -24,6 +24,7 @@ from xlstm_rl import cli
 from xlstm_rl.agents import EvaluationResult, evaluate, evaluate_random
 from xlstm_rl.configs import ConfigError, TrainConfig, load
 from xlstm_rl.runs import scores
+from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.open import inspect_run
 from xlstm_rl.runs.train import TrainingStoppedError, evaluate_run, resume, train
 from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
@@ -202,6 +203,17 @@ def test_ctrl_c_is_heard_in_an_evaluation_during_training_which_is_done_again_on
     monkeypatch.setattr(scores, "evaluate_random", lambda *args, **kwargs: ending(_Still(), *args, **kwargs))
     again = resume(tmp_path / "run")
     assert [row.step for row in again.rows if row.kind == "eval"] == [64, 128]
+
+
+def test_ctrl_c_is_heard_in_a_long_update_which_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xlstm_rl.runs.train.plot_curve", lambda *_: None)
+    config = faulty("ppo.n_epochs=100_000", "checkpoint.every_steps=64")
+    result, seconds = interrupted_after(4.0, lambda: train(config, tmp_path / "run"))
+    assert seconds < 1.5
+    assert result.interrupted_by == signal.SIGINT
+    folder = RunFolder(tmp_path / "run")
+    assert [path.name for path in folder.list_checkpoints()] == ["step_0000000000.zip"]
+    assert folder.model.is_file()
 
 
 class _Still:

