@@ -87,8 +87,8 @@ def train(
 ) -> RunResult:
     """Train, save and evaluate an agent.
 
-    SIGINT (Ctrl-C) and SIGTERM end training and evaluations at the next step or minibatch; the model and a checkpoint are saved and
-    the result says so.
+    SIGINT (Ctrl-C) and SIGTERM end training and evaluations at the next step or minibatch; the model and a checkpoint
+    are saved and the result says so.
 
     Args:
         config: the run.
