@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(cpp_extension.extension().module is None, reason
 
 MIXERS = {label: CONFIGS[label] for label in CONFIGS if label not in ("memory mixing, biases", "without FFN")} | {
     "conv longer than a tile's padding": {"conv_kernel": 20},
+    "conv longer than a tile": {"conv_kernel": 80},
     "soft cap and sigmoid, exponential forget gate": {
         "gate_soft_cap": 2.0,
         "input_activation": "sigmoid",

@@ -153,11 +153,13 @@ template <class T> void transpose_four(const T* from, T* to, int64_t to_row) {
   }
 }
 
-// to [columns, rows] = from [rows, columns].
+// to [columns, rows] = from [rows, columns], which do not overlap.
 template <class T>
 void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row) {
   constexpr int W = WIDTH<T>;
   for (int64_t first = 0; first < rows; first += W) {
+    // Rows that do not fill a vector are taken with some before them, which takes less than one by one.
+    if (first + W > rows && rows >= W) first = rows - W;
     const int64_t end = std::min(rows, first + W);
     int64_t j = 0;
     if (end == first + W && columns == 4 && from_row == 4) {

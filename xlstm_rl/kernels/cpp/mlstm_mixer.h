@@ -92,6 +92,42 @@ template <class T> struct MixerOutput {
   }
 };
 
+// How many steps each step reaches in a convolution: of those before it, or of those after it. Also the least and the
+// greatest of a vector, since only between these a mask has to decide.
+template <class T> struct Reach {
+  T *steps, *least, *most;  // [count], and twice [count / vector width]
+
+  static int64_t room(int64_t count) { return count + 2 * (count / WIDTH<T>); }
+  Reach(T* memory, int64_t count)
+      : steps(memory), least(memory + count), most(least + count / WIDTH<T>) {}
+
+  void bound(int64_t count) const {
+    for (int64_t t = 0; t < count; t += WIDTH<T>) {
+      const auto [low, high] = std::minmax_element(steps + t, steps + t + WIDTH<T>);
+      least[t / WIDTH<T>] = *low;
+      most[t / WIDTH<T>] = *high;
+    }
+  }
+  Int<T> reaches(int64_t t, int64_t distance) const { return load(steps + t) >= T(distance); }
+
+  // For the vector of steps from t on, `first` and the sum over distances of taps[-distance] * from[SIGN * distance], as
+  // far as these steps reach; `from` is that of step t. What lies beyond may be anything. Where there are many, four sums
+  // take turns, or each addition would wait for the one before.
+  template <int SIGN>
+  INLINE Vec<T> convolve(int64_t t, int64_t size, const T* taps, const T* from, T first = 0) const {
+    const int64_t all = std::min<int64_t>(size, int64_t(least[t / WIDTH<T>]) + 1);
+    const int64_t some = std::min<int64_t>(size, int64_t(most[t / WIDTH<T>]) + 1);
+    Vec<T> sums[4] = {fill(first)};
+    int64_t back = 0;
+    for (; all >= 8 && back + 4 <= all; back += 4)
+      for (int n = 0; n < 4; n++) sums[n] += taps[-back - n] * load(from + SIGN * (back + n));
+    for (; back < all; back++) sums[0] += taps[-back] * load(from + SIGN * back);
+    for (; back < some; back++)
+      sums[0] += taps[-back] * keep_where<T>(reaches(t, back), load(from + SIGN * back));
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+};
+
 // A tile of a row: `length` steps from `start` on, padded to `width`.
 template <class T> struct Tile {
   int64_t index, start, length, width, halo;  // halo: room for the steps before, padded
@@ -124,6 +160,11 @@ template <class T> struct Tile {
     Features<T> inputs{memory + halo, row};
     transpose(length, x.N, x.input(start), 2 * x.N, inputs.data, row);
     for (int64_t f = 0; f < x.N; f++) std::fill(inputs.at(f).data + length, inputs.at(f).data + width, T(0));
+    // The first tile finds them in the window, and the others, at most once it is longer than a tile, in both.
+    if (start == 0 || start >= x.past()) {
+      transpose(x.past(), x.N, x.input(start - x.past()), start ? 2 * x.N : x.N, inputs.data - x.past(), row);
+      return inputs;
+    }
     for (int64_t back = 1; back <= x.past(); back++) {
       const T* from = x.input(start - back);
       for (int64_t f = 0; f < x.N; f++) inputs.at(f).data[-back] = from[f];
@@ -131,40 +172,57 @@ template <class T> struct Tile {
     return inputs;
   }
 
-  // seen() of the steps of the tile and of the `halo` steps after it, as numbers to compare vectors with.
-  void look_back(const MlstmMixer<T>& x, T* seen) const {
-    for (int64_t t = 0; t < width + halo; t++) seen[t] = start + t < x.steps ? T(x.seen(start + t)) : T(0);
+  bool starts_at(const MlstmMixer<T>& x, int64_t t) const {
+    return x.reset && t >= 0 && t < x.steps && x.reset[t];
+  }
+  // seen() of the steps of the tile; padding goes on where they end.
+  Reach<T> look_back(const MlstmMixer<T>& x, T* memory) const {
+    Reach<T> reach(memory, width);
+    int64_t seen = x.seen(start);
+    for (int64_t t = 0; t < width; t++) {
+      if (t > 0) seen = starts_at(x, start + t) ? 0 : std::min(x.past(), seen + 1);
+      reach.steps[t] = T(seen);
+    }
+    reach.bound(width);
+    return reach;
+  }
+  // By how many steps after them the `before` steps before the tile (a multiple of the vector width) and its own are
+  // seen.
+  Reach<T> look_ahead(const MlstmMixer<T>& x, int64_t before, T* memory) const {
+    Reach<T> reach(memory, before + width);
+    int64_t seen_by = x.past();
+    for (int64_t t = width + x.past() - 1; t >= -before; t--) {
+      seen_by = starts_at(x, start + t + 1) ? 0 : std::min(x.past(), seen_by + 1);
+      if (t < width) reach.steps[before + t] = T(seen_by);
+    }
+    reach.bound(before + width);
+    return reach;
   }
 };
 
 // Causal convolution of a tile, before its SiLU.
 template <class T>
-void convolve(const MlstmMixer<T>& x, const Tile<T>& tile, const T* seen, Features<T> inputs, Features<T> to) {
+void convolve(const MlstmMixer<T>& x, const Tile<T>& tile, const Reach<T>& seen, Features<T> inputs, Features<T> to) {
   for (int64_t f = 0; f < x.N; f++) {
-    const T *taps = x.conv + f * x.taps + x.past(), *in = inputs.at(f).data;
-    for (int64_t t = 0; t < tile.width; t += WIDTH<T>) {
-      Vec<T> y = x.conv_bias[f] + taps[0] * load(in + t);
-      for (int64_t back = 1; back < x.taps; back++)
-        // A forgotten input may hold anything.
-        y += taps[-back] * keep_where<T>(load(seen + t) >= T(back), load(in + t - back));
-      store(to.at(f).data + t, y);
-    }
+    const T* taps = x.conv + f * x.taps + x.past();
+    for (int64_t t = 0; t < tile.width; t += WIDTH<T>)
+      store(to.at(f).data + t,
+            seen.template convolve<-1>(t, x.taps, taps, inputs.at(f).data + t, x.conv_bias[f]));
   }
 }
 
 // The layers before the cell.
 template <class T> void mixer_enter(const MlstmMixer<T>& x, const MixerTrace<T>& trace, const Tile<T>& tile) {
   const int64_t N = x.N, H = x.H, width = tile.width;
-  Scratch<T> scratch((N + 1) * (tile.halo + width) + (4 * N + 2 * H) * width);
+  Scratch<T> scratch(N * (tile.halo + width) + Reach<T>::room(width) + (4 * N + 2 * H) * width);
   Features<T> inputs = tile.gather_inputs(x, scratch.take(N * (tile.halo + width)));
-  T* seen = scratch.take(width + tile.halo);
+  T* reach = scratch.take(Reach<T>::room(width));
   Features<T> mixed{scratch.take(N * width), width}, projected{scratch.take(3 * N * width), width};
   Features<T> gates{scratch.take(2 * H * width), width};
 
   if (x.taps) {
     Features<T> before_silu{tile.before_silu(x, trace), width};
-    tile.look_back(x, seen);
-    convolve(x, tile, seen, inputs, before_silu);
+    convolve(x, tile, tile.look_back(x, reach), inputs, before_silu);
   }
   tile.mixed(x, trace, mixed);
   project_groups(x.query_key, x.query_key_bias, N, x.group, 2, mixed, projected);

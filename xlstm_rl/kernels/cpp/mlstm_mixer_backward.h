@@ -204,29 +204,35 @@ void mixer_gates_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, co
   });
 }
 
-// Back through the convolution of a tile: `d` [N, width + halo] by its output, with that of the steps after the tile
-// behind it; adds to `d_inputs` and, for the first tile, to the gradient by the window.
+// Back through the convolution of a tile: `d` by its output, with that of the steps after the tile behind it and zeros
+// before it; adds to `d_inputs` and, for the first tile, to the gradient by the window. `memory` is room for two reaches
+// and for a row.
 template <class T>
-void convolve_backward(const MlstmMixer<T>& x, const Tile<T>& tile, const T* seen, Features<T> inputs, Features<T> d,
-                       Features<T> d_inputs, T* d_window, const MixerWeightGradient<T>& by_weight) {
+void convolve_backward(const MlstmMixer<T>& x, const Tile<T>& tile, Features<T> inputs, Features<T> d,
+                       Features<T> d_inputs, T* d_window, const MixerWeightGradient<T>& by_weight, T* memory) {
+  constexpr int W = WIDTH<T>;
+  const int64_t width = tile.width, before = tile.start == 0 ? tile.halo : 0, past = x.past();
+  const Reach<T> seen = tile.look_back(x, memory);
+  const Reach<T> seen_by = tile.look_ahead(x, before, memory + Reach<T>::room(width));
+  T* by_past = memory + Reach<T>::room(width) + Reach<T>::room(before + width);
   for (int64_t f = 0; f < x.N; f++) {
-    const T *taps = x.conv + f * x.taps + x.past(), *by_y = d.at(f).data, *in = inputs.at(f).data;
-    T *by_taps = by_weight.conv + f * x.taps + x.past(), *by_in = d_inputs.at(f).data;
-    by_weight.conv_bias[f] += total(d.at(f), tile.width);
+    const T *taps = x.conv + f * x.taps + past, *by_y = d.at(f).data, *in = inputs.at(f).data;
+    T *by_taps = by_weight.conv + f * x.taps + past, *by_in = d_inputs.at(f).data;
+    by_weight.conv_bias[f] += total(d.at(f), width);
     for (int64_t back = 0; back < x.taps; back++) {
       Vec<T> products{};
-      for (int64_t t = 0; t < tile.width; t += WIDTH<T>) {
-        products += load(by_y + t) * keep_where<T>(load(seen + t) >= T(back), load(in + t - back));
-        Vec<T> later = keep_where<T>(load(seen + t + back) >= T(back), load(by_y + t + back));
-        store(by_in + t, load(by_in + t) + taps[-back] * later);
-      }
+      for (int64_t t = 0; t < width; t += W)
+        if (T(back) <= seen.least[t / W])
+          products += load(by_y + t) * load(in + t - back);
+        else if (T(back) <= seen.most[t / W])
+          products += load(by_y + t) * keep_where<T>(seen.reaches(t, back), load(in + t - back));
       by_taps[-back] += sum<T>(products);
     }
-    if (tile.start > 0) continue;
-    for (int64_t before = 1; before <= x.past(); before++)  // steps before the sequence
-      for (int64_t back = before; back < x.taps && back - before < tile.length; back++)
-        if (seen[back - before] >= T(back))
-          d_window[(x.past() - before) * x.N + f] += taps[-back] * by_y[back - before];
+    for (int64_t t = 0; t < width; t += W)
+      store(by_in + t, load(by_in + t) + seen_by.template convolve<1>(before + t, x.taps, taps, by_y + t));
+    for (int64_t t = 0; t < before; t += W)
+      store(by_past + t, seen_by.template convolve<1>(t, x.taps, taps, by_y - before + t));
+    for (int64_t t = 0; before && t < past; t++) d_window[t * x.N + f] += by_past[before - past + t];
   }
 }
 
@@ -236,14 +242,17 @@ template <class T>
 void mixer_enter_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, T* d_x, T* d_window,
                           const MixerWork<T>& work, const MixerWeightGradient<T>& by_weight, const Tile<T>& tile,
                           T* later) {
-  const int64_t N = x.N, H = x.H, width = tile.width, halo = tile.halo, row = width + halo;
-  const int64_t projected_row = padded<T>(3 * N);
-  Scratch<T> scratch((2 * N + 1) * row + (5 * N + 4 * H) * width + width * projected_row);
-  Features<T> inputs = tile.gather_inputs(x, scratch.take(N * row));
-  Features<T> d_convolved{scratch.take(N * row), row}, mixed{scratch.take(N * width), width};
+  const int64_t N = x.N, H = x.H, width = tile.width, halo = tile.halo;
+  const int64_t projected_row = padded<T>(3 * N), reach = 2 * Reach<T>::room(halo + width) + halo;
+  Scratch<T> scratch(N * (halo + width) + N * (halo + width + halo) + reach + (5 * N + 4 * H) * width +
+                     width * projected_row);
+  Features<T> inputs = tile.gather_inputs(x, scratch.take(N * (halo + width)));
+  // Rows begin behind the zeros.
+  Features<T> d_convolved{scratch.take(N * (halo + width + halo)) + halo, halo + width + halo};
+  Features<T> mixed{scratch.take(N * width), width};
   Features<T> d_projected{scratch.take(3 * N * width), width}, d_inputs{scratch.take(N * width), width};
   Features<T> d_gates{scratch.take(2 * H * width), width}, capped{scratch.take(2 * H * width), width};
-  T *seen = scratch.take(row), *copy = scratch.take(width * projected_row);
+  T *reaches = scratch.take(reach), *copy = scratch.take(width * projected_row);
   Features<T> d_mixed{work.mixed_of(x, tile), width};
 
   tile.gather_from(work.q, N, N, d_projected);
@@ -268,6 +277,7 @@ void mixer_enter_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, T*
   if (x.taps) {
     const T* before_silu = tile.before_silu(x, trace);
     for (int64_t f = 0; f < N; f++) {
+      std::fill(d_convolved.at(f).data - halo, d_convolved.at(f).data, T(0));
       for (int64_t t = 0; t < width; t += WIDTH<T>) {
         Vec<T> value = load(before_silu + f * width + t);
         store(d_convolved.at(f).data + t, load(d_mixed.at(f).data + t) * silu_slope<T>(value, sigmoid<T>(value)));
@@ -275,8 +285,7 @@ void mixer_enter_backward(const MlstmMixer<T>& x, const MixerTrace<T>& trace, T*
       std::memcpy(d_convolved.at(f).data + width, later + f * halo, halo * sizeof(T));
       std::memcpy(later + f * halo, d_convolved.at(f).data, halo * sizeof(T));
     }
-    tile.look_back(x, seen);
-    convolve_backward(x, tile, seen, inputs, d_convolved, d_inputs, d_window, by_weight);
+    convolve_backward(x, tile, inputs, d_convolved, d_inputs, d_window, by_weight, reaches);
   } else {
     transform(d_inputs, N, [&](Vec<T> d, int64_t f, int64_t t) { return d + load(d_mixed.at(f).data + t); });
   }
