@@ -21,6 +21,8 @@ LAYERS = {
         *("", "norm", "conv", "input_forget", "cell_output", "head_norm", "dropout", "ffn_norm", "ffn"),
         *("ffn.up", "ffn.down"),
     ),
+    # whose gates are one product
+    "s with one head": ("norm", "input_forget", "cell_output", "head_norm"),
 }
 PLACES = [(letter, name) for letter, names in LAYERS.items() for name in names]
 every_place = pytest.mark.parametrize(("letter", "name"), PLACES)
@@ -28,7 +30,9 @@ every_place = pytest.mark.parametrize(("letter", "name"), PLACES)
 
 def core_of(letter: str) -> Any:
     torch.manual_seed(0)
-    core = make_memory("xlstm", 4, defaults="paper", hidden_size=WIDTH, blocks=letter, num_heads=2, recurrent_std=1.0)
+    one_head: dict[str, Any] = {"slstm_num_heads": 1, "slstm_conv_kernel": 0} if letter == "s with one head" else {}
+    settings: dict[str, Any] = {"hidden_size": WIDTH, "blocks": letter[0], "num_heads": 2, "recurrent_std": 1.0}
+    core = make_memory("xlstm", 4, defaults="paper", **settings, **one_head)
     core = core.double()
     with torch.no_grad():
         for parameter in core.parameters():
@@ -233,3 +237,17 @@ def test_what_is_taken_away_again_no_longer_acts(letter: str) -> None:
         assert not torch.allclose(stepped(core, x, state), plain)
         handle.remove()
         assert torch.equal(stepped(core, x, state), plain)
+
+
+def test_gates_in_one_product_are_those_of_the_layers() -> None:
+    core = core_of("s with one head")
+    x, outer = torch.randn(2, 7, 4, dtype=torch.float64), torch.randn(2, 7, WIDTH, dtype=torch.float64)
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(core(x, core.initial_state(2))[0], [*core.parameters()], outer)
+
+    at_once = gradients()
+    seen: list[Any] = []
+    core.blocks[0].input_forget.register_forward_hook(lambda *given: seen.append(given))
+    assert_close(at_once, gradients())
+    assert len(seen) == 1

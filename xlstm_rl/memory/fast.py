@@ -29,7 +29,7 @@ from xlstm_rl.kernels.cpp_blocks import (
 from xlstm_rl.kernels.cpp_mixer import can_mix, mlstm_mixer
 from xlstm_rl.memory.config import XLSTMConfig
 from xlstm_rl.memory.core import MemoryBlock
-from xlstm_rl.memory.layers import BlockLinear, CausalConv, GatedFeedForward, HeadNorm
+from xlstm_rl.memory.layers import BlockLinear, CausalConv, GatedFeedForward, HeadNorm, Linear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKS_OF_ALL_MODULES = tuple(getattr(of_all_modules, f"_global{name}") for name in _HOOKS)
@@ -38,7 +38,7 @@ _WRITTEN: dict[type[nn.Module], Any] = {
     layer: layer.forward
     for layer in (
         *(nn.Linear, nn.LayerNorm, nn.Dropout, nn.LSTM, nn.GRU),
-        *(BlockLinear, CausalConv, GatedFeedForward, HeadNorm),
+        *(BlockLinear, CausalConv, GatedFeedForward, HeadNorm, Linear),
     )
 }
 _forward_of = attrgetter("forward")
@@ -164,6 +164,11 @@ class CompiledBlock:
         if new is leaves:
             return y, state
         return y, self.state_type(self.cell_type(*new[:-1]), new[-1])
+
+    def may_pass_by_layers(self, block: nn.Module) -> bool:
+        """Whether layers of a block in a call of it do what their weights say, and nothing else."""
+        found = self._find(block)
+        return found is not None and type(block) in _WRITTEN and found.inside.is_bare()
 
     def _find(self, block: nn.Module) -> _Found | None:
         layers = self._layers(block)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import causal_conv
+from xlstm_rl.kernels.linear import linear
 
 
 def init_small(weight: Tensor, width: int) -> None:
@@ -19,6 +20,14 @@ def init_small(weight: Tensor, width: int) -> None:
 def init_wang(weight: Tensor, width: int, num_blocks: int) -> None:
     """Init of projections into the residual stream, std 2 / (blocks sqrt(width)) (Wang 2021, GPT-J)."""
     nn.init.normal_(weight, std=2 / num_blocks / math.sqrt(width))
+
+
+class Linear(nn.Linear):
+    """A `torch.nn.Linear` whose product is faster on some processors."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., in_features] to [..., out_features]."""
+        return linear(input, self.weight, self.bias)
 
 
 class BlockLinear(nn.Module):
@@ -111,8 +120,8 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, width: int, inner_width: int, num_blocks: int, *, bias: bool) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 2 * inner_width, bias=bias)
-        self.down = nn.Linear(inner_width, width, bias=bias)
+        self.up = Linear(width, 2 * inner_width, bias=bias)
+        self.down = Linear(inner_width, width, bias=bias)
         init_small(self.up.weight, width)
         init_wang(self.down.weight, width, num_blocks)
         if bias:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from xlstm_rl.kernels import MLSTMState, mlstm_sequence
 from xlstm_rl.memory.config import XLSTMConfig
 from xlstm_rl.memory.fast import CompiledMLSTM, FastBlock, stands_for
-from xlstm_rl.memory.layers import BlockLinear, CausalConv, HeadNorm, init_small, init_wang, soft_cap
+from xlstm_rl.memory.layers import BlockLinear, CausalConv, HeadNorm, Linear, init_small, init_wang, soft_cap
 
 
 class MLSTMBlockState(NamedTuple):
@@ -39,7 +39,7 @@ class MLSTMBlock(FastBlock):
         num_blocks = len(config.blocks)
         self.config = config
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=False)
-        self.up = nn.Linear(width, 2 * inner, bias=config.bias)
+        self.up = Linear(width, 2 * inner, bias=config.bias)
         self.conv = (
             CausalConv(inner, config.conv_kernel, identity=config.init == "recall") if config.conv_kernel else None
         )
@@ -48,7 +48,7 @@ class MLSTMBlock(FastBlock):
         self.gates = nn.Linear(3 * inner, 2 * heads)
         self.head_norm = HeadNorm(heads, inner // heads, config.norm_eps)
         self.skip = nn.Parameter(torch.ones(inner))
-        self.down = nn.Linear(inner, width, bias=config.bias)
+        self.down = Linear(inner, width, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         for weight in (self.up.weight, self.query_key.weight, self.value.weight):
             init_small(weight, width)

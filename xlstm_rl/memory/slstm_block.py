@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_rl.kernels import SLSTMState, slstm_sequence
+from xlstm_rl.kernels.linear import linear
+from xlstm_rl.kernels.tracing import traced
 from xlstm_rl.memory.config import XLSTMConfig
 from xlstm_rl.memory.fast import CompiledSLSTM, FastBlock, stands_for
 from xlstm_rl.memory.layers import BlockLinear, CausalConv, GatedFeedForward, HeadNorm, init_small
@@ -69,15 +71,27 @@ class SLSTMBlock(FastBlock):
         if self.conv is not None:
             mixed, window = self.conv(normed, window, reset)
             mixed = F.silu(mixed)
-        gates = torch.cat((self.input_forget(mixed), self.cell_output(normed)))  # [4, B, T, width]
-        gates = gates.view(4, *x.shape[:2], *self.gate_bias.shape[1:]).permute(1, 2, 0, 3, 4) + self.gate_bias
         hidden, cell = slstm_sequence(
-            gates, self.recurrent, state.cell, reset, forget_activation=self.config.forget_activation
+            self._gates(normed, mixed),
+            self.recurrent,
+            state.cell,
+            reset,
+            forget_activation=self.config.forget_activation,
         )
         x = x + self.dropout(self.head_norm(hidden))
         if self.ffn is not None and self.ffn_norm is not None:
             x = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return x, SLSTMBlockState(cell, window)
+
+    def _gates(self, normed: Tensor, mixed: Tensor) -> Tensor:
+        """Gates [B, T, 4, H, D] of what the convolution saw and gave, [B, T, width] each."""
+        shape, heads = normed.shape[:2], self.gate_bias.shape[1:]
+        if mixed is normed and heads[0] == 1 and not traced() and self.compiled.may_pass_by_layers(self):
+            # all four in one product, and in order
+            weight = torch.cat((self.input_forget.weight[0], self.cell_output.weight[0]))
+            return linear(normed, weight, self.gate_bias.flatten()).view(*shape, 4, *heads)
+        gates = torch.cat((self.input_forget(mixed), self.cell_output(normed)))  # [4, B, T, width]
+        return gates.view(4, *shape, *heads).permute(1, 2, 0, 3, 4) + self.gate_bias
 
 
 def _forget_bias(config: XLSTMConfig, index: int, head_width: int) -> Tensor:
