@@ -9,6 +9,9 @@ WORKERS ?= 2
 TRITON ?= 3.7.1
 TRITON_VENV ?= .venv-triton
 
+RAY ?= 2.60.0
+RLLIB_VENV ?= .venv-rllib
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What training needs, and what tests, lint and documentation need besides.
@@ -19,7 +22,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train test test-triton test-triton-interpreter test-triton-compiler slow-triton gpu-check lint slow bench docs clean
+.PHONY: help setup train test test-triton test-triton-interpreter test-triton-compiler slow-triton test-rllib gpu-check lint slow bench docs clean
 
 help:
 	@echo "make train   train an agent (PRESET=$(PRESET), OVERRIDES='a.b=value ...')"
@@ -32,6 +35,7 @@ help:
 	@echo "make test-triton-interpreter  what they compute, run by Triton's interpreter"
 	@echo "make test-triton-compiler     what they become, compiled ahead of time for several GPUs"
 	@echo "make slow-triton  the compiler job for more kinds of GPU"
+	@echo "make test-rllib   the module for RLlib (ray $(RAY)), and the package with the gymnasium that ray pins"
 	@echo "make gpu-check    correctness and speed of the kernels on this machine's GPU"
 	@echo "make bench   speed and learning benchmarks"
 	@echo "make clean   remove what make created, runs/ excepted"
@@ -94,6 +98,23 @@ test-triton-compiler: $(TRITON_STAMP)
 slow-triton: $(TRITON_STAMP)
 	$(ONE_THREAD) TRITON_INTERPRET=0 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q -m slow tests/gpu/test_compilation.py
 
+# RLlib and the gymnasium that it pins before the packages of the first environment.
+RLLIB_STAMP := $(RLLIB_VENV)/.installed-$(RAY)
+
+$(RLLIB_STAMP): $(DEV)
+	test -x $(RLLIB_VENV)/bin/python || $(BIN)/python -m venv $(RLLIB_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(RLLIB_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth"
+	grep -v '^gymnasium==' constraints.txt > $(RLLIB_VENV)/constraints.txt
+	$(RLLIB_VENV)/bin/python -m pip --disable-pip-version-check install -c $(RLLIB_VENV)/constraints.txt 'ray[rllib]==$(RAY)'
+	rm -f $(RLLIB_VENV)/.installed-*
+	touch $@
+
+# Warnings of ray are not ours; then what meets gymnasium, where warnings are errors again.
+test-rllib: $(RLLIB_STAMP)
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR) $(RLLIB_VENV)/bin/python -m pytest -q -W default -m "slow or not slow" tests/rllib
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR) $(RLLIB_VENV)/bin/python -m pytest -q -n $(WORKERS) tests/envs tests/agents tests/runs
+
 gpu-check: $(RUNTIME)
 	$(BIN)/python -m benchmarks.gpu_check
 
@@ -104,4 +125,4 @@ bench: $(DEV)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.collapse
 
 clean:
-	rm -rf $(VENV) $(TRITON_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(TRITON_VENV) $(RLLIB_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

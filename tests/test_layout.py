@@ -30,6 +30,7 @@ ORDER = (
     "memory",
     "vec_envs",
     "agents",
+    "rllib",
     "export",
     "inspection",
     "configs",

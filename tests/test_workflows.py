@@ -52,7 +52,7 @@ def test_targets_of_make_that_workflows_name_are_there() -> None:
     targets = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     named = {name for step in steps() for name in re.findall(r"make ([a-z][a-z-]*)", step.get("run", ""))}
     named |= {*jobs_of("test.yml")["triton"]["strategy"]["matrix"]["job"]}
-    assert {"test", "docs", "test-triton-interpreter", "test-triton-compiler"} == named <= set(targets)
+    assert {"test", "docs", "test-triton-interpreter", "test-triton-compiler", "test-rllib"} == named <= set(targets)
 
 
 def test_tool_that_makes_the_sdist_is_pinned_as_in_the_constraints() -> None:

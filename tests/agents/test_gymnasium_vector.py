@@ -15,6 +15,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO, evaluate
 from xlstm_rl.vec_envs.env_contract import SKIPPED
 
+# generic classes, and wrappers that refuse modes, came later
+GYMNASIUM = tuple(map(int, gym.__version__.split(".")[:2]))
 MODES = [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED]
 
 
@@ -189,6 +191,7 @@ def test_observations_are_normalised_by_the_wrapper_of_gymnasium() -> None:
     assert model.rollout_buffer.observations.min() < 0
 
 
+@pytest.mark.skipif(GYMNASIUM < (1, 3), reason="nobody refuses there")
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
 def test_the_wrapper_that_normalises_observations_refuses_other_modes(mode: AutoresetMode) -> None:
     with pytest.raises((AssertionError, ValueError), match="NEXT_STEP"):
@@ -199,7 +202,7 @@ def test_what_a_wrapper_pays_for_a_skipped_step_is_in_no_return() -> None:
     paid(TransformReward(paying(AutoresetMode.NEXT_STEP), np.ones_like))
 
 
-class WholeResetsOnly(VectorWrapper[Any, Any, Any, Any, Any]):
+class WholeResetsOnly(VectorWrapper):
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
         if options and "reset_mask" in options:
             raise ValueError("no partial resets")

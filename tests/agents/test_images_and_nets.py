@@ -197,3 +197,17 @@ def test_squashed_actions_are_unscaled_in_rollout_and_predict_alike() -> None:
     step = model.policy.act(torch.from_numpy(obs), model.policy.initial_state(2), torch.ones(2, dtype=torch.bool))
     assert np.allclose(actions, model.policy.to_env_actions(step.actions.detach().numpy()), atol=1e-4)
     assert (actions[:, 1] >= 10).all()
+
+
+def test_small_pictures_of_floats_in_a_dict_are_taken_flat_beside_large_ones() -> None:
+    small = spaces.Box(0, 1, (3, 5, 5), np.float32)
+    space = spaces.Dict({"camera": UNIT_IMAGE, "map": small})
+    model = RecurrentPPO(
+        "MultiInputXLSTMPolicy",
+        make_vec_env(Of, 2, seed=0, env_kwargs={"space": space}),
+        n_steps=8,
+        batch_size=16,
+        policy_kwargs={**SMALL, "normalize_images": False},
+    )
+    model.learn(16)
+    assert model.policy.features_dim == 256 + 3 * 5 * 5

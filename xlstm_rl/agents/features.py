@@ -92,9 +92,9 @@ def is_grid(space: spaces.Space[Any]) -> TypeGuard[spaces.MultiDiscrete]:
     return isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim > 1
 
 
-def is_small_image(space: spaces.Space[Any]) -> bool:
-    """Whether a space is one of images that `NatureCNN` cannot take."""
-    if not is_image_space(space):
+def is_small_image(space: spaces.Space[Any], normalized_image: bool = False) -> bool:
+    """Whether a space is one of images that `NatureCNN` cannot take; normalized ones are floats of any range."""
+    if not is_image_space(space, normalized_image=normalized_image):
         return False
     height, width = space.shape[1:] if is_image_space_channels_first(space) else space.shape[:2]  # type: ignore[index, arg-type]
     return min(height, width) < SMALLEST_IMAGE
@@ -113,7 +113,7 @@ class FlatSmallImagesExtractor(CombinedExtractor):
         self, observation_space: spaces.Dict, cnn_output_dim: int = 256, normalized_image: bool = False
     ) -> None:
         flat = {
-            key: spaces.Box(0, 1, part.shape) if is_small_image(part) else part
+            key: spaces.Box(0, 1, (int(np.prod(part.shape or ())),)) if is_small_image(part, normalized_image) else part
             for key, part in observation_space.spaces.items()
         }
         super().__init__(spaces.Dict(flat), cnn_output_dim, normalized_image)

@@ -299,7 +299,7 @@ def check_policy_kwargs(policy_class: type[Any], policy_kwargs: Mapping[str, Any
     Raises:
         TypeError: a name is unknown; the message lists it and the known ones.
     """
-    known = _arguments_of(policy_class)
+    known = policy_arguments(policy_class)
     unknown = [key for key in policy_kwargs if key not in known]
     if unknown:
         raise TypeError(
@@ -309,7 +309,7 @@ def check_policy_kwargs(policy_class: type[Any], policy_kwargs: Mapping[str, Any
         )
 
 
-def _arguments_of(policy_class: type[Any]) -> set[str]:
+def policy_arguments(policy_class: type[Any]) -> set[str]:
     """Names of the settings that the constructor takes, those that it hands on to its parents included."""
     names: set[str] = set()
     for kind in policy_class.__mro__:

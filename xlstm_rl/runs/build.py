@@ -7,12 +7,14 @@ import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import IO, Any
 
 import gymnasium
 import torch
 from gymnasium import spaces
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode
 from rich.console import Console
 from stable_baselines3.common.preprocessing import is_image_space
@@ -155,14 +157,12 @@ def _make_one(config: EnvConfig, vec: str, replay: bool, seed: int) -> gymnasium
 
 
 def _make_vector(config: EnvConfig, n_envs: int, seed: int) -> VecEnv:
-    make = partial(gymnasium.make_vec, config.id, n_envs, "vector_entry_point", **config.kwargs)
-    try:
-        # no step is then spent on resets
-        vector_env = make(autoreset_mode=AutoresetMode.SAME_STEP)
-    # not all have the choice
-    except TypeError:
-        vector_env = make()
-    env: VecEnv = GymnasiumVecEnv(vector_env)
+    entry_point: Any = gymnasium.spec(config.id.rpartition(":")[2]).vector_entry_point
+    maker = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+    # no step is then spent on resets; not all have the choice
+    chosen = {"autoreset_mode": AutoresetMode.SAME_STEP} if "autoreset_mode" in signature(maker).parameters else {}
+    kwargs: dict[str, Any] = {**config.kwargs, **chosen}
+    env: VecEnv = GymnasiumVecEnv(gymnasium.make_vec(config.id, n_envs, "vector_entry_point", **kwargs))
     if config.memory_inputs:
         env = VecMemoryInputs(env, config.memory_inputs)
     env.seed(seed)
