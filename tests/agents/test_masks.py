@@ -1,5 +1,6 @@
 """A masked action is never taken, and training sees the masks of the rollout."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
+from sb3_contrib.common.maskable.utils import get_action_masks
 from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -22,7 +24,7 @@ from tests.agents.masked_env import MASKABLE, MaskedEpisodes, chosen, random_mas
 from tests.agents.recomputation import assert_recomputed, recompute
 from tests.agents.small_agents import agent
 from tests.agents.spaces_for_tests import RandomEpisodes, vec_env
-from xlstm_rl.agents import MaskedEvalCallback, MaskedModel, RecurrentPPO, evaluate, evaluate_random
+from xlstm_rl.agents import MaskedEvalCallback, MaskedModel, RecurrentPPO, XLSTMPolicy, evaluate, evaluate_random
 from xlstm_rl.agents.heads import check_masks, mask_parts, sample_allowed
 
 CRITICS = ("shared", "separate", "none")
@@ -213,7 +215,7 @@ def test_evaluation_callback_masks_and_saves_the_best_model(tmp_path: Path) -> N
 
 
 def test_evaluation_callback_cuts_episodes_without_an_end_and_says_so(tmp_path: Path) -> None:
-    class Endless(RandomEpisodes):
+    class Endless(MaskedEpisodes):
         def step(self, action: Any) -> Any:
             obs, reward, _, _, info = super().step(action)
             return obs, reward, False, False, info
@@ -241,6 +243,40 @@ def test_evaluation_callback_cuts_episodes_without_an_end_and_says_so(tmp_path: 
 def test_models_without_masks_are_evaluated_as_they_are() -> None:
     model = PPO("MlpPolicy", vec_env(), n_steps=8, batch_size=24)
     assert len(evaluate(model, vec_env(), 3).returns) == 3
+
+
+class AllAllowed(RandomEpisodes):
+    """Has masks, and takes every action."""
+
+    def action_masks(self) -> np.ndarray:
+        return np.ones(3, bool)
+
+
+def test_playing_without_the_masks_of_training_is_warned_of_once(tmp_path: Path) -> None:
+    env = make_vec_env(AllAllowed, 3)
+    model = agent(env=env, steps=24)
+    model.save(tmp_path / "model")
+    model.policy.save(str(tmp_path / "policy.zip"))
+    for one in (model, RecurrentPPO.load(tmp_path / "model"), XLSTMPolicy.load(str(tmp_path / "policy.zip"))):
+        with pytest.warns(UserWarning, match=r"no action_masks.*action_masks=get_action_masks\(env\).*MaskedModel"):
+            one.predict(env.reset())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            one.predict(env.reset())
+    with pytest.warns(UserWarning, match="trained with them"):
+        evaluate_policy(RecurrentPPO.load(tmp_path / "model"), env, 1)
+
+
+def test_playing_with_masks_or_without_training_in_them_is_not_warned_of() -> None:
+    env = make_vec_env(AllAllowed, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = agent(env=env, steps=24)
+        evaluate(model, env, 2)
+        evaluate_policy(MaskedModel(model, env), env, 2)
+        model.predict(env.reset(), action_masks=get_action_masks(env))
+        agent(env=env, steps=24, use_masking=False).predict(env.reset())
+        agent(steps=24).predict(np.zeros((3, 3), np.float32))
 
 
 def test_lost_memory_is_warned_of() -> None:

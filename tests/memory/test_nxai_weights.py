@@ -1,5 +1,8 @@
 """Oracle: with imported weights our stacks compute what NX-AI's `xlstm` computes step by step."""
 
+import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,3 +137,33 @@ def test_stack_of_other_letters_has_no_such_weights() -> None:
     weights = nxai_stack("ms", 32, 4, False, conv=4, seed=6).state_dict()
     with pytest.raises(ValueError, match="blocks='ma': only stacks of 'm' and 's' have weights of NX-AI"):
         load_nxai_weights(our_core("ma", 32, 4), weights)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"input_projection": True},
+        {"forget_activation": "exp"},
+        {"input_activation": "sigmoid"},
+        {"gate_soft_cap": 15.0},
+        {"norm_eps": 1e-3},
+    ],
+)
+def test_core_that_would_compute_something_else_is_refused(changed: dict[str, Any]) -> None:
+    config = dataclasses.replace(our_core("ms", 32, 4).config, **changed)
+    weights = nxai_stack("ms", 32, 4, False, conv=4, seed=1).state_dict()
+    core = XLSTM(32, config)
+    before = [value.clone() for value in core.parameters()]
+    (name,) = changed
+    with pytest.raises(ValueError, match=f"would compute something else .*{name}="):
+        load_nxai_weights(core, weights)
+    assert all(map(torch.equal, before, core.parameters()))
+
+
+def test_page_ends_in_equal_outputs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "nxai_weights.md").read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": "docs/nxai_weights.md"}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, namespace)
+    assert namespace["difference"] < 1e-5
+    assert namespace["model"].num_timesteps >= 256

@@ -379,6 +379,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             self.policy.reset_noise(env.num_envs)
         state = self._last_state
         masked, masks, action_masks = masks_actions(env, self.action_space, self.use_masking), None, None
+        self.policy.trained_with_masks = self.policy.trained_with_masks or masked
         for n_steps in range(rollout_buffer.buffer_size):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)

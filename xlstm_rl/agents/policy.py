@@ -71,6 +71,10 @@ class XLSTMPolicy(MemoryActorCritic):
         ValueError: a setting does not fit; the message names it and the remedy.
     """
 
+    trained_with_masks = False
+    """Whether it learnt from actions that were masked, so that without masks it may choose forbidden ones."""
+    _missed_masks = False
+
     def _build_mlp_extractor(self) -> None:
         """Build the networks and say how sb3-contrib sees the memory."""
         super()._build_mlp_extractor()
@@ -163,7 +167,8 @@ class XLSTMPolicy(MemoryActorCritic):
             episode_start: bool [n_envs], or one bool for one environment, true where the observation is the first of an
                 episode; None: nowhere.
             deterministic: the mode instead of a sample.
-            action_masks: bool [n_envs, ...], true where an action is allowed, as `MaskablePPO` takes them; None: all.
+            action_masks: bool [n_envs, ...], true where an action is allowed, as `MaskablePPO` takes them; None: all,
+                of which a policy that was trained with masks warns once.
 
         Returns:
             Actions, in bounds, and the state for the next call: two arrays [1, n_envs, hidden_size] in the dtype of the
@@ -195,7 +200,9 @@ class XLSTMPolicy(MemoryActorCritic):
             )
         pair = tuple(torch.tensor(np.asarray(part), dtype=self.dtype, device=self.device) for part in state)
         masks = None
-        if action_masks is not None:
+        if action_masks is None:
+            self._warn_of_missed_masks()
+        else:
             masks = torch.as_tensor(check_masks(action_masks, self.action_space, n_envs), device=self.device)
         with torch.no_grad():
             starts = torch.as_tensor(start, dtype=torch.float32, device=self.device)
@@ -203,6 +210,16 @@ class XLSTMPolicy(MemoryActorCritic):
             chosen = distribution.get_actions(deterministic=deterministic)
         actions = self.to_env_actions(chosen.cpu().numpy().reshape(-1, *(self.action_space.shape or ())))
         return actions if vectorized else actions.squeeze(axis=0), tuple(part.cpu().numpy() for part in pair)
+
+    def _warn_of_missed_masks(self) -> None:
+        if self.trained_with_masks and not self._missed_masks:
+            self._missed_masks = True
+            warnings.warn(
+                "predict got no action_masks, and the agent was trained with them: it may choose actions that are not "
+                "allowed; give action_masks=get_action_masks(env) of sb3_contrib.common.maskable.utils, or let "
+                "xlstm_rl.agents.MaskedModel(model, env) do so, which Stable-Baselines3's evaluate_policy takes too",
+                stacklevel=4,
+            )
 
     def predict_values(self, obs: Any, lstm_states: StatePair, episode_starts: Tensor) -> Tensor:  # type: ignore[override]
         """Value [N, 1] of observations for sb3-contrib."""

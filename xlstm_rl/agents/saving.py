@@ -81,7 +81,7 @@ Policy = TypeVar("Policy", bound=BasePolicy)
 TRAINING, NORMALIZER = "training", "normalizer"
 POLICY = "policy"
 # Entries of the settings that are no attributes.
-_FUNCTIONS, _FROZEN = "functions_saved_as_numbers", "frozen_parameters"
+_FUNCTIONS, _FROZEN, _MASKED = "functions_saved_as_numbers", "frozen_parameters", "trained_with_masks"
 _SCHEDULES = ("learning_rate", "lr_schedule", "clip_range", "clip_range_vf", "ent_coef")
 # Without these no model can be built: what has no description is named when loading.
 _ESSENTIAL = ("policy_class", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs")
@@ -194,7 +194,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
                 )
         if "_last_state" not in optional and list(leaves(self._last_state)):
             data["_last_state"] = describe(pack(self._last_state), "_last_state", tensors)
-        data |= {_FUNCTIONS: functions, _FROZEN: frozen_names(self.policy)}
+        data |= {_FUNCTIONS: functions, _FROZEN: frozen_names(self.policy), _MASKED: self.policy.trained_with_masks}
         groups[OPTIMIZER] = name_weights(self.policy, groups[OPTIMIZER])
         parts = {"data": Part(data, tensors)} | {name: describe_part(group) for name, group in groups.items()}
         normalizer = self.get_vec_normalize_env()
@@ -273,8 +273,8 @@ class SavedAlgorithm(OnPolicyAlgorithm):
     ) -> Self:
         """The agent that a file holds; the contents are used up. Warnings are of the caller `stacklevel` above."""
         data, name, chosen = contents.data, contents.name, {*given, *arguments}
-        state, functions, frozen, schedule = (
-            data.pop(key, None) for key in ("_last_state", _FUNCTIONS, _FROZEN, "lr_schedule")
+        state, functions, frozen, masked, schedule = (
+            data.pop(key, None) for key in ("_last_state", _FUNCTIONS, _FROZEN, _MASKED, "lr_schedule")
         )
         if "policy_kwargs" in arguments and arguments["policy_kwargs"] != data.get("policy_kwargs", {}):
             raise ValueError(
@@ -310,6 +310,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
                 f"no model can be built from the settings in {name} and the arguments of load: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        model.policy.trained_with_masks = bool(masked)
         model._take_parameters(contents, frozen, given.get(OPTIMIZER, contents) is not None, stacklevel + 1)
         if env is not None and seeded is None:
             model.set_env(env, force_reset=False)
@@ -516,7 +517,7 @@ def save_policy(policy: Any, target: File) -> None:
     """Write a policy; see `XLSTMPolicy.save`."""
     arguments = policy._get_constructor_parameters()
     arguments.pop("lr_schedule", None)
-    arguments[_FROZEN] = frozen_names(policy)
+    arguments |= {_FROZEN: frozen_names(policy), _MASKED: policy.trained_with_masks}
     parts = {"data": describe_part(arguments, leave_out=True), POLICY: describe_part(policy.state_dict())}
     write_archive(target, "policy", parts)
 
@@ -527,7 +528,7 @@ def load_policy(
     """Read a policy; see `XLSTMPolicy.load`."""
     archive = read_archive(source, "policy")
     arguments = _rebuild_settings(archive, custom_objects, "custom_objects={{{top!r}: ...}}")
-    frozen = arguments.pop(_FROZEN, None)
+    frozen, masked = arguments.pop(_FROZEN, None), arguments.pop(_MASKED, False)
     try:
         policy = cls(**arguments, lr_schedule=ConstantSchedule(0.0))
     except _IMPOSSIBLE as error:
@@ -536,6 +537,7 @@ def load_policy(
         ) from error
     set_weights(policy, archive.value(POLICY), POLICY, archive.name)
     freeze(policy, frozen, archive.name)
+    policy.trained_with_masks = bool(masked)  # type: ignore[assignment]
     return policy.to(get_device(device))
 
 

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xlstm_rl.kernels.argument_checks import check_reset
+from xlstm_rl.kernels.tracing import traced
 from xlstm_rl.memory.state import leaves
+
+# What operations on states of another structure raise.
+MISFITS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 class MemoryCore(nn.Module, ABC):
@@ -35,6 +40,51 @@ class MemoryCore(nn.Module, ABC):
     input_size: int
     output_size: int
 
+    def __call__(self, x: Tensor, state: Any = None, reset: Tensor | None = None) -> Any:
+        """Run a sequence, see `forward`; without a state, from the empty one.
+
+        Raises:
+            ValueError: `x` or the state does not fit this core; the message says how.
+        """
+        state = self._checked_state(x, state, reset, 3)
+        try:
+            return super().__call__(x, state, reset)
+        except MISFITS:
+            self._check_fits(state, x)
+            raise
+
+    def _checked_state(self, x: Tensor, state: Any, reset: Tensor | None, dimensions: int) -> Any:
+        """The state, or the empty one for None, where all arguments fit: `x` of 3 dimensions, or of 2 for a step."""
+        if traced():
+            return self.initial_state(x.shape[0]) if state is None else state
+        if x.ndim != dimensions or x.shape[-1] != self.input_size:
+            sequence, step = f"[B, T, {self.input_size}]", f"[B, {self.input_size}]"
+            wanted = (
+                f"a sequence {sequence}; core.step takes {step}"
+                if dimensions == 3
+                else f"a step {step}; core(x, state) takes {sequence}"
+            )
+            raise ValueError(f"x has shape {list(x.shape)}, and wanted is {wanted} (input_size={self.input_size})")
+        if reset is not None:
+            check_reset(reset, *x.shape[:-1])
+        if state is None:
+            return self.initial_state(x.shape[0])
+        if any(leaf.shape[:1] != x.shape[:1] for leaf in leaves(state)):
+            self._check_fits(state, x)
+        return state
+
+    def _check_fits(self, state: Any, x: Tensor) -> None:
+        """Refuse a state that is not one of this core for the rows of `x`."""
+        empty = self.initial_state(x.shape[0])
+        expected, found = ([list(leaf.shape) for leaf in leaves(tree)] for tree in (empty, state))
+        if found != expected or type(state) is not type(empty):
+            raise ValueError(
+                f"the state is a {type(state).__name__} of tensors of the shapes {found}, and that of {x.shape[0]} "
+                f"rows of this core is a {type(empty).__name__} of {expected}: hand over what this core returned for "
+                "the same rows, unpack(flat, like=core.initial_state(1)) of what pack made of it, or None for the "
+                "empty one"
+            )
+
     @abstractmethod
     def initial_state(self, batch_size: int) -> Any:
         """Return the empty state of `batch_size` rows: zeros, in the dtype and on the device of the parameters."""
@@ -54,20 +104,24 @@ class MemoryCore(nn.Module, ABC):
         """
 
     def step(
-        self, x: Tensor, state: Any, reset: Tensor | None = None, *, reuse_state: bool = False
+        self, x: Tensor, state: Any = None, reset: Tensor | None = None, *, reuse_state: bool = False
     ) -> tuple[Tensor, Any]:
         """Run one step.
 
         Args:
             x: [B, input_size].
-            state: before the step.
+            state: before the step; None for the empty one.
             reset: bool [B] or None, true where `x` is the first of an episode.
             reuse_state: permission to write the new state over `state`, for callers that only use the new one, and
                 through which no gradient is to flow any more; it makes memories with a large state faster.
 
         Returns:
             Output [B, output_size] and the state after the step.
+
+        Raises:
+            ValueError: `x` or the state does not fit this core; the message says how.
         """
+        state = self._checked_state(x, state, reset, 2)
         y, state = self(x.unsqueeze(1), state, None if reset is None else reset.unsqueeze(1))
         return y.squeeze(1), state
 

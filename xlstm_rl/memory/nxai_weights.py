@@ -10,6 +10,14 @@ from torch import Tensor
 
 from xlstm_rl.memory.xlstm import XLSTM
 
+# Settings that no weight tells of, and under which a core computes what the reference does.
+_AS_IN_REFERENCE = {
+    "input_projection": False,
+    "forget_activation": "sigmoid",
+    "input_activation": "exp",
+    "gate_soft_cap": None,
+    "norm_eps": 1e-5,
+}
 _BLOCK_PREFIX = re.compile(r"^(.*?)blocks\.0\.xlstm_norm\.weight$")
 
 
@@ -18,17 +26,27 @@ def load_nxai_weights(core: XLSTM, weights: Mapping[str, Tensor]) -> None:
 
     The core must have the stack's shape: `hidden_size=embedding_dim`, the same `blocks` and `num_heads`,
     `round_to=64` (the reference rounds inner widths to 64), `ffn_factor` and `proj_factor` as in its configuration.
-    The input projection is not part of the reference and is left alone.
+    It must have no input projection, which the reference has not; a layer of your own may stand before the core.
 
     Args:
         core: receives the weights, cast to its dtype.
         weights: `stack.state_dict()`; a prefix such as "xlstm_block_stack." (language models) is found by itself.
 
     Raises:
-        ValueError: a weight is missing, left over, of another shape, or not finite; the message names it.
+        ValueError: a weight is missing, left over, of another shape, or not finite, or the core computes something
+            else than the stack; the message names it.
     """
     if set(core.config.blocks) - set("ms"):
         raise ValueError(f"blocks={core.config.blocks!r}: only stacks of 'm' and 's' have weights of NX-AI")
+    others = [
+        f"{name}={getattr(core.config, name)!r}, not {value!r}"
+        for name, value in _AS_IN_REFERENCE.items()
+        if getattr(core.config, name) != value
+    ]
+    if others:
+        raise ValueError(
+            f"with these weights the core would compute something else than the stack of NX-AI: {'; '.join(others)}"
+        )
     prefixes = [match.group(1) for match in map(_BLOCK_PREFIX.match, weights) if match]
     if len(prefixes) != 1:
         raise ValueError("no key ends in 'blocks.0.xlstm_norm.weight': this is no state_dict of an NX-AI v1 stack")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from xlstm_rl.kernels.argument_checks import check_reset
 from xlstm_rl.kernels.tracing import traced
 from xlstm_rl.memory.config import XLSTMConfig, check_word
-from xlstm_rl.memory.core import MemoryBlock, MemoryCore, make_block
+from xlstm_rl.memory.core import MISFITS, MemoryBlock, MemoryCore, make_block
 from xlstm_rl.memory.fast import is_bare, stands_for
 
 StackState = tuple[Any, ...]
@@ -49,19 +49,26 @@ class Stack(MemoryCore):
         return tuple(block.initial_state(batch_size) for block in self.blocks)  # type: ignore[operator]
 
     def step(
-        self, x: Tensor, state: StackState, reset: Tensor | None = None, *, reuse_state: bool = False
+        self, x: Tensor, state: StackState | None = None, reset: Tensor | None = None, *, reuse_state: bool = False
     ) -> tuple[Tensor, StackState]:
         """See `MemoryCore.step`."""
+        if state is None or x.ndim != 2 or x.shape[1] != self.input_size:
+            state = self._checked_state(x, state, reset, 2)
         if not self._steps_by_blocks(x):
             return super().step(x, state, reset)
         if reset is not None:
             check_reset(reset, len(x))
-        x = self.input_projection(x)
+        h = self.input_projection(x)
         states = []
-        for block, block_state in zip(self.blocks, state, strict=True):
-            x, block_state = block.step(x, block_state, reset, reuse_state=reuse_state)  # type: ignore[operator]
-            states.append(block_state)
-        return self.post_norm(x), tuple(states)
+        try:
+            for block, block_state in zip(self.blocks, state, strict=True):
+                h, block_state = block.step(h, block_state, reset, reuse_state=reuse_state)  # type: ignore[operator]
+                states.append(block_state)
+        except MISFITS:
+            # only now, as acting has no time for it
+            self._check_fits(state, x)
+            raise
+        return self.post_norm(h), tuple(states)
 
     def _steps_by_blocks(self, x: Tensor) -> bool:
         """Whether a step may be that of every block, as no subclass, wrapper or hook would be left out."""
