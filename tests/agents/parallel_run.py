@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "separate": {"policy_kwargs": {"critic_memory": "separate"}},
     "refresh": {"refresh_state": True, "ent_coef": 0.01},
     "target_kl": {"target_kl": 2e-4, "learning_rate": 3e-3},
+    "mixed": {"mix_advantages": True, "n_steps": 28, "seq_len": 16},
     "gaussian": {"env": "Pendulum-v1", "limit": 20},
 }
 

@@ -38,7 +38,7 @@ def far(one: dict[str, Any], other: dict[str, Any]) -> float:
     return float((one["weights"] - other["weights"]).abs().max())
 
 
-QUICK = [("plain", 2), ("masks", 3), ("truncation", 2), ("ragged", 3), ("separate", 2)]
+QUICK = [("plain", 2), ("masks", 3), ("truncation", 2), ("ragged", 3), ("separate", 2), ("mixed", 3)]
 OTHERS = [(case, world) for case in CASES for world in (2, 3) if (case, world) not in QUICK]
 
 

@@ -270,14 +270,32 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         """Of what `latents` gave, [N, ...]; over the allowed actions, where there are masks bool [N, ...]."""
         if action_masks is None:
             return self._get_action_dist_from_latent(latent_pi)
-        output = self.action_net(latent_pi)
-        if isinstance(self.action_dist, CategoricalDistribution):
-            return GumbelCategorical(output, action_masks)
-        return distribution_of(self.action_dist, masked_output(self.action_space, output, action_masks), latent_pi)
+        return self._distribution(self.action_net(latent_pi), latent_pi, action_masks)
 
     def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Distribution:
-        log_std = getattr(self, "log_std", None)
-        return distribution_of(self.action_dist, self.action_net(latent_pi), latent_pi, log_std)
+        return self._distribution(self.action_net(latent_pi), latent_pi, None)
+
+    def _distribution(self, output: Tensor, latent_pi: Tensor, action_masks: Tensor | None) -> Distribution:
+        if action_masks is not None and isinstance(self.action_dist, CategoricalDistribution):
+            return GumbelCategorical(output, action_masks)
+        if action_masks is not None:
+            output = masked_output(self.action_space, output, action_masks)
+        return distribution_of(self.action_dist, output, latent_pi, getattr(self, "log_std", None))
+
+    @torch.enable_grad()
+    def scores(self, latent_pi: Tensor, actions: Tensor, action_masks: Tensor | None) -> Tensor:
+        """Gradients of the log-probabilities of actions by what the action network gives, [N, outputs].
+
+        Args:
+            latent_pi: [N, width], as `latents` gave it.
+            actions: [N, ...].
+            action_masks: bool [N, ...], true where an action was allowed; None: all were.
+        """
+        output = self.action_net(latent_pi.detach()).detach().requires_grad_()
+        distribution = self._distribution(output, latent_pi.detach(), action_masks)
+        log_prob = distribution.log_prob(as_sampled(self.action_space, actions))
+        gradient: Tensor = torch.autograd.grad(log_prob.sum(), output)[0]
+        return gradient
 
     def latents(
         self, obs: Any, state: PolicyState, reset: Tensor, *, heads: bool = True, reuse_state: bool = False

@@ -68,6 +68,119 @@ def check_advantage_floor(floor: float) -> None:
         raise ValueError(f"advantage_floor={floor} must be in [0, 1); 0 is stock PPO, 0.1 the default")
 
 
+# Of the estimates that are mixed: the reward alone, and generalised advantages with these lambdas.
+MIXED_LAMBDAS = (0.0, 0.5, 0.8, 0.95, 1.0)
+# Parts of a rollout whose gradients are compared, at least.
+LEAST_UNITS = 8
+# Rollouts over which the moments of their gradients are averaged, share of each estimate that is never taken away, and
+# what keeps estimates that are nearly equal from being played off against each other.
+_MEMORY, _LEAST_SHARE, _RIDGE = 10, 0.1, 0.1
+
+
+def unexplained_reward(reward: Tensor, features: Tensor, weight: Tensor, fold: Tensor, group: Ranks = ALONE) -> Tensor:
+    """The advantage at discount 0: the reward beyond what is to be expected where the agent is.
+
+    What is expected is linear in the critic's features and fitted on the other half of the environments, so that it
+    knows nothing of the action taken and leaves the policy gradient unbiased.
+
+    Args:
+        reward: [B, L].
+        features: [B, L, W].
+        weight: [B, L], 0 for steps that do not count.
+        fold: bool [B], the half that a row belongs to.
+        group: the processes whose steps are fitted together.
+
+    Returns:
+        [B, L], in units of reward.
+    """
+    inputs = torch.cat([features, torch.ones_like(features[..., :1])], -1).double()
+    target, counted = reward.double(), weight.double()
+    fitted = []
+    for half in (fold, ~fold):
+        x, y, w = inputs[half].flatten(0, 1), target[half].flatten(), counted[half].flatten()
+        products = group.sum(torch.cat([x.mT @ (w[:, None] * x), (x.mT @ (w * y))[:, None]], 1))
+        ridge = torch.eye(len(products), dtype=products.dtype, device=products.device)
+        fitted.append(torch.linalg.solve(products[:, :-1] + ridge, products[:, -1]))
+    expected = torch.where(fold[:, None], inputs @ fitted[1], inputs @ fitted[0])
+    unexplained: Tensor = reward - expected.to(reward.dtype)
+    return unexplained
+
+
+def gradient_moments(advantages: Tensor, scores: Tensor, inputs: Tensor, group: Ranks = ALONE) -> Tensor:
+    """Signal and noise of the policy gradients that several estimates of the advantage lead to.
+
+    The gradient by the weights of the action head is a sum over independent units, such as environments. Products of
+    gradients of different units estimate the inner products of the expected gradients (signal), products of those of
+    the same unit the second moments of a single one (noise).
+
+    Args:
+        advantages: [K, U, S] of K estimates in U units of S steps, 0 where a step does not count.
+        scores: [U, S, A], gradients of the log-probabilities by what the action head gave.
+        inputs: [U, S, H], what it was given.
+        group: the processes whose units count together.
+
+    Returns:
+        float64 [2, K, K], signal and noise, in units of the trace of the noise; NaN where there is a single unit.
+    """
+    kinds, units = advantages.shape[:2]
+    inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
+    size = scores.shape[-1] * inputs.shape[-1]
+    total = torch.zeros(kinds, size, dtype=torch.float64, device=inputs.device)
+    own = torch.zeros(kinds, kinds, dtype=torch.float64, device=inputs.device)
+    for first in range(0, units, 32):
+        rows = slice(first, first + 32)
+        weighted = advantages[:, rows].movedim(0, -1)[..., None].to(scores.dtype) * scores[rows, :, None]
+        gradients = (weighted.flatten(2).mT @ inputs[rows]).view(-1, kinds, size).double()
+        total += gradients.sum(0)
+        own += (gradients @ gradients.mT).sum(0)
+    count = float(group.sum(torch.tensor(float(units))))
+    group.sum(total)
+    group.sum(own)
+    signal = (total @ total.mT - own) / (count * (count - 1) if count > 1 else math.nan)
+    return torch.stack([signal, own / count]) / (own.trace() / count).clamp_min(1e-30)
+
+
+def moments_shape() -> tuple[int, int, int]:
+    """That of the `gradient_moments` of the estimates that are mixed."""
+    kinds = 1 + len(MIXED_LAMBDAS)
+    return 2, kinds, kinds
+
+
+def averaged_moments(before: Tensor | None, moments: Tensor) -> Tensor | None:
+    """The running mean of `gradient_moments` with a rollout's counted in, unless they are not finite."""
+    if not bool(moments.isfinite().all()):
+        return before
+    return moments if before is None else before + (moments - before) / _MEMORY
+
+
+def mixture(moments: Tensor | None) -> Tensor:
+    """Factors of the estimates in the mixture whose gradient has the largest ratio of signal to noise.
+
+    With shares w, signal M and noise Q, w'Mw / w'Qw is largest for the first generalised eigenvector. Shares below 0
+    are cut off, and a tenth is spread evenly, so that none is lost sight of.
+
+    Args:
+        moments: [2, K, K] as averaged; None or all 0 before anything is known: equal shares.
+
+    Returns:
+        [K], to be multiplied with the estimates and summed.
+    """
+    kinds = moments_shape()[-1]
+    if moments is None:
+        return torch.full((kinds,), 1 / kinds, dtype=torch.float64)
+    signal, noise = moments
+    scale = noise.diagonal().clamp_min(1e-12).sqrt()
+    pairs = torch.outer(scale, scale)
+    inverse = torch.linalg.inv(torch.linalg.cholesky(noise / pairs + _RIDGE * torch.eye(kinds).to(noise)))
+    signal = (signal + signal.mT) / 2 / pairs
+    best = inverse.mT @ torch.linalg.eigh(inverse @ signal @ inverse.mT).eigenvectors[:, -1]
+    shares = (best * best.sum().sign()).clamp_min(0)
+    shares = (1 - _LEAST_SHARE) * shares / shares.sum().clamp_min(1e-12) + _LEAST_SHARE / kinds
+    # shares are of estimates scaled to gradients of equal size
+    factors: Tensor = shares / scale * scale.mean()
+    return factors
+
+
 class PPOLoss(NamedTuple):
     """The loss to minimise and its parts, all scalars."""
 

@@ -14,8 +14,20 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch import Tensor
 
-from xlstm_rl.agents.actor_critic import PolicyState
-from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, check_advantage_floor, ppo_loss
+from xlstm_rl.agents.actor_critic import PolicyState, evaluating
+from xlstm_rl.agents.losses import (
+    LEAST_UNITS,
+    MIXED_LAMBDAS,
+    AdvantageScale,
+    PPOLoss,
+    averaged_moments,
+    check_advantage_floor,
+    gradient_moments,
+    mixture,
+    moments_shape,
+    ppo_loss,
+    unexplained_reward,
+)
 from xlstm_rl.agents.on_policy import RecurrentOnPolicyAlgorithm
 from xlstm_rl.agents.policy import XLSTMPolicy
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer, RolloutChunks, first_steps, minibatches, stack_states
@@ -39,7 +51,8 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         batch_size: environment steps per minibatch, made of whole chunks; None: the whole rollout.
         n_epochs: passes over a rollout.
         gamma: discount factor per step.
-        gae_lambda: trade-off between bias and variance of the advantage.
+        gae_lambda: trade-off between bias and variance of the advantage; of the critic's targets alone where advantages
+            are mixed.
         clip_range: of the probability ratio; a number or a function of the remaining progress.
         clip_range_vf: of the value, in units of return; None for no clip.
         normalize_advantage: centre and scale the advantages of each rollout.
@@ -61,6 +74,8 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         refresh_state: run the memory anew with the current weights before every epoch but the first, so that chunks
             start from fresh states and not from those of the rollout.
         advantage_floor: see `AdvantageScale`; 0 is stock PPO.
+        mix_advantages: mix advantages of several lambdas, and of the next reward alone, so that the ratio of signal to
+            noise of their gradient is largest, as measured between environments; see `mixture`. False is stock PPO.
         grad_spike_factor: see `clip_gradients`; None is stock PPO.
         use_masking: choose among the actions that the `action_masks()` of the environment allow, as
             `sb3_contrib.MaskablePPO` does; None: where it has that method.
@@ -106,6 +121,7 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         seq_len: int | None = None,
         refresh_state: bool = False,
         advantage_floor: float = 0.1,
+        mix_advantages: bool = False,
         grad_spike_factor: float | None = 5.0,
         use_masking: bool | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
@@ -121,6 +137,8 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         self.refresh_state = refresh_state
         self.advantage_floor = advantage_floor
         self._advantage_scale = AdvantageScale()
+        self.mix_advantages = mix_advantages
+        self._gradient_moments: Tensor | None = None
         super().__init__(
             policy,
             env,
@@ -156,6 +174,11 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
             if isinstance(getattr(self, name), Real):
                 check_number(name, getattr(self, name), above=0)
         check_advantage_floor(self.advantage_floor)
+        if not isinstance(self.mix_advantages, bool):
+            raise TypeError(f"mix_advantages={self.mix_advantages!r} must be True or False")
+        moments = self._gradient_moments
+        if moments is not None and not (moments.shape == moments_shape() and bool(moments.isfinite().all())):
+            raise ValueError(f"moments of gradients are finite and {moments_shape()}, those given {moments!r:.200}")
         if self.batch_size is None:
             return
         check_whole("batch_size", self.batch_size, 1)
@@ -185,6 +208,8 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         advantages = torch.from_numpy(np.ascontiguousarray(self.rollout_buffer.advantages))
+        if self.mix_advantages:
+            advantages = self._mix_advantages(self.rollout_buffer.chunks(advantages))
         if self.normalize_advantage:
             counted = torch.from_numpy(~self.rollout_buffer.skipped)
             advantages = self._advantage_scale.normalize(
@@ -224,6 +249,46 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         self.logger.record("time/train_seconds", time.perf_counter() - begun)
         if self.on_nonfinite == "skip":
             self.logger.record("train/skipped_updates", skipped)
+
+    def _mix_advantages(self, chunks: RolloutChunks) -> Tensor:
+        """Advantages [n_steps, n_envs] for the policy loss, and the moments of their gradients counted in."""
+        buffer, masks = self.rollout_buffer, chunks.action_masks
+        with evaluating(self.policy):
+            latents = self.policy.latents(chunks.observations, chunks.state, chunks.episode_starts)
+        actor, critic = (latent.view(*chunks.weights.shape, -1) for latent in (latents.actor, latents.critic))
+        first = sum(self.ranks.gather(self.n_envs)[: self.ranks.rank])
+        rows = torch.arange(len(chunks.weights), device=self.device)
+        # two halves of the environments; of the chunks, where there is one alone
+        fold = (first + rows % self.n_envs if self._all_envs > 1 else rows) % 2 == 0
+        reward = unexplained_reward(buffer.cut(buffer.rewards), critic, chunks.weights, fold, self.ranks)
+        estimates = torch.from_numpy(
+            np.stack([buffer.join(reward), *(buffer.estimate(gae_lambda) for gae_lambda in MIXED_LAMBDAS)])
+        )
+
+        def by_unit(steps: Tensor) -> Tensor:
+            """Steps [B, L, ...], ordered by start, then environment, as [U, S, ...] of U independent units.
+
+            These are the environments; where they are few, each is cut into stretches, which nearly are independent.
+            """
+            rows = steps.view(-1, self.n_envs, *steps.shape[1:]).transpose(0, 1).flatten(1, 2)
+            stretches = min(-(-LEAST_UNITS // self._all_envs), rows.shape[1])
+            length = rows.shape[1] // stretches
+            return rows[:, : stretches * length].reshape(-1, length, *rows.shape[2:])
+
+        counted = torch.from_numpy(~buffer.skipped)
+        count = self.ranks.sum(counted.sum(dtype=torch.float64)).clamp_min(1)
+        means = self.ranks.sum((estimates.double() * counted).sum((1, 2))) / count
+        centred = (estimates - means[:, None, None].float()).numpy()
+        cut = torch.stack([by_unit(buffer.cut(estimate) * chunks.weights) for estimate in centred])
+        flat_masks = None if masks is None else masks.flatten(0, 1)
+        scores = self.policy.scores(latents.actor, chunks.actions.flatten(0, 1), flat_masks).view(*actor.shape[:2], -1)
+        moments = gradient_moments(cut, by_unit(scores), by_unit(actor), self.ranks).cpu()
+        self._gradient_moments = averaged_moments(self._gradient_moments, moments)
+        factors = mixture(self._gradient_moments)
+        for name, factor in zip(("reward", *MIXED_LAMBDAS), factors.tolist(), strict=True):
+            self.logger.record(f"advantages/{name}", factor)
+        mixed: Tensor = torch.tensordot(factors.float(), estimates, 1)
+        return mixed
 
     def _loss(self, batch: RolloutChunks, total_weight: Tensor | None = None) -> tuple[PPOLoss, dict[str, Tensor]]:
         progress = self._current_progress_remaining

@@ -231,10 +231,19 @@ class ChunkedRolloutBuffer(BaseBuffer):
             dones: bool [n_envs], the last step ended an episode; None: as `add_outcome` told.
         """
         self._end(self.buffer_size - 1, self.ended[-1] if dones is None else np.ravel(dones) > 0, _flat(last_values))
-        arrays = (self.rewards, self.values, self.next_values, self.terminated, self.ended)
-        advantage = gae(*(torch.from_numpy(array.T) for array in arrays), gamma=self.gamma, lam=self.gae_lambda)
-        self.advantages = advantage.numpy().T
+        self.advantages = self.estimate(self.gae_lambda)
         self.returns = self.advantages + self.values
+
+    def estimate(self, gae_lambda: float) -> np.ndarray:
+        """The generalised advantage of every step, [n_steps, n_envs], once `compute_returns_and_advantage` was called.
+
+        Args:
+            gae_lambda: between 0 and 1.
+        """
+        arrays = (self.rewards, self.values, self.next_values, self.terminated, self.ended)
+        advantage = gae(*(torch.from_numpy(array.T) for array in arrays), gamma=self.gamma, lam=gae_lambda)
+        by_step: np.ndarray = advantage.numpy().T
+        return by_step
 
     def get(self, batch_size: int | None = None) -> Iterator[RolloutBufferSamples | DictRolloutBufferSamples]:
         """The steps of the rollout in random order, as `RolloutBuffer` of Stable-Baselines3 gives them.
@@ -256,27 +265,36 @@ class ChunkedRolloutBuffer(BaseBuffer):
         Args:
             advantages: [n_steps, n_envs], as the policy loss should see them.
         """
-        weights = self._cut((~self.skipped).astype(np.float32))
+        weights = self.cut((~self.skipped).astype(np.float32))
         overlap = self.chunk_starts[-1] % self.seq_len
         if overlap:
             weights[-self.n_envs :, : self.seq_len - overlap] = 0.0
         return RolloutChunks(
-            observations=map_obs(self._cut, self.observations),
-            actions=self._cut(self.actions),
-            episode_starts=self._cut(self.episode_starts),
-            old_values=self._cut(self.values),
-            old_log_prob=self._cut(self.log_probs),
-            advantages=self._cut(advantages.numpy()),
-            returns=self._cut(self.returns),
+            observations=map_obs(self.cut, self.observations),
+            actions=self.cut(self.actions),
+            episode_starts=self.cut(self.episode_starts),
+            old_values=self.cut(self.values),
+            old_log_prob=self.cut(self.log_probs),
+            advantages=self.cut(advantages.numpy()),
+            returns=self.cut(self.returns),
             weights=weights,
-            action_masks=None if self.action_masks is None else self._cut(self.action_masks),
+            action_masks=None if self.action_masks is None else self.cut(self.action_masks),
             state=stack_states(self.chunk_states),
         )
 
-    def _cut(self, array: np.ndarray) -> Tensor:
-        """[n_steps, n_envs, ...] -> [B, seq_len, ...] on the device."""
+    def cut(self, array: np.ndarray) -> Tensor:
+        """Numbers of steps, [n_steps, n_envs, ...], as those of `chunks`: [B, seq_len, ...] on the device."""
         pieces = [array[start : start + self.seq_len].swapaxes(0, 1) for start in self.chunk_starts]
         return torch.as_tensor(np.concatenate(pieces), device=self.device)
+
+    def join(self, chunks: Tensor) -> np.ndarray:
+        """The inverse of `cut`: of chunks [B, seq_len], an array [n_steps, n_envs]."""
+        pieces = chunks.numpy(force=True).reshape(len(self.chunk_starts), self.n_envs, self.seq_len)
+        joined = np.empty((self.buffer_size, self.n_envs), pieces.dtype)
+        # of steps in two chunks, what the first has, as their weights have it
+        for start, piece in reversed([*zip(self.chunk_starts, pieces, strict=True)]):
+            joined[start : start + self.seq_len] = piece.T
+        return joined
 
     def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
         """Single steps, numbered environment by environment."""

@@ -98,6 +98,7 @@ _COUNTED: dict[str, Any] = {
     "_current_progress_remaining": int | float,
     "_gradient_norm": int | float | None,
     "_advantage_scale": AdvantageScale,
+    "_gradient_moments": Tensor | None,
     **dict.fromkeys(("observation_space", "action_space"), Space),
 }
 # What impossible settings lead to in the constructors of Stable-Baselines3, torch and policies: their checks, their

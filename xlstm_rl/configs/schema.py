@@ -226,6 +226,8 @@ class PPOConfig:
         clip_range: of the probability ratio; clip_range_vf: of the value, in units of return, None for none.
         normalize_advantage: divide advantages by their deviation.
         advantage_floor: least divisor, against noise when all returns are nearly equal.
+        mix_advantages: mix advantages of several lambdas, and of the next reward alone, by their gradients' ratio of
+            signal to noise; gae_lambda is then that of the critic's targets alone.
         grad_spike_factor: largest gradient norm as a multiple of the usual one; None for no such bound.
         ent_coef: weight of the entropy term; ent_schedule: "linear" lets it fall to 0 over the run.
         vf_coef: weight of the value term.
@@ -251,6 +253,7 @@ class PPOConfig:
     clip_range_vf: Positive | None = _default("clip_range_vf")
     normalize_advantage: Flag = _default("normalize_advantage")
     advantage_floor: Weight = _default("advantage_floor")
+    mix_advantages: Flag = _default("mix_advantages")
     grad_spike_factor: Positive | None = _default("grad_spike_factor")
     ent_coef: Weight = _default("ent_coef")
     ent_schedule: Literal["constant", "linear"] = "constant"
