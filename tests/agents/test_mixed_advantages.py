@@ -38,7 +38,7 @@ def test_moments_are_those_of_gradients_of_single_units(seed: int, units: int, s
 def test_a_single_unit_tells_nothing() -> None:
     moments = gradient_moments(torch.randn(KINDS, 1, 5), torch.randn(1, 5, 2), torch.randn(1, 5, 3))
     assert averaged_moments(None, moments) is None
-    assert_close(mixture(None), torch.full((KINDS,), 1 / KINDS, dtype=torch.float64))
+    assert_close(mixture(None, 1), torch.full((KINDS,), 1 / KINDS, dtype=torch.float64))
 
 
 def test_a_rollout_with_nan_leaves_no_trace() -> None:
@@ -56,17 +56,32 @@ def test_estimate_without_noise_gets_the_largest_share(unit: float) -> None:
     noise = torch.tensor([3.0, 10.0, 30.0, 0.3, 10.0, 30.0])
     units = torch.tensor([1.0, 1.0, 1.0, unit, 1.0, 1.0])
     advantages = units[:, None, None] * (true + noise[:, None, None] * torch.randn(6, *true.shape))
-    shares = mixture(averaged_moments(None, gradient_moments(advantages, scores, inputs))) * units
+    shares = mixture(averaged_moments(None, gradient_moments(advantages, scores, inputs)), 400) * units
     assert shares.argmax() == 3
-    assert shares[3] > 0.7 * shares.sum()
+    assert shares[3] > 0.6 * shares.sum()
 
 
-def test_no_estimate_gets_less_than_its_part_of_a_tenth_or_a_negative_share() -> None:
-    signal = torch.diag(torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0, 0.5], dtype=torch.float64))
-    shares = mixture(torch.stack([signal, torch.eye(6, dtype=torch.float64)]))
-    assert shares.min() >= 0.1 / 6 - 1e-12
-    assert shares.sum() == pytest.approx(1.0)
-    assert shares.argmax() == 0
+def moments_of(common: list[float], noise: list[float]) -> torch.Tensor:
+    """Moments of independent estimates with these products with the reference, and this noise."""
+    signal = torch.zeros(KINDS, KINDS, dtype=torch.float64)
+    signal[4] = signal[:, 4] = torch.tensor(common, dtype=torch.float64)
+    return torch.stack([signal, torch.diag(torch.tensor(noise, dtype=torch.float64))])
+
+
+def test_a_short_sighted_estimate_that_points_elsewhere_gets_no_more_than_its_part_of_a_tenth() -> None:
+    """However precise it is, as that of the cost of acting is where a far goal pays more."""
+    factors = mixture(moments_of([-0.02, 0.0, 0.05, 0.05, 0.05, 0.05], [0.01, 1.0, 1.0, 1.0, 1.0, 1.0]), 64)
+    aligned = mixture(moments_of([0.05, 0.05, 0.05, 0.05, 0.05, 0.05], [0.01, 1.0, 1.0, 1.0, 1.0, 1.0]), 64)
+    scale = torch.tensor([0.1, 1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    shares, others = (made * scale / (made * scale).sum() for made in (factors, aligned))
+    assert shares[0] == pytest.approx(0.1 / 6)
+    assert shares.min() >= 0.1 / 6 - 1e-9
+    assert others[0] > 0.6
+
+
+def test_without_evidence_the_least_noise_wins() -> None:
+    factors = mixture(moments_of([0.0] * 6, [1.0, 0.1, 1.0, 1.0, 1.0, 1.0]), 16)
+    assert factors.argmax() == 1
 
 
 def test_expected_reward_is_fitted_without_the_row_itself() -> None:
@@ -125,7 +140,7 @@ def test_scores_are_what_the_gradient_of_the_head_is_made_of(kind: str, sde: boo
     scores = policy.scores(latents.actor, actions, None)
     computed = policy.evaluate_sequence(chunks.observations, chunks.actions, chunks.state, chunks.episode_starts)
     loss = (factors * computed.log_prob.flatten()).sum()
-    weight, bias = torch.autograd.grad(loss, [policy.action_net.weight, policy.action_net.bias])
+    weight, bias = torch.autograd.grad(loss, [*policy.action_net.parameters()])
     # gSDE's variance depends on the latent, not on the head's weights
     assert_close(torch.einsum("n,na,nh->ah", factors, scores, latents.actor.detach()), weight)
     assert_close(torch.einsum("n,na->a", factors, scores), bias)
@@ -139,7 +154,7 @@ def test_any_number_of_environments_and_chunks_is_mixed(n_envs: int, n_steps: in
     )
     model.learn(3 * n_steps * n_envs)
     assert model._gradient_moments is not None
-    assert mixture(model._gradient_moments).isfinite().all()
+    assert mixture(model._gradient_moments, 16).isfinite().all()
     assert {"advantages/reward", "advantages/0.95"} <= model.logger.name_to_value.keys()
 
 
@@ -148,7 +163,7 @@ def test_the_reward_alone_wins_where_nothing_has_consequences() -> None:
     env = make_vec_env(lambda: Acting(SPACES["Discrete"]), 16)
     model = RecurrentPPO("MlpXLSTMPolicy", env, n_steps=32, mix_advantages=True, seed=0, device="cpu", n_epochs=1)
     model.learn(8 * 512)
-    factors = mixture(model._gradient_moments)
+    factors = mixture(model._gradient_moments, 16)
     assert factors[0] + factors[1] > factors[2:].sum()
 
 

@@ -72,9 +72,11 @@ def check_advantage_floor(floor: float) -> None:
 MIXED_LAMBDAS = (0.0, 0.5, 0.8, 0.95, 1.0)
 # Parts of a rollout whose gradients are compared, at least.
 LEAST_UNITS = 8
-# Rollouts over which the moments of their gradients are averaged, share of each estimate that is never taken away, and
+# Whose gradient the others are measured against: lambda 0.95, the reward being the first.
+_REFERENCE = 1 + MIXED_LAMBDAS.index(0.95)
+# Rollouts over which the moments of their gradients are averaged, the part of the mixture that is spread evenly, and
 # what keeps estimates that are nearly equal from being played off against each other.
-_MEMORY, _LEAST_SHARE, _RIDGE = 10, 0.1, 0.1
+_MEMORY, _LEAST_SHARE, _RIDGE = 20, 0.1, 0.1
 
 
 def unexplained_reward(reward: Tensor, features: Tensor, weight: Tensor, fold: Tensor, group: Ranks = ALONE) -> Tensor:
@@ -153,17 +155,21 @@ def averaged_moments(before: Tensor | None, moments: Tensor) -> Tensor | None:
     return moments if before is None else before + (moments - before) / _MEMORY
 
 
-def mixture(moments: Tensor | None) -> Tensor:
-    """Factors of the estimates in the mixture whose gradient has the largest ratio of signal to noise.
+def mixture(moments: Tensor | None, units: int) -> Tensor:
+    """Factors of the estimates, so that their sum has the most signal for its noise.
 
-    With shares w, signal M and noise Q, w'Mw / w'Qw is largest for the first generalised eigenvector. Shares below 0
-    are cut off, and a tenth is spread evenly, so that none is lost sight of.
+    The signal is what a gradient has in common with that of the reference, a long-sighted estimate: one that is
+    precise and short-sighted, as that of the next reward alone, gets a share only as far as it points to the same
+    side. With shares w, products c of expected gradients with the reference's, and noise Q, the ratio c'w / sqrt(w'Qw)
+    is largest at w = inv(Q) c. What is known of c is uncertain; by as much as its deviation, all estimates are taken to
+    agree. Shares below 0 are cut off, and a tenth is spread evenly, so that none is lost sight of.
 
     Args:
-        moments: [2, K, K] as averaged; None or all 0 before anything is known: equal shares.
+        moments: [2, K, K] as averaged; None before anything is known: equal shares.
+        units: number of units that each rollout's moments were of.
 
     Returns:
-        [K], to be multiplied with the estimates and summed.
+        float64 [K], to be multiplied with the estimates and summed.
     """
     kinds = moments_shape()[-1]
     if moments is None:
@@ -171,10 +177,11 @@ def mixture(moments: Tensor | None) -> Tensor:
     signal, noise = moments
     scale = noise.diagonal().clamp_min(1e-12).sqrt()
     pairs = torch.outer(scale, scale)
-    inverse = torch.linalg.inv(torch.linalg.cholesky(noise / pairs + _RIDGE * torch.eye(kinds).to(noise)))
-    signal = (signal + signal.mT) / 2 / pairs
-    best = inverse.mT @ torch.linalg.eigh(inverse @ signal @ inverse.mT).eigenvectors[:, -1]
-    shares = (best * best.sum().sign()).clamp_min(0)
+    # in units of their noise; products of independent gradients then have a variance of 1
+    common = (signal / pairs)[:, _REFERENCE]
+    deviation = 1 / (max(units, 2) * math.sqrt(_MEMORY))
+    agreeing = common + deviation * scale.min() / scale
+    shares = torch.linalg.solve(noise / pairs + _RIDGE * torch.eye(kinds).to(noise), agreeing).clamp_min(0)
     shares = (1 - _LEAST_SHARE) * shares / shares.sum().clamp_min(1e-12) + _LEAST_SHARE / kinds
     # shares are of estimates scaled to gradients of equal size
     factors: Tensor = shares / scale * scale.mean()

@@ -74,8 +74,8 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         refresh_state: run the memory anew with the current weights before every epoch but the first, so that chunks
             start from fresh states and not from those of the rollout.
         advantage_floor: see `AdvantageScale`; 0 is stock PPO.
-        mix_advantages: mix advantages of several lambdas, and of the next reward alone, so that the ratio of signal to
-            noise of their gradient is largest, as measured between environments; see `mixture`. False is stock PPO.
+        mix_advantages: mix advantages of several lambdas, and of the next reward alone, so that their gradient has the
+            most signal for its noise, as measured between environments; see `mixture`. False is stock PPO.
         grad_spike_factor: see `clip_gradients`; None is stock PPO.
         use_masking: choose among the actions that the `action_masks()` of the environment allow, as
             `sb3_contrib.MaskablePPO` does; None: where it has that method.
@@ -265,13 +265,12 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
             np.stack([buffer.join(reward), *(buffer.estimate(gae_lambda) for gae_lambda in MIXED_LAMBDAS)])
         )
 
-        def by_unit(steps: Tensor) -> Tensor:
-            """Steps [B, L, ...], ordered by start, then environment, as [U, S, ...] of U independent units.
+        # environments are independent of each other; where they are few, stretches of each nearly are
+        stretches = min(-(-LEAST_UNITS // self._all_envs), self.n_steps)
 
-            These are the environments; where they are few, each is cut into stretches, which nearly are independent.
-            """
+        def by_unit(steps: Tensor) -> Tensor:
+            """Steps [B, L, ...], ordered by start, then environment, as [U, S, ...] of U independent units."""
             rows = steps.view(-1, self.n_envs, *steps.shape[1:]).transpose(0, 1).flatten(1, 2)
-            stretches = min(-(-LEAST_UNITS // self._all_envs), rows.shape[1])
             length = rows.shape[1] // stretches
             return rows[:, : stretches * length].reshape(-1, length, *rows.shape[2:])
 
@@ -284,7 +283,7 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         scores = self.policy.scores(latents.actor, chunks.actions.flatten(0, 1), flat_masks).view(*actor.shape[:2], -1)
         moments = gradient_moments(cut, by_unit(scores), by_unit(actor), self.ranks).cpu()
         self._gradient_moments = averaged_moments(self._gradient_moments, moments)
-        factors = mixture(self._gradient_moments)
+        factors = mixture(self._gradient_moments, self._all_envs * stretches)
         for name, factor in zip(("reward", *MIXED_LAMBDAS), factors.tolist(), strict=True):
             self.logger.record(f"advantages/{name}", factor)
         mixed: Tensor = torch.tensordot(factors.float(), estimates, 1)
