@@ -111,7 +111,7 @@ def test_page_on_configuration_names_every_key_with_its_default(tmp_path: Path) 
     example = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)[0]
     (tmp_path / "mine.yaml").write_text(example, encoding="utf-8")
     mine = load(str(tmp_path / "mine.yaml"), ["ppo.learning_rate=5e-4", "memory.blocks=ms"])
-    assert (mine.env.n_envs, mine.ppo.gae_lambda, mine.memory.settings["hidden_size"]) == (8, 0.8, 32)
+    assert (mine.env.n_envs, mine.ppo.gae_lambda, mine.memory.settings["hidden_size"]) == (8, 0.9, 32)
 
 
 def test_memories_of_the_docs_have_equal_size() -> None:

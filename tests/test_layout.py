@@ -36,6 +36,7 @@ ORDER = (
     "configs",
     "runs",
     "bench",
+    "tuning",
     "cli",
     "__main__",
 )

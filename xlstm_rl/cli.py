@@ -1,4 +1,4 @@
-"""The command `xlstm-rl`: train, evaluate, export, inspect, bench, list, show."""
+"""The command `xlstm-rl`: train, evaluate, export, inspect, tune, bench, list, show."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from xlstm_rl.configs import ConfigError, dump, load, preset_names
 from xlstm_rl.configs.option_types import natural, positive
 from xlstm_rl.runs.folder import default_run_path
 from xlstm_rl.runs.live import LastingConsole, drop_output
+from xlstm_rl.tuning.command import add_parser as add_tune_parser
 
 # What a shell reports for a program that a signal ended, less the signal's number.
 SIGNAL_EXIT = 128
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--seed", type=natural, help="of the episode")
     inspect.set_defaults(run=_inspect)
 
+    add_tune_parser(commands, name_help, overrides_help)
     add_bench_parser(commands)
 
     listing = commands.add_parser(

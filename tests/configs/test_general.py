@@ -29,7 +29,7 @@ def test_trains_as_the_command_line_does_for_a_plain_id() -> None:
     # Two rollouts: the schedule has fallen when the second is trained on.
     theirs = make_model(config, normalized(make_env(config, config.env.n_envs, config.seed), config)).learn(512)
     env = VecNormalize(make_vec_env("CartPole-v1", n_envs=16))
-    settings = general_settings(lr_schedule="linear", **SMALL)
+    settings = general_settings(ent_schedule="linear", **SMALL)
     ours = RecurrentPPO("MlpXLSTMPolicy", env, seed=0, device="cpu", **settings).learn(512)
     for mine, other in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
         assert torch.equal(mine, other)
@@ -41,6 +41,14 @@ def test_number_starts_the_schedule_and_a_function_replaces_it() -> None:
     assert (schedule(1.0), schedule(0.5), schedule(0.0)) == (4e-4, 2e-4, 0.0)
     assert general_settings(learning_rate=4e-4)["learning_rate"] == 4e-4
     assert general_settings(learning_rate=abs)["learning_rate"] is abs
+
+
+def test_entropy_is_constant_unless_told_otherwise() -> None:
+    assert general_settings()["ent_coef"] == 0.025
+    assert general_settings(ent_coef=0.1)["ent_coef"] == 0.1
+    assert general_settings(ent_coef=0.1, ent_schedule="linear")["ent_coef"](0.5) == pytest.approx(0.05)
+    falling = general_settings(ent_schedule="linear")["ent_coef"]
+    assert (falling(1.0), falling(0.5), falling(0.0)) == (0.05, 0.025, 0.0)
 
 
 @pytest.mark.parametrize("reset", [True, False])

@@ -316,7 +316,7 @@ def test_mistake_in_a_file_names_the_file(text: str, expected: str, tmp_path: Pa
 def test_plain_environment_id_takes_the_general_settings() -> None:
     config = load("CartPole-v1")
     assert config.memory.settings == {}, "the memory's own defaults are the recommended ones"
-    assert (config.policy.critic_memory, config.ppo.gae_lambda) == ("separate", 0.8)
+    assert (config.policy.critic_memory, config.ppo.gae_lambda) == ("separate", 0.9)
     assert load("CartPole-v1", ["memory.name=lstm"]).memory.settings == {}
 
 

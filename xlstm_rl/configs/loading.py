@@ -90,9 +90,10 @@ def general_settings(**changes: Any) -> dict[str, Any]:
     actor and another for the critic, larger minibatches, and so on. The defaults of the constructor itself are those of
     sb3-contrib.
 
-    The command line lets the learning rate fall linearly to 0 over the run. Here it is constant, so that `learn` may be
-    called again and again: Stable-Baselines3's schedules end with each call, and one that falls to 0 would leave a call
-    of a single rollout nothing. For one long call, `lr_schedule="linear"` gives that of the command line.
+    The command line lets the entropy bonus fall linearly to 0 over the run. Here it is constant, at its mean there, so
+    that `learn` may be called again and again: Stable-Baselines3's schedules end with each call, and one that falls to
+    0 would leave a call of a single rollout nothing. For one long call, `ent_schedule="linear"` gives that of the
+    command line.
 
     Left out is what belongs to the environment or to a single run. The command line steps 16 copies of the environment
     and normalises observations and rewards; in Python, `make_vec_env` and `VecNormalize` do that. Tasks that pay about
@@ -108,8 +109,8 @@ def general_settings(**changes: Any) -> dict[str, Any]:
     Args:
         **changes: keyword arguments of `RecurrentPPO` that replace the recommended ones; those with a field in
             `PPOConfig` are checked as in a configuration. A `learning_rate` given as a number is where the schedule
-            starts, `lr_schedule="linear"` lets it fall; likewise `ent_coef` and `ent_schedule`. `policy_kwargs` and the
-            `memory_kwargs` in it are merged key by key; another `memory` starts from its own defaults.
+            starts if `lr_schedule="linear"` lets it fall; likewise `ent_coef` and `ent_schedule`. `policy_kwargs` and
+            the `memory_kwargs` in it are merged key by key; another `memory` starts from its own defaults.
 
     Raises:
         ConfigError: a name is unknown or a value is impossible.
@@ -122,9 +123,11 @@ def general_settings(**changes: Any) -> dict[str, Any]:
     # what no configuration holds: functions of the progress, and what is the model's alone
     alone = inspect.signature(RecurrentPPO).parameters.keys() - {f.name for f in fields(PPOConfig)} - {"policy", "env"}
     kept = {key: changes.pop(key) for key in list(changes) if key in alone or callable(changes[key])}
-    ppo = {"lr_schedule": "constant", **changes}
-    wanted = _check({"memory": memory, "policy": policy, "ppo": ppo}, "general_settings()")
-    values = _merge(_for_memory(_general(), wanted), wanted)
+    wanted = _check({"memory": memory, "policy": policy, "ppo": changes}, "general_settings()")
+    general = _general()
+    if "ent_schedule" not in changes:
+        general["ppo"] |= {"ent_coef": general["ppo"]["ent_coef"] / 2, "ent_schedule": "constant"}
+    values = _merge(_for_memory(general, wanted), wanted)
     arguments = agent_arguments(
         build(MemoryConfig, values["memory"], "general_settings()"),
         build(PolicyConfig, values["policy"], "general_settings()"),

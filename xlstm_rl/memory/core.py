@@ -267,6 +267,12 @@ def make_memory(name: str, input_size: int, *, match_parameters: int | None = No
     return factory(input_size, **config)
 
 
+def memory_defaults(name: str) -> dict[str, Any]:
+    """Settings of a memory by name that have a default of their own, with it; those of "xlstm" are in `XLSTMConfig`."""
+    arguments = inspect.signature(_REGISTRY[name]).parameters.values()
+    return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+
+
 def _check_names(name: str, config: dict[str, Any]) -> None:
     signature = inspect.signature(_REGISTRY[name])
     try:
