@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -89,9 +89,16 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         memory_kwargs: dict[str, Any] | None = None,
         critic_memory: CriticMemory = "shared",
         extra_losses: Mapping[str, Mapping[str, Any]] | None = None,
+        actor_keys: Sequence[str] | None = None,
+        critic_keys: Sequence[str] | None = None,
     ) -> None:
         if critic_memory not in ("shared", "separate", "none"):
             raise ValueError(f"critic_memory={critic_memory!r} must be 'shared', 'separate' or 'none'")
+        self.actor_keys = _check_keys("actor_keys", actor_keys, observation_space)
+        self.critic_keys = _check_keys("critic_keys", critic_keys, observation_space)
+        if self.actor_keys != self.critic_keys:
+            # they cannot be shared, as actor and critic see different things
+            share_features_extractor = False
         if critic_memory == "shared" and not share_features_extractor:
             raise ValueError("a shared memory needs shared features: set critic_memory='separate' or 'none'")
         check_spaces(observation_space, action_space)
@@ -104,6 +111,8 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         self.extra_losses = dict(extra_losses or {})
         if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
             optimizer_kwargs = {"eps": 1e-5, "fused": True}
+        # the parent class makes the extractor of the actor first, and that of the critic where it has its own
+        self._keys_to_build = [self.actor_keys, self.critic_keys]
         # the parent class would build LSTMs
         ActorCriticPolicy.__init__(
             self,
@@ -128,11 +137,18 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
 
     def make_features_extractor(self) -> BaseFeaturesExtractor:
         """A new features extractor; single numbers and grids of choices come to it as rows."""
-        return self.features_extractor_class(seen_space(self.observation_space), **self.features_extractor_kwargs)
+        space = part_of_space(self.observation_space, self._keys_to_build.pop(0) if self._keys_to_build else None)
+        return self.features_extractor_class(seen_space(space), **self.features_extractor_kwargs)
 
     def obs_to_tensor(self, observation: Any) -> tuple[Any, bool]:
         """Observations [N, ...] as tensors, and whether they were of several environments."""
         parts = space_parts(self.observation_space)
+        if isinstance(observation, dict):
+            # what the critic alone sees may be missing
+            parts = {key: part for key, part in parts.items() if key in observation}
+            missing = [key for key in self.actor_keys or self.observation_space.spaces if key not in observation]  # type: ignore[attr-defined]
+            if missing:
+                raise ValueError(f"the observation lacks {missing}, which the actor sees; it has {sorted(observation)}")
         if not any(is_grid(part) for _, part in entries(parts)):
             return super().obs_to_tensor(observation)
         # Stable-Baselines3 takes a grid of choices for several rows of them
@@ -148,13 +164,14 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
 
     def _build_mlp_extractor(self) -> None:
         """Build the memories, whose width the actor and critic networks start from."""
+        critic_features = self.vf_features_extractor.features_dim
         self.memory_actor = make_memory(self.memory, self.features_dim, **self.memory_kwargs)
         self.memory_critic: MemoryCore | None = None
         self.critic: nn.Module | None = None  # type: ignore[assignment]
         if self.critic_memory == "separate":
-            self.memory_critic = make_memory(self.memory, self.features_dim, **self.memory_kwargs)
+            self.memory_critic = make_memory(self.memory, critic_features, **self.memory_kwargs)
         elif self.critic_memory == "none":
-            self.critic = nn.Linear(self.features_dim, self.memory_actor.output_size)
+            self.critic = nn.Linear(critic_features, self.memory_actor.output_size)
         self.mlp_extractor = MlpExtractor(
             self.memory_actor.output_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
         )
@@ -168,7 +185,21 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             "critic_memory": self.critic_memory,
             "extra_losses": self.extra_losses,
             "share_features_extractor": self.share_features_extractor,
+            "actor_keys": self.actor_keys,
+            "critic_keys": self.critic_keys,
         }
+
+    @property
+    def unseen_keys(self) -> tuple[str, ...]:
+        """Parts of a Dict observation that the actor does not see: playing and exporting do without."""
+        if self.actor_keys is None:
+            return ()
+        return tuple(key for key in space_parts(self.observation_space) if key not in self.actor_keys)
+
+    @property
+    def critic_sees_more(self) -> bool:
+        """Whether the critic sees something that the actor does not."""
+        return any(self.critic_keys is None or key in self.critic_keys for key in self.unseen_keys)
 
     def initial_state(self, n_envs: int) -> PolicyState:
         """The empty memory of `n_envs` environments."""
@@ -260,11 +291,28 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         if features_extractor is None and not self.share_features_extractor:
             pair = (self.pi_features_extractor, self.vf_features_extractor)
             return tuple(self.extract_features(obs, extractor) for extractor in pair)
-        obs = _from_zero(obs, self.observation_space)
-        obs, space = as_seen(obs, self.observation_space), seen_space(self.observation_space)
+        extractor = features_extractor or self.features_extractor
+        critic = not self.share_features_extractor and extractor is self.vf_features_extractor
+        keys = self.critic_keys if critic else self.actor_keys
+        part = part_of_space(self.observation_space, keys)
+        obs = obs if keys is None else {key: obs[key] for key in keys}
+        obs = _from_zero(obs, part)
+        obs, space = as_seen(obs, part), seen_space(part)
         seen: Any = preprocess_obs(obs, space, normalize_images=self.normalize_images)
         seen = map_leaves(lambda part: part.to(self.dtype), seen)
-        return (features_extractor or self.features_extractor)(seen)
+        return extractor(seen)
+
+    def actor_step(self, obs: Any, state: Any, reset: Tensor) -> tuple[Tensor, Any]:
+        """Input of the action head [n_envs, width] and the actor's next state; the critic is left out.
+
+        Args:
+            obs: [n_envs, ...] or a dict of those, which may lack what the critic alone sees.
+            state: the actor's, leaves [n_envs, ...].
+            reset: bool [n_envs].
+        """
+        features = self.extract_features(obs, self.pi_features_extractor)
+        latent, state = self.memory_actor.step(features, state, reset)
+        return self.mlp_extractor.forward_actor(latent), state
 
     def action_distribution(self, latent_pi: Tensor, action_masks: Tensor | None) -> Distribution:
         """Of what `latents` gave, [N, ...]; over the allowed actions, where there are masks bool [N, ...]."""
@@ -380,6 +428,21 @@ def evaluating(policy: MemoryActorCritic) -> Iterator[None]:
             yield
     finally:
         policy.set_training_mode(training)
+
+
+def part_of_space(space: spaces.Space[Any], keys: Sequence[str] | None) -> spaces.Space[Any]:
+    """A Dict space with some of its keys, or any space whole."""
+    return space if keys is None else spaces.Dict({key: space[key] for key in keys})  # type: ignore[index]
+
+
+def _check_keys(name: str, keys: Sequence[str] | None, space: spaces.Space[Any]) -> tuple[str, ...] | None:
+    if keys is None:
+        return None
+    if not isinstance(space, spaces.Dict):
+        raise ValueError(f"{name}={keys!r} needs Dict observations, whose parts it names; these are {space}")
+    if isinstance(keys, str) or not keys or len({*keys}) < len(keys) or not {*keys} <= space.spaces.keys():
+        raise ValueError(f"{name}={keys!r} must be a list of different keys of the observations: {[*space.spaces]}")
+    return tuple(keys)
 
 
 def _rows(space: spaces.Space[Any], given: Any) -> np.ndarray:

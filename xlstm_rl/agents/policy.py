@@ -66,6 +66,12 @@ class XLSTMPolicy(MemoryActorCritic):
         memory_kwargs: its settings, for "xlstm" the fields of `XLSTMConfig`.
         critic_memory: "shared" (the actor's memory, trained by both losses), "separate" (one of its own, with the same
             settings) or "none" (the critic sees only the current features).
+        extra_losses: losses beside PPO's by name, see `register_loss`.
+        actor_keys: parts of a Dict observation that the actor sees; None: all.
+        critic_keys: parts that the critic sees, such as the state of a simulation that no agent in the world has
+            (asymmetric actor-critic, Pinto et al. 2018); None: all. Where they differ from the actor's, each has an
+            extractor of its own and the critic a memory of its own, or none; `predict` and exported policies do
+            without what the critic alone sees.
 
     Raises:
         ValueError: a setting does not fit; the message names it and the remedy.
@@ -144,10 +150,8 @@ class XLSTMPolicy(MemoryActorCritic):
         self, obs: Any, lstm_states: StatePair, episode_starts: Tensor, action_masks: Tensor | None = None
     ) -> tuple[Distribution, StatePair]:
         """Action distribution of one step (over allowed actions) and the actor's next state, as pairs."""
-        features = self.extract_features(obs, self.pi_features_extractor)
-        state = self._unpack(lstm_states, self.memory_actor)
-        latent, state = self.memory_actor.step(features, state, episode_starts > 0.5)
-        return self.action_distribution(self.mlp_extractor.forward_actor(latent), action_masks), self._pack(state)
+        latent, state = self.actor_step(obs, self._unpack(lstm_states, self.memory_actor), episode_starts > 0.5)
+        return self.action_distribution(latent, action_masks), self._pack(state)
 
     def predict(
         self,
@@ -162,7 +166,8 @@ class XLSTMPolicy(MemoryActorCritic):
         Parameters may be float64 too, after `policy.double()`; gSDE then needs new noise, `policy.reset_noise()`.
 
         Args:
-            observation: of one environment, or [n_envs, ...]; an array or a dict of those.
+            observation: of one environment, or [n_envs, ...]; an array or a dict of those, which may lack
+                `unseen_keys`.
             state: as the last call returned it; None where every environment starts.
             episode_start: bool [n_envs], or one bool for one environment, true where the observation is the first of an
                 episode; None: nowhere.

@@ -168,6 +168,7 @@ class PolicyConfig:
         net_arch: hidden layers after the memory, for actor and critic each; None takes the policy's default.
         features_extractor: what turns observations into features: "flatten", "nature" (the usual network for images),
             "combined" (Dict observations) or "module:Class" for one of yours; None chooses by the observations.
+        actor_keys, critic_keys: parts of Dict observations that actor and critic see; None: all.
         kwargs: further keyword arguments of the policy, other than those that have a place of their own: the memory
             (`memory`), `critic_memory` and `extra_losses` (here) and `use_sde` (`ppo`).
         extra_losses: losses beside PPO's by the name under which `xlstm_rl.register_loss` knows them, each with its
@@ -177,6 +178,8 @@ class PolicyConfig:
     critic_memory: Literal["shared", "separate", "none"] = "shared"
     net_arch: tuple[Count, ...] | None = None
     features_extractor: Word | None = None
+    actor_keys: tuple[Word, ...] | None = None
+    critic_keys: tuple[Word, ...] | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     extra_losses: Mapping[Word, Mapping[Word, Any]] = field(default_factory=dict)
 
@@ -198,6 +201,8 @@ class PolicyConfig:
             "memory_kwargs": "memory",
             "critic_memory": "policy.critic_memory",
             "extra_losses": "policy.extra_losses",
+            "actor_keys": "policy.actor_keys",
+            "critic_keys": "policy.critic_keys",
             "features_extractor_class": "policy.features_extractor",
             "use_sde": "ppo.use_sde",
             "lr_schedule": "ppo.lr_schedule",
@@ -300,6 +305,9 @@ def agent_arguments(memory: MemoryConfig, policy: PolicyConfig, ppo: PPOConfig) 
         policy_kwargs["net_arch"] = list(policy.net_arch)
     if policy.features_extractor is not None:
         policy_kwargs["features_extractor_class"] = find_extractor(policy.features_extractor)
+    for name in ("actor_keys", "critic_keys"):
+        if getattr(policy, name) is not None:
+            policy_kwargs[name] = list(getattr(policy, name))
     if policy.extra_losses:
         policy_kwargs["extra_losses"] = plain(policy.extra_losses)
     return {**ppo.model_arguments(), "policy_kwargs": policy_kwargs}

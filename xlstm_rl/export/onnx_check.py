@@ -82,6 +82,8 @@ def check_onnx(
         for index, given in enumerate(_draw(space, masked, n_steps, seed)):
             fed |= _named(given)
             start = time.perf_counter()
+            # not those that the critic alone sees
+            fed = {name: part for name, part in fed.items() if name in inputs}
             got = dict(zip(outputs, session.run(outputs, fed), strict=True))
             seconds.append(time.perf_counter() - start)
             fed |= {name.removeprefix(NEXT): part for name, part in got.items() if name.startswith(NEXT)}

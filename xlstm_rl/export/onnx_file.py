@@ -21,7 +21,7 @@ from xlstm_rl._version import __version__
 from xlstm_rl.agents.actor_critic import MemoryActorCritic, evaluating
 from xlstm_rl.agents.checkpoint import KIND, describe, write_whole
 from xlstm_rl.agents.heads import mask_parts, masks_actions
-from xlstm_rl.export.preprocessing import Front, Normalize, entries, front_of
+from xlstm_rl.export.preprocessing import Front, Normalize, entries, front_of, without
 from xlstm_rl.export.step_graph import MASK, NEXT, RESET, PolicyStep, distribution_parameters, observation_name
 from xlstm_rl.vec_envs.inputs import KEYS
 
@@ -38,6 +38,8 @@ class ExportError(ValueError):
 
 def export_onnx(model: BaseAlgorithm, path: Path | str, *, action_masks: bool | None = None) -> dict[str, Any]:
     """Write one step of an agent as an ONNX file: observation, state and reset flag in, action and next state out.
+
+    What the critic alone sees (`critic_keys`) is no input, and the value of such an agent no output.
 
     The graph includes the normalisation and the transposition of images done by the vector environment of the agent
     (`VecNormalize` with its present statistics, `VecTransposeImage`); every axis of the batch is dynamic; the file is
@@ -57,7 +59,7 @@ def export_onnx(model: BaseAlgorithm, path: Path | str, *, action_masks: bool | 
     """
     require("onnx", "onnxscript")
     policy = memory_policy(model)
-    front = front_of(model.get_env(), policy.observation_space)
+    front = without(front_of(model.get_env(), policy.observation_space), policy.unseen_keys)
     step = PolicyStep(policy, front, masked=masks_wanted(model, action_masks))
     metadata = _describe(step, front)
     content = _trace(step, front, metadata)
@@ -194,7 +196,7 @@ def _describe(step: PolicyStep, front: Front) -> dict[str, Any]:
         "memory_inputs": {name: observation_name(key) for name, key in KEYS.items() if key in parts},
         "wrappers_outside": front.outside,
         "action": _describe_action(policy),
-        "value": "value",
+        "value": "value" if "value" in step.outputs else None,
         "memory": policy.memory,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,14 @@ class Front(NamedTuple):
     """By key of a Dict observation, or under `SINGLE`; from innermost to outermost wrapper."""
     outside: list[str]
     """Wrappers further in, which whoever runs the policy applies himself; innermost last."""
+
+
+def without(front: Front, keys: Sequence[str]) -> Front:
+    """The same without some keys of its Dict observations."""
+    if not keys:
+        return front
+    kept = {key: layers for key, layers in front.layers.items() if key not in keys}
+    return front._replace(space=spaces.Dict({key: front.space[key] for key in kept}), layers=kept)  # type: ignore[index]
 
 
 class Normalize(nn.Module):

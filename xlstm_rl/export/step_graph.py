@@ -36,7 +36,9 @@ class PolicyStep(nn.Module):
         self.policy, self.masked = policy, masked
         self.front = nn.ModuleList(front.layers.values())
         self._keys = list(front.layers)
-        example = policy.initial_state(1)
+        # what the critic alone sees is no input, and so there is no value
+        self._values = not policy.critic_sees_more
+        example = self._empty_state(1)
         # some cores have leaves without numbers for what is switched off
         named = zip(leaf_names(example), leaves(example), strict=True)
         self.state_leaves = {name: leaf for name, leaf in named if leaf.numel()}
@@ -48,7 +50,7 @@ class PolicyStep(nn.Module):
         ]
         self.outputs = [
             "action",
-            "value",
+            *(["value"] if self._values else []),
             *distribution_parameters(policy),
             *(NEXT + name for name in self.state_leaves),
         ]
@@ -60,14 +62,24 @@ class PolicyStep(nn.Module):
         obs: Any = parts[SINGLE] if isinstance(parts.get(SINGLE), Tensor) else parts
         reset = given[RESET]
         state = self._state_of(given, reset.shape[0])
-        latents = self.policy.latents(obs, state, reset)
-        value = self.policy.value_net(latents.critic).squeeze(-1)
-        action, parameters = self._head(latents.actor, given.get(MASK))
-        named = dict(zip(leaf_names(latents.state), leaves(latents.state), strict=True))
-        return action, value, *parameters, *(named[name] for name in self.state_leaves)
+        values = []
+        if self._values:
+            latents = self.policy.latents(obs, state, reset)
+            latent, state = latents.actor, latents.state
+            values = [self.policy.value_net(latents.critic).squeeze(-1)]
+        else:
+            latent, actor_state = self.policy.actor_step(obs, state.actor, reset)
+            state = PolicyState(actor_state, ())
+        action, parameters = self._head(latent, given.get(MASK))
+        named = dict(zip(leaf_names(state), leaves(state), strict=True))
+        return action, *values, *parameters, *(named[name] for name in self.state_leaves)
+
+    def _empty_state(self, batch: int) -> PolicyState:
+        state = self.policy.initial_state(batch)
+        return state if self._values else state._replace(critic=())
 
     def _state_of(self, given: dict[str, Tensor], batch: int) -> PolicyState:
-        empty = self.policy.initial_state(batch)
+        empty = self._empty_state(batch)
         filled = iter([given.get(name, leaf) for name, leaf in zip(leaf_names(empty), leaves(empty), strict=True)])
         return map_leaves(lambda leaf: next(filled), empty)
 
