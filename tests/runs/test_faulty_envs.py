@@ -149,17 +149,34 @@ def test_an_episode_that_ends_at_the_limit_is_whole() -> None:
         evaluate_random(faulty_envs.Faulty(), 3, max_episode_steps=0)
 
 
+def test_a_bound_of_steps_leaves_fewer_episodes_each_of_them_whole() -> None:
+    vec: Any = DummyVecEnv([faulty_envs.Faulty for _ in range(2)])
+    for max_steps, episodes in ((None, 10), (1_000, 10), (40, 6), (37, 6), (36, 4), (1, 2)):
+        result = evaluate_random(vec, 10, max_steps=max_steps)
+        assert result.lengths.tolist() == [9] * episodes, max_steps
+    endless: Any = DummyVecEnv([lambda: faulty_envs.Faulty("endless")] * 2)
+    assert evaluate_random(endless, 10, max_episode_steps=7, max_steps=20).lengths.tolist() == [7, 7, 7, 7]
+
+
+def test_an_evaluation_of_long_episodes_is_shorter_unless_a_number_is_asked_for(tmp_path: Path) -> None:
+    config = faulty("total_steps=64", "eval.n_episodes=20", "eval.n_envs=2", "eval.max_steps=40")
+    result = train(config, tmp_path / "run")
+    assert [score.episodes for score in result.scores] == [6] * 4
+    assert [score.episodes for score in evaluate_run(tmp_path / "run")] == [6] * 4
+    assert [score.episodes for score in evaluate_run(tmp_path / "run", n_episodes=8)] == [8] * 4
+
+
 def test_a_run_on_an_endless_task_ends_and_says_how_many_episodes_were_cut(tmp_path: Path) -> None:
     told = io.StringIO()
     config = faulty("total_steps=128", "eval.every_steps=64", "eval.max_episode_steps=30", fault="endless")
     result = train(config, tmp_path / "run", console=Console(file=told, width=120))
-    assert [score.cut_episodes for score in result.scores] == [4, 4, 4]
+    assert [score.cut_episodes for score in result.scores] == [4, 4, 4, 4]
     assert "2 of 2 episodes cut" in told.getvalue() and "4 (4 cut)" in told.getvalue()
     assert "cut after 30 steps (eval.max_episode_steps)" in told.getvalue()
 
 
 def test_a_long_evaluation_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("xlstm_rl.runs.live.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("xlstm_rl.runs.live.PATIENCE_SECONDS", 0.0)
     told = io.StringIO()
     config = faulty("total_steps=64", "eval.max_episode_steps=10", fault="endless")
     train(config, tmp_path / "run", console=Console(file=told, width=120))
@@ -229,7 +246,7 @@ def test_ctrl_c_is_heard_in_the_closing_evaluation_and_the_run_is_saved(
 ) -> None:
     def endless(*args: Any, **kwargs: Any) -> Any:
         empty = kwargs.get("empty_state_every_step")
-        if which == {True: "emptied", False: "trained", None: "random"}[empty]:
+        if which == {True: "emptied", False: "trained", None: "random"}[empty] and kwargs.get("deterministic", True):
             kwargs["max_episode_steps"] = None
         else:
             kwargs["max_episode_steps"] = 5
@@ -241,7 +258,7 @@ def test_ctrl_c_is_heard_in_the_closing_evaluation_and_the_run_is_saved(
     result, seconds = interrupted_after(4.0, lambda: train(config, tmp_path / "run"))
     assert seconds < 1.5
     assert result.interrupted_by == signal.SIGINT
-    assert len(result.scores) == {"trained": 0, "emptied": 1, "random": 2}[which]
+    assert len(result.scores) == {"trained": 0, "emptied": 2, "random": 3}[which]
     assert (tmp_path / "run" / "model.zip").is_file()
 
 

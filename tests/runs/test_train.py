@@ -90,6 +90,7 @@ def test_returns_hold_training_and_evaluation(run: RunResult) -> None:
 def test_closing_table_has_the_reference_points(run: RunResult) -> None:
     assert [score.agent for score in run.scores] == [
         "trained agent",
+        "same agent, actions sampled as in training",
         "same agent, memory emptied every step",
         "random actions",
         "best without memory",

@@ -63,6 +63,7 @@ def evaluate(
     empty_state_every_step: bool = False,
     seed: int | None = None,
     max_episode_steps: int | None = MAX_EPISODE_STEPS,
+    max_steps: int | None = None,
     on_step: OnStep | None = None,
 ) -> EvaluationResult:
     """Play episodes with a model that has Stable-Baselines3's `predict`.
@@ -83,12 +84,14 @@ def evaluate(
             others than those of training where the two seeds are further apart than there are environments.
         max_episode_steps: an episode is cut there, for tasks without an end and agents that walk in circles; None:
             never.
+        max_steps: after so many steps of all environments together no more episodes begin, so that there are fewer than
+            `n_episodes` of long ones; every environment finishes at least one. None: no bound.
         on_step: called after every step with the number of finished episodes and that of steps so far, for signs of
             life; an exception that it raises ends the evaluation.
 
     Raises:
         TypeError: `env` is no environment.
-        ValueError: `n_episodes` or `max_episode_steps` is below 1, or the model is collecting a rollout in `env`.
+        ValueError: `n_episodes` or another bound is below 1, or the model is collecting a rollout in `env`.
         FaultyEnvironmentError: an environment failed or answered what cannot be used.
     """
     env = _as_vec_env(env)
@@ -107,7 +110,7 @@ def evaluate(
 
     with nullcontext() if seed is None else _seeded_sampling(model, env.num_envs, seed):
         try:
-            return _play(actor, env, n_episodes, seed, max_episode_steps, on_step)
+            return _play(actor, env, n_episodes, seed, max_episode_steps, max_steps, on_step)
         finally:
             if own:
                 # its episodes are over: the next `learn` begins new ones, with an empty memory
@@ -120,6 +123,7 @@ def evaluate_random(
     *,
     seed: int | None = None,
     max_episode_steps: int | None = MAX_EPISODE_STEPS,
+    max_steps: int | None = None,
     on_step: OnStep | None = None,
 ) -> EvaluationResult:
     """Play episodes with uniformly random actions, allowed ones where there are masks; arguments as for `evaluate`."""
@@ -133,7 +137,7 @@ def evaluate_random(
             return np.stack([sample_allowed(space, mask) for mask in read_masks(env, space)]), state
         return np.stack([space.sample() for _ in episode_start]), state
 
-    return _play(actor, env, n_episodes, seed, max_episode_steps, on_step)
+    return _play(actor, env, n_episodes, seed, max_episode_steps, max_steps, on_step)
 
 
 class MaskedModel:
@@ -301,9 +305,11 @@ def _play(
     n_episodes: int,
     seed: int | None,
     max_episode_steps: int | None,
+    max_steps: int | None,
     on_step: OnStep | None,
 ) -> EvaluationResult:
-    for name, value in (("n_episodes", n_episodes), ("max_episode_steps", max_episode_steps)):
+    bounds = {"n_episodes": n_episodes, "max_episode_steps": max_episode_steps, "max_steps": max_steps}
+    for name, value in bounds.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if seed is not None:
@@ -335,6 +341,9 @@ def _play(
                     left[row] -= 1
             stuck = (stuck | too_long) & ~episode_start
             totals[episode_start], lengths[episode_start] = 0.0, 0
+            if max_steps is not None and steps * env.num_envs >= max_steps and finished:
+                # episodes under way are finished: to leave out the long ones would flatter
+                left = np.where((lengths > 0) & ~stuck, np.minimum(left, 1), 0)
             if on_step is not None:
                 on_step(len(finished), steps)
     return _result(finished)

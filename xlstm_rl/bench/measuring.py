@@ -23,7 +23,7 @@ from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.envs import TaskFacts
 from xlstm_rl.runs.build import make_env, normalized_as_saved, own_classes
 from xlstm_rl.runs.folder import RunFolder
-from xlstm_rl.runs.scores import EMPTIED, TRAINED, Score, play
+from xlstm_rl.runs.scores import EMPTIED, SAMPLED, TRAINED, Score, play
 from xlstm_rl.runs.seeds import Purpose, environment_seed
 from xlstm_rl.runs.train import RunResult
 from xlstm_rl.vec_envs.env_contract import SKIPPED, has_method
@@ -144,8 +144,6 @@ def measure(
             normalized = normalized_as_saved(env, config, file)
             model = RecurrentPPO.load(file, env=normalized, device="cpu", custom_objects=own_classes(config))
         scores = {line.agent: line for line in result.scores}
-        seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
-        sampled = play(model, config, config.eval.n_episodes, seed, deterministic=False, on_step=on_step)
         long_figures, state = _play_longer(model, run, spec.long_episodes, on_step)
         evaluations = [row for row in result.rows if row.kind == "eval"]
         settings = getattr(model.policy.memory_actor, "config", None)
@@ -166,7 +164,7 @@ def measure(
             memoryless_return=run.task.facts.memoryless_return,
             curve=[[row.step, row.mean_return] for row in evaluations],
             greedy=_of_score(scores[TRAINED], run.task.facts),
-            sampled=_figure(sampled, run.task.facts),
+            sampled=_of_score(scores[SAMPLED], run.task.facts),
             emptied=_of_score(scores[EMPTIED], run.task.facts),
             oracle=_play_oracle(run, on_step),
             longer=long_figures,

@@ -323,6 +323,7 @@ class EvalConfig:
         every_steps: environment steps between evaluations during training; None for none.
         n_envs: copies stepped together.
         max_episode_steps: an episode is cut there, and the result says so; None: never.
+        max_steps: an evaluation begins no more episodes after so many steps; None: as many as asked for.
         success_return: an episode counts as success from this return on, for tasks that do not report success.
     """
 
@@ -331,6 +332,7 @@ class EvalConfig:
     every_steps: Count | None = 20_000
     n_envs: Copies = 16
     max_episode_steps: Count | None = MAX_EPISODE_STEPS
+    max_steps: Count | None = 100_000
     success_return: Real | None = None
 
 

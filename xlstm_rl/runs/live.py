@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 PLAIN_SECONDS = 5.0
+# What takes longer says how far it is.
+PATIENCE_SECONDS = 3.0
 
 
 class SignOfLife:
@@ -29,7 +31,7 @@ class SignOfLife:
         self, console: Console, what: str, n_episodes: int, check: Callable[[], object] = lambda: None
     ) -> None:
         self._console, self._what, self._n_episodes, self._check = console, what, n_episodes, check
-        self._last = time.monotonic()
+        self._begun = self._last = time.monotonic()
 
     def __call__(self, finished: int, steps: int) -> None:
         """Take note of a step.
@@ -39,9 +41,18 @@ class SignOfLife:
             steps: of each environment until now.
         """
         self._check()
-        if time.monotonic() - self._last >= PLAIN_SECONDS:
-            self._last = time.monotonic()
-            say(self._console, f"evaluating {self._what}: {finished} of {self._n_episodes} episodes, step {steps:,}")
+        now = time.monotonic()
+        if now - self._last >= PATIENCE_SECONDS:
+            self._last = now
+            left = (
+                ""
+                if not finished
+                else f", at most {_clock((now - self._begun) * (self._n_episodes / finished - 1))} left"
+            )
+            say(
+                self._console,
+                f"evaluating {self._what}: {finished} of {self._n_episodes} episodes, step {steps:,}{left}",
+            )
 
 
 class LastingConsole(Console):
@@ -125,6 +136,10 @@ class LiveView:
             "return -" if mean_return is None else f"return {mean_return:.2f}",
             "" if success is None else f"success {success:.2f}",
             f"{speed:,.0f} steps/s",
-            f"{int(left) // 60}:{int(left) % 60:02d} left",
+            f"{_clock(left)} left",
         ]
         return "  ".join(part for part in parts if part)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

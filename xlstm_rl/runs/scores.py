@@ -13,13 +13,15 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate, evaluate_random
-from xlstm_rl.configs import TrainConfig
+from xlstm_rl.configs import TrainConfig, load, preset_names
 from xlstm_rl.envs import TaskFacts
 from xlstm_rl.runs.build import make_env, normalized_like
 from xlstm_rl.runs.live import SignOfLife, printable
 from xlstm_rl.runs.returns import Row
 
-TRAINED, EMPTIED, RANDOM = "trained agent", "same agent, memory emptied every step", "random actions"
+TRAINED, SAMPLED = "trained agent", "same agent, actions sampled as in training"
+EMPTIED, RANDOM = "same agent, memory emptied every step", "random actions"
+MEMORYLESS, OPTIMUM = "best without memory", "optimum"
 
 
 class Score(NamedTuple):
@@ -50,8 +52,10 @@ def final_scores(
     seed: int,
     console: Console,
     check: Callable[[], object] = lambda: None,
+    *,
+    max_steps: int | None = None,
 ) -> Iterator[Score]:
-    """The agent, the same agent without memory, random actions and the known bounds of the task, one after the other.
+    """The agent, the same one sampling, then without memory, random actions and the known bounds, one after the other.
 
     Args:
         model: agent of the run.
@@ -61,18 +65,72 @@ def final_scores(
         seed: of the environments, and of what the policy samples.
         console: told now and then how far it is.
         check: called after every step, to end the evaluation by an exception.
+        max_steps: of each agent, as for `evaluate`.
     """
-    for agent, emptied in ((TRAINED, False), (EMPTIED, True)):
+    for agent, sampled, emptied in ((TRAINED, False, False), (SAMPLED, True, False), (EMPTIED, False, True)):
         alive = SignOfLife(console, f"the {agent}", n_episodes, check)
-        played = play(model, config, n_episodes, seed, empty_state_every_step=emptied, on_step=alive)
-        yield score(agent, played, config)
+        how: dict[str, Any] = {"deterministic": not sampled, "empty_state_every_step": emptied, "max_steps": max_steps}
+        yield score(agent, play(model, config, n_episodes, seed, on_step=alive, **how), config)
     with closing(make_env(config, min(config.eval.n_envs, n_episodes), seed, here=True)) as env:
         limit, alive = config.eval.max_episode_steps, SignOfLife(console, RANDOM, n_episodes, check)
-        played = evaluate_random(env, n_episodes, seed=seed, max_episode_steps=limit, on_step=alive)
+        played = evaluate_random(
+            env, n_episodes, seed=seed, max_episode_steps=limit, max_steps=max_steps, on_step=alive
+        )
         yield score(RANDOM, played, config)
     if facts is not None:
-        yield Score("best without memory", facts.memoryless_return)
-        yield Score("optimum", facts.optimal_return)
+        yield Score(MEMORYLESS, facts.memoryless_return)
+        yield Score(OPTIMUM, facts.optimal_return)
+
+
+def remarks(scores: Sequence[Score], config: TrainConfig, steps: int) -> list[str]:
+    """What the table means, where somebody new might not see it.
+
+    Args:
+        scores: lines of the table.
+        config: the run.
+        steps: that it was trained for.
+    """
+    of = {score.agent: score for score in scores}
+    if not {TRAINED, SAMPLED, EMPTIED, RANDOM} <= of.keys():
+        return []
+    trained = of[TRAINED]
+    below = [agent for agent in (RANDOM, MEMORYLESS) if agent in of and not _above(trained, of[agent])]
+    best = OPTIMUM in of and not _above(of[OPTIMUM], trained)
+    if below and not best:
+        usual = _usual_steps(config)
+        of_usual = f" of the {usual:,} of its preset" if usual is not None and usual > steps else ""
+        said = [
+            f"the agent ({trained.mean_return:.2f}) is not above {below[0]} ({of[below[0]].mean_return:.2f}): probably "
+            f"trained too short, {steps:,} steps{of_usual}; go on with a larger total_steps"
+        ]
+        if _above(of[SAMPLED], trained):
+            said.append("its sampled actions do better than its most likely ones, as is usual early in training")
+        return said
+    if config.memory.name != "none" and not _above(trained, of[EMPTIED]):
+        return [
+            f"with its memory emptied at every step the agent does as well ({of[EMPTIED].mean_return:.2f}): memory "
+            "gains nothing here, the task can be done without"
+        ]
+    return []
+
+
+def _above(one: Score, other: Score) -> bool:
+    """Whether a mean return is above another by more than chance."""
+    noise = math.hypot(one.standard_error or 0.0, other.standard_error or 0.0)
+    return one.mean_return - other.mean_return > max(2 * noise, 1e-6)
+
+
+def _usual_steps(config: TrainConfig) -> int | None:
+    """Steps of the preset that a run was made from, if there is one."""
+    presets = (load(name) for name in preset_names())
+    return next(
+        (
+            preset.total_steps
+            for preset in presets
+            if preset.env.id == config.env.id and preset.description == config.description
+        ),
+        None,
+    )
 
 
 def play(

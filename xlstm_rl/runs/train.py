@@ -45,7 +45,7 @@ from xlstm_rl.runs.interruption import InterruptedEvaluationError, Interruption
 from xlstm_rl.runs.live import LiveView, SignOfLife, say
 from xlstm_rl.runs.open import open_run
 from xlstm_rl.runs.returns import Returns, Row, pack_rows, read_returns, unpack_rows
-from xlstm_rl.runs.scores import RANDOM, Score, final_scores, play, score, show_scores, worst_of_last
+from xlstm_rl.runs.scores import RANDOM, Score, final_scores, play, remarks, score, show_scores, worst_of_last
 from xlstm_rl.runs.seeds import Purpose, environment_seed
 from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 
@@ -244,11 +244,15 @@ def evaluate_run(
     with open_run(run_dir, best=best, device=device, console=console) as run:
         config = run.config
         seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION) if seed is None else seed
+        max_steps = config.eval.max_steps if n_episodes is None else None
         n_episodes = config.eval.n_episodes if n_episodes is None else n_episodes
         if n_episodes < 1:
             raise ConfigError(f"n_episodes={n_episodes} must be at least 1")
         console = console or Console(quiet=True)
-        return list(final_scores(run.model, config, run.facts, n_episodes, seed, console))
+        scores = list(final_scores(run.model, config, run.facts, n_episodes, seed, console, max_steps=max_steps))
+        for remark in remarks(scores, config, run.model.num_timesteps):
+            say(console, remark)
+        return scores
 
 
 def _training_env(config: TrainConfig, group: Ranks) -> VecEnv:
@@ -336,7 +340,14 @@ def _run(
         if trained:
             seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
             closing_scores = final_scores(
-                model, config, facts, config.eval.n_episodes, seed, console, interruption.check
+                model,
+                config,
+                facts,
+                config.eval.n_episodes,
+                seed,
+                console,
+                interruption.check,
+                max_steps=config.eval.max_steps,
             )
             with _faults_told(folder, "the closing evaluation stopped", model), suppress(InterruptedEvaluationError):
                 for score in closing_scores:
@@ -429,7 +440,8 @@ def _interim(model: RecurrentPPO, config: TrainConfig, console: Console, interru
     seed = environment_seed(config.seed, Purpose.INTERIM_EVALUATION)
     alive = SignOfLife(console, "the agent", n_episodes, interruption.check)
     try:
-        return score("", play(model, config, n_episodes, seed, on_step=alive), config)
+        played = play(model, config, n_episodes, seed, max_steps=config.eval.max_steps, on_step=alive)
+        return score("", played, config)
     except InterruptedEvaluationError:
         return None
 
@@ -456,6 +468,8 @@ def _close(
 ) -> None:
     if scores:
         show_scores(console, scores, f"{config.env.id} after {model.num_timesteps:,} steps")
+        for remark in remarks(scores, config, model.num_timesteps):
+            say(console, remark)
     if any(score.cut_episodes for score in scores):
         limit = config.eval.max_episode_steps
         say(console, f"episodes that did not end were cut after {limit:,} steps (eval.max_episode_steps)")
