@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,32 @@ def test_task_that_is_another_one_on_the_other_side_is_left_out_and_named(change
     elsewhere = card(*others, tasks=("u",))
     with pytest.raises(ConfigError, match="in common; the tasks are t; u$"):
         compare(card(*sound(), tasks=("t",)), elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"total_steps": 7}, r"lstm, t: steps of training .* before, 7 after"),
+        ({"memory": "lstm of another kind"}, r"lstm, t: memory .* before, lstm of another kind after"),
+        ({"parameters": 12_345}, r"lstm, t: parameters .* before, 12,345 after"),
+        ({"greedy": Figure(0.5, 0.0, 0.5, 3)}, r"lstm, t: episodes \d+ before, 3 after"),
+        ({"fingerprint": "another"}, r"lstm: settings that records do not hold differ on t"),
+        ({"versions": {"torch": "9.9"}}, r"torch - before, 9.9 after"),
+    ],
+)
+def test_what_was_not_the_same_on_both_sides_stands_above_the_tables(change: dict[str, Any], said: str) -> None:
+    after = card(*(dataclasses.replace(r, **change) for r in sound()))
+    text = compare(card(), after)
+    above = text.partition("| task |")[0]
+    assert re.search(said, above), above
+    assert "Not the same" not in compare(card(), card())
+
+
+def test_budgets_and_seeds_of_two_agents_are_compared_too() -> None:
+    after = card(*(dataclasses.replace(r, total_steps=7) for r in sound() if r.seed == 0 or r.agent != "none"))
+    above = compare(card(), after, ("lstm", "none")).partition("| task |")[0]
+    assert re.search("lstm and none, t: steps of training .* before, 7 after", above), above
+    assert "memory" not in above
 
 
 def test_bounds_may_differ_in_their_last_digit() -> None:

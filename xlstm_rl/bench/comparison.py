@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from xlstm_rl.bench.card import common_scores, spell
 from xlstm_rl.bench.documents import Section, Table, to_markdown
@@ -16,6 +17,8 @@ from xlstm_rl.configs.validation import nearest
 
 def compare(before: Results, after: Results, agents: tuple[str, str] | None = None) -> str:
     """Markdown tables of the differences between two benchmarks, on the tasks and seeds that both have.
+
+    What was not the same on both sides (budgets, seeds, settings, versions) stands above the tables.
 
     Tasks of one name whose environments or bounds differ are not the same; they are left out, and the text says so.
 
@@ -39,6 +42,9 @@ def compare(before: Results, after: Results, agents: tuple[str, str] | None = No
         shared = set(before.tasks) & set(after.tasks)
         remedy = "give --agents A B" if shared else f"the tasks are {', '.join(before.tasks)}; {', '.join(after.tasks)}"
         raise ConfigError(f"{before.name} and {after.name} have no agent, task and seed in common; {remedy}{others}")
+    unequal = [line for one, two in pairs for line in _unequal(before, one, after, two, tasks)]
+    if unequal:
+        sections.insert(0, Section("Not the same on both sides", list(dict.fromkeys(unequal))))
     if differing:
         said = [f"{task} is not the same task on both sides: {how}." for task, how in differing.items()]
         sections.append(Section("Left out", said))
@@ -63,6 +69,58 @@ def _same_task(one: Record, two: Record) -> bool:
 
 def _in_words(record: Record) -> str:
     return f"{record.env} with {record.memoryless_return:.6g} to {record.optimal_return:.6g}"
+
+
+# What records tell of the settings of a run, in words.
+_SETTINGS: dict[str, Callable[[Record], Any]] = {
+    "steps of training": lambda record: f"{record.total_steps:,}",
+    "episodes": lambda record: record.greedy.episodes,
+    "memory": lambda record: record.memory,
+    "parameters": lambda record: f"{record.parameters:,}",
+    "runs spent on tuning": lambda record: record.tuning_runs,
+}
+
+
+def _unequal(before: Results, one: str, after: Results, two: str, tasks: Sequence[str]) -> list[str]:
+    """Sentences about settings, seeds and versions that differ between two agents on the tasks of both."""
+    name = one if one == two else f"{one} and {two}"
+    said: list[str] = []
+    old, new = (
+        [record for record in results.records if record.agent == agent and record.task in tasks]
+        for results, agent in ((before, one), (after, two))
+    )
+    for what, read in _SETTINGS.items():
+        # other agents are compared for what they are; of budgets one wants to know
+        if one == two or what in ("steps of training", "episodes"):
+            said += [
+                f"{name}, {task}: {what} {values[0]} before, {values[1]} after."
+                for task in tasks
+                if all(values := _by_task(task, old, new, read)) and values[0] != values[1]
+            ]
+    others = [
+        task
+        for task in tasks
+        if all(prints := _by_task(task, old, new, lambda r: r.fingerprint)) and prints[0] != prints[1]
+    ]
+    if one == two and not said and others:
+        said.append(f"{name}: settings that records do not hold differ on {', '.join(others)}; the specs have them.")
+    for task in tasks:
+        seeds = _by_task(task, old, new, lambda record: record.seed)
+        if all(seeds) and seeds[0] != seeds[1]:
+            said.append(f"{name}, {task}: seeds {seeds[0]} before, {seeds[1]} after; pairs are made of those of both.")
+    keys = sorted({key for record in (*old, *new) for key in record.versions})
+    for key in keys:
+        found = [", ".join(sorted({str(record.versions.get(key, "-")) for record in side})) for side in (old, new)]
+        if found[0] and found[1] and found[0] != found[1]:
+            said.append(f"{key} {found[0]} before, {found[1]} after.")
+    return said
+
+
+def _by_task(task: str, old: Sequence[Record], new: Sequence[Record], read: Callable[[Record], Any]) -> tuple[str, str]:
+    """What the runs of a task have on both sides, each value once; empty where there are none."""
+    sides = ((read(record) for record in side if record.task == task) for side in (old, new))
+    before, after = (", ".join(map(str, sorted(set(values)))) for values in sides)
+    return before, after
 
 
 def _compare(before: Results, one: str, after: Results, two: str, tasks: Sequence[str]) -> Section | None:
