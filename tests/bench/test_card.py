@@ -219,7 +219,7 @@ def test_task_that_is_another_one_on_the_other_side_is_left_out_and_named(change
         ({"parameters": 12_345}, r"lstm, t: parameters .* before, 12,345 after"),
         ({"greedy": Figure(0.5, 0.0, 0.5, 3)}, r"lstm, t: episodes \d+ before, 3 after"),
         ({"fingerprint": "another"}, r"lstm: settings that records do not hold differ on t"),
-        ({"versions": {"torch": "9.9"}}, r"torch - before, 9.9 after"),
+        ({"versions": {"torch": "9.9"}}, r"torch x before, 9.9 after"),
     ],
 )
 def test_what_was_not_the_same_on_both_sides_stands_above_the_tables(change: dict[str, Any], said: str) -> None:
