@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from xlstm_rl import cli
+from xlstm_rl.bench.spec import spec_names
 from xlstm_rl.configs import load, load_file, preset_names
+from xlstm_rl.envs import suite_ids
 from xlstm_rl.memory import memory_names
+from xlstm_rl.runs.live import LastingConsole
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,15 +32,36 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_list_shows_presets_environments_and_memories(
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_list_on_a_terminal_breaks_no_name(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(LastingConsole, "is_terminal", True)
+    assert cli.main(["list"]) == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    names = [*preset_names(), *memory_names(), *suite_ids(), *spec_names(), "xlstm_rl/TMaze-v0"]
+    assert [name for name in names if name not in text] == []
+    assert re.search(r"xlstm_rl/TMaze-v0\W+44\W+1\W+0\.5\b", text)
+    assert max(map(len, text.splitlines())) <= int(columns)
+
+
+def test_list_into_a_pipe_gives_a_name_a_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "40")
     assert cli.main(["list"]) == 0
-    text = capsys.readouterr().out
-    assert all(name in text for name in preset_names())
-    assert re.search(r"xlstm_rl/TMaze-v0\W+44\W+1\W+0\.5\b", text)
-    assert ", ".join(memory_names()) in text
+    lines = capsys.readouterr().out.splitlines()
+    assert {*preset_names(), *memory_names(), *suite_ids(), *spec_names(), "xlstm_rl/TMaze-v0"} <= set(lines)
+    assert not any(" " in line for line in lines)
+
+
+def test_list_shows_what_has_a_word_in_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "POPGym"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all("popgym" in line.lower() for line in lines)
+    assert cli.main(["list", "no-such-thing"]) == cli.STOPPED
+    assert "no name has 'no-such-thing' in it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tmaze", "CartPole-v1"])

@@ -6,10 +6,12 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+from rich.console import Console
 from rich.table import Table
 
 from xlstm_rl._version import __version__
@@ -17,7 +19,7 @@ from xlstm_rl.bench.commands import add_parser as add_bench_parser
 from xlstm_rl.configs import ConfigError, dump, load, preset_names
 from xlstm_rl.configs.option_types import natural, positive
 from xlstm_rl.runs.folder import default_run_path
-from xlstm_rl.runs.live import LastingConsole, drop_output
+from xlstm_rl.runs.live import LastingConsole, drop_output, say
 from xlstm_rl.tuning.command import add_parser as add_tune_parser
 
 # What a shell reports for a program that a signal ended, less the signal's number.
@@ -125,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser(
         "list", help="presets, environments, memories, benchmarks", description="What there is."
     )
+    word_help = "only what has it in its name, such as popgym; into a pipe go names alone, one a line"
+    listing.add_argument("word", nargs="?", default="", type=str.lower, metavar="WORD", help=word_help)
     listing.set_defaults(run=_list)
 
     show = commands.add_parser(
@@ -195,45 +199,83 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+class _Listed(NamedTuple):
+    """Things of a kind, with what a terminal shows beside their names."""
+
+    title: str
+    names: Sequence[str]
+    columns: Sequence[str] = ()
+    describe: Callable[[str], Sequence[str]] = lambda name: ()
+
+
 def _list(options: argparse.Namespace) -> int:
     import gymnasium
 
-    from xlstm_rl.bench.spec import load_spec, spec_names
-    from xlstm_rl.envs import suite_ids, task_facts
+    from xlstm_rl.bench.spec import spec_names
+    from xlstm_rl.envs import suite_ids
     from xlstm_rl.memory import memory_names
 
+    own = sorted({key for key in gymnasium.registry if key.startswith("xlstm_rl/")} - set(suite_ids()))
+    all_kinds = (
+        _Listed("presets", preset_names(), ("memory", "steps", "task"), _preset_cells),
+        _Listed("environments", own, ("horizon", "optimum", "best without memory"), _task_cells),
+        _Listed("benchmarks", spec_names(), ("tasks", "runs", "agents", "description"), _spec_cells),
+        _Listed("memories", memory_names()),
+        _Listed("environments of other packages", suite_ids()),
+    )
+    kinds = [kind._replace(names=[name for name in kind.names if options.word in name.lower()]) for kind in all_kinds]
+    if not any(kind.names for kind in kinds):
+        print(f"xlstm-rl: no name has {options.word!r} in it", file=sys.stderr)
+        return STOPPED
     console = LastingConsole()
-    presets = _table("presets", "name", "memory", "steps", "task")
-    for name in preset_names():
-        config = load(name)
-        memory = " ".join(str(word) for word in (config.memory.name, config.memory.settings.get("blocks", "")))
-        presets.add_row(name, memory.strip(), f"{config.total_steps:,}", config.description)
-    envs = _table("environments", "id", "horizon", "optimum", "best without memory")
-    ids = {key for key in gymnasium.registry if key.startswith("xlstm_rl/")}
-    for env_id in sorted(ids - set(suite_ids())):
-        env = gymnasium.make(env_id)
-        facts = task_facts(env)
-        env.close()
-        envs.add_row(env_id, *(("-",) * 3 if facts is None else (f"{value:.4g}" for value in facts)))
-    console.print(presets, envs, sep="\n")
-    benchmarks = _table("benchmarks", "name", "tasks", "agents", "runs", "description")
-    for name in spec_names():
-        spec = load_spec(name)
-        runs = len(spec.tasks) * sum(len(spec.seeds_of(agent)) for agent in spec.agents)
-        benchmarks.add_row(name, str(len(spec.tasks)), ", ".join(spec.agents), str(runs), spec.description or "")
-    console.print(benchmarks)
-    console.print(f"memories: {', '.join(memory_names())}", highlight=False)
-    console.print(f"of other packages: {', '.join(suite_ids())}", highlight=False)
+    for kind in kinds:
+        if not console.is_terminal:
+            # for other programs: names alone, none of them broken
+            for name in kind.names:
+                say(console, name)
+        elif kind.names:
+            _show_kind(console, kind)
     return 0
+
+
+def _show_kind(console: Console, kind: _Listed) -> None:
+    if not kind.columns:
+        console.print(f"{kind.title}: {', '.join(kind.names)}", highlight=False)
+        return
+    table = Table(title=kind.title, title_justify="left", title_style="bold")
+    table.add_column("name", no_wrap=True)
+    for column in kind.columns:
+        table.add_column(column)
+    for name in kind.names:
+        table.add_row(name, *kind.describe(name))
+    console.print(table)
+
+
+def _preset_cells(name: str) -> Sequence[str]:
+    config = load(name)
+    memory = f"{config.memory.name} {config.memory.settings.get('blocks', '')}"
+    return memory.strip(), f"{config.total_steps:,}", config.description or ""
+
+
+def _task_cells(env_id: str) -> Sequence[str]:
+    import gymnasium
+
+    from xlstm_rl.envs import task_facts
+
+    env = gymnasium.make(env_id)
+    facts = task_facts(env)
+    env.close()
+    return ("-",) * 3 if facts is None else [f"{value:.4g}" for value in facts]
+
+
+def _spec_cells(name: str) -> Sequence[str]:
+    from xlstm_rl.bench.spec import load_spec
+
+    spec = load_spec(name)
+    runs = len(spec.tasks) * sum(len(spec.seeds_of(agent)) for agent in spec.agents)
+    return str(len(spec.tasks)), str(runs), ", ".join(spec.agents), spec.description or ""
 
 
 def _show(options: argparse.Namespace) -> int:
     print(dump(load(options.name, options.overrides)), end="")
     return 0
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table

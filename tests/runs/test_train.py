@@ -336,7 +336,8 @@ def test_observations_that_cannot_be_used_are_refused(
     [
         ("Blackjack-v1", [], "'Blackjack-v1' has Tuple observations; allowed are Box, "),
         ("tmaze", ["ppo.use_sde=true"], "the agent cannot be built for 'xlstm_rl/TMaze-v0': .*continuous actions"),
-        ("tmaze", ["policy.kwargs.activation_fn=relu"], r"with policy\.kwargs=\{'activation_fn': 'relu'\}"),
+        ("tmaze", ["policy.kwargs.activation_fn=rellu"], r"'rellu' is no class of torch.nn .*ReLU"),
+        ("tmaze", ["policy.kwargs.optimizer_class=Adan"], r"'Adan' is no class of torch.optim .*Adam"),
         ("tmaze", ["policy.kwargs.squash_output=true"], r"with policy\.kwargs=\{'squash_output': True\}"),
         ("tmaze", ["policy.kwargs.net_arch=[-1]"], r"with policy\.kwargs=\{'net_arch': \[-1\]\}"),
     ],
@@ -345,6 +346,15 @@ def test_agent_that_cannot_be_built_is_refused(name: str, overrides: list[str], 
     with pytest.raises(ConfigError, match=expected):
         train(tiny(name, *overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_classes_of_torch_are_settings_by_their_names(tmp_path: Path) -> None:
+    words = ["policy.kwargs.activation_fn=ReLU", "policy.kwargs.optimizer_class=AdamW"]
+    run = train(tiny("cue-recall", *words), tmp_path / "run")
+    model = RecurrentPPO.load(run.model)
+    assert type(model.policy.optimizer) is torch.optim.AdamW
+    assert any(isinstance(module, torch.nn.ReLU) for module in model.policy.modules())
+    assert evaluate_run(tmp_path / "run", n_episodes=1)
 
 
 def test_environments_run_in_processes_of_their_own(tmp_path: Path) -> None:

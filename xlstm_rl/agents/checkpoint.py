@@ -366,6 +366,21 @@ _CLASSES: dict[str, type] = {
     },
 }
 _CLASS_NAMES = {kind: name for name, kind in _CLASSES.items()}
+
+
+def class_by_word(word: str, module: str) -> type:
+    """A class that files may name by its own name, in letters of any case: "relu" of "torch.nn".
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    known = {name.rpartition(".")[2]: kind for name, kind in _CLASSES.items() if name.rpartition(".")[0] == module}
+    for name, kind in known.items():
+        if name.lower() == word.lower():
+            return kind
+    raise ValueError(f"{word!r} is no class of {module} that is known here; known are {', '.join(sorted(known))}")
+
+
 # Objects made of their constructor's arguments.
 _OBJECTS: dict[type, tuple[str, ...]] = {
     ConstantSchedule: ("val",),

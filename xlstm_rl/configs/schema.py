@@ -14,6 +14,7 @@ from pydantic_core import ArgsKwargs
 from stable_baselines3.common.utils import LinearSchedule
 
 from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
+from xlstm_rl.agents.checkpoint import class_by_word
 from xlstm_rl.agents.evaluation import MAX_EPISODE_STEPS
 from xlstm_rl.agents.features import find_extractor
 from xlstm_rl.configs.validation import (
@@ -295,11 +296,18 @@ class PPOConfig:
 
 def agent_arguments(memory: MemoryConfig, policy: PolicyConfig, ppo: PPOConfig) -> dict[str, Any]:
     """Keyword arguments of `xlstm_rl.RecurrentPPO` for a memory, the networks around it and their training."""
+    modules = {"activation_fn": "torch.nn", "optimizer_class": "torch.optim"}
+    named = {
+        key: class_by_word(value, modules[key])
+        for key, value in policy.kwargs.items()
+        if key in modules and isinstance(value, str)
+    }
     policy_kwargs: dict[str, Any] = {
         "memory": memory.name,
         "memory_kwargs": dict(memory.settings),
         "critic_memory": policy.critic_memory,
         **policy.kwargs,
+        **named,
     }
     if policy.net_arch is not None:
         policy_kwargs["net_arch"] = list(policy.net_arch)

@@ -27,7 +27,7 @@ from xlstm_rl.vec_envs.inputs import KEYS
 
 # The entry of the ONNX metadata that holds the JSON.
 METADATA = "xlstm_rl"
-INSTALL = "pip install onnx onnxruntime onnxscript"
+INSTALL = "pip install 'xlstm-rl[export]' (in a checkout '.[export]')"
 # An axis of this size is never taken for a constant.
 _ROWS = 3
 

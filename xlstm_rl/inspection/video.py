@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 from xlstm_rl.agents.checkpoint import write_whole
 
 LAST_FRAME_SECONDS = 1.0
+# Pixels, below which frames are enlarged.
+LEAST_WIDTH = 400
 
 
 def write_gif(frames: Sequence[np.ndarray], path: Path, frames_per_second: float) -> None:
@@ -24,7 +27,9 @@ def write_gif(frames: Sequence[np.ndarray], path: Path, frames_per_second: float
     # Loaded here because most uses of the package never draw.
     from PIL import Image
 
-    pictures = [Image.fromarray(frame) for frame in frames]
+    # whole multiples keep the edges of pixel worlds sharp
+    scale = max(1, math.ceil(LEAST_WIDTH / frames[0].shape[1]))
+    pictures = [Image.fromarray(frame.repeat(scale, axis=0).repeat(scale, axis=1)) for frame in frames]
     durations = [round(1000 / frames_per_second)] * (len(pictures) - 1) + [round(1000 * LAST_FRAME_SECONDS)]
     buffer = io.BytesIO()
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
