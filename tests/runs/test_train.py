@@ -180,7 +180,7 @@ def test_masks_of_the_environment_are_used_throughout(tmp_path: Path) -> None:
     finally:
         del gymnasium.registry["xlstm_rl_tests/Masked-v0"]
     assert RecurrentPPO.load(result.model).use_masking is True
-    assert len(result.scores) == 3
+    assert len(result.scores) == 4
 
 
 @pytest.fixture(scope="module")
