@@ -163,7 +163,7 @@ def test_missing_package_is_a_message(
 ) -> None:
     monkeypatch.setattr("xlstm_rl.export.onnx_file.importlib.util.find_spec", lambda name: None)
     assert cli.main(["export", str(run)]) == cli.USAGE_ERROR
-    assert "pip install onnx onnxruntime onnxscript" in capsys.readouterr().err
+    assert "pip install 'xlstm-rl[export]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["export", "inspect"])
