@@ -345,7 +345,7 @@ def test_missing_package_is_named_with_its_install_line(tmp_path: Path, monkeypa
         return None if name == "onnxscript" else object()
 
     monkeypatch.setattr("importlib.util.find_spec", find)
-    with pytest.raises(ExportError, match="needs the package onnxscript: pip install 'xlstm-rl\[export\]'"):
+    with pytest.raises(ExportError, match=r"needs the package onnxscript: pip install 'xlstm-rl\[export\]'"):
         export_onnx(model_of("none", "discrete"), tmp_path / "policy.onnx")
 
 
