@@ -121,6 +121,26 @@ class Contents(NamedTuple):
     """Names of the weights in the order of the optimiser, where that is known."""
 
 
+class Transfer(NamedTuple):
+    """What an agent took from another's file, by names of weights."""
+
+    taken: list[str]
+    """Set to what the other had."""
+    other_shape: list[str]
+    """Left as they were: the other's are of another shape."""
+    missing: list[str]
+    """Left as they were: the other has none."""
+    frozen: list[str]
+    """Not trained from now on."""
+
+
+# What is meant by the parts of a policy, as the beginnings of names of weights.
+PARTS = {
+    "extractor": ("features_extractor.", "pi_features_extractor.", "vf_features_extractor."),
+    "memory": ("memory_actor.", "memory_critic."),
+    "heads": ("mlp_extractor.", "action_net.", "value_net.", "critic.", "log_std", "loss_terms."),
+}
+
 Model = TypeVar("Model", bound="SavedAlgorithm")
 
 
@@ -387,6 +407,50 @@ class SavedAlgorithm(OnPolicyAlgorithm):
                 del given[OPTIMIZER]
         super().set_parameters(given, exact_match, device)
 
+    def take_weights(
+        self, path: str | Path | io.BufferedIOBase, parts: Iterable[str] = tuple(PARTS), freeze: Iterable[str] = ()
+    ) -> Transfer:
+        """Start from what another agent has learnt, as far as its weights fit by name and shape.
+
+        Its observations and actions may be others: layers that depend on them then stay as they are. The optimiser and
+        the counters stay too. Frozen parts stay frozen in files and in resumed runs.
+
+        Args:
+            path: of a file that `save` or `save_checkpoint` wrote; nothing in it is executed.
+            parts: what to take: of "extractor", "memory" and "heads".
+            freeze: what not to train from now on: of the same.
+
+        Raises:
+            CheckpointError: the file is torn, foreign or wrong.
+            ValueError: a part is unknown, or nothing at all fits.
+        """
+        parts, freeze = tuple(parts), tuple(freeze)
+        for name in (*parts, *freeze):
+            if name not in PARTS:
+                raise ValueError(f"{name!r} is no part of a policy that can be taken or frozen; parts are {[*PARTS]}")
+        archive = read_archive(find_file(path), "model")  # type: ignore[arg-type]
+        given = _groups(archive).get(POLICY)
+        check_numbers(given, POLICY, archive.name)
+        if not isinstance(given, dict):
+            raise CheckpointError(f"{archive.name} holds no {POLICY}.json; it is incomplete")
+        own = dict(self.policy.named_parameters())
+        wanted = [name for name in own if name.startswith(_beginnings(parts))]
+        missing = [name for name in wanted if not isinstance(given.get(name), Tensor)]
+        other = [name for name in wanted if name not in missing and given[name].shape != own[name].shape]
+        taken = [name for name in wanted if name not in (*missing, *other)]
+        if not taken:
+            raise ValueError(
+                f"{archive.name} has nothing that fits {', '.join(parts)} of this policy: give it the same memory, "
+                "width and layers"
+            )
+        with torch.no_grad():
+            for name in taken:
+                own[name].copy_(given[name])
+        frozen = [name for name in own if freeze and name.startswith(_beginnings(freeze))]
+        for name in frozen:
+            own[name].requires_grad_(False)
+        return Transfer(taken, other, missing, frozen)
+
     @property
     def checkpoint_step(self) -> int:
         """Environment steps of the run that `save_checkpoint` would write."""
@@ -593,6 +657,10 @@ def _warn_of_functions(data: Mapping[str, Any], names: Any, given: Collection[st
                 f"hand it over as custom_objects={{{name!r}: function}}, which load and resume take",
                 stacklevel=stacklevel,
             )
+
+
+def _beginnings(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(beginning for part in parts for beginning in PARTS[part])
 
 
 def _groups(archive: Archive) -> dict[str, Any]:

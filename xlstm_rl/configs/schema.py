@@ -321,6 +321,49 @@ def agent_arguments(memory: MemoryConfig, policy: PolicyConfig, ppo: PPOConfig) 
     return {**ppo.model_arguments(), "policy_kwargs": policy_kwargs}
 
 
+_PARTS = Literal["extractor", "memory", "heads"]
+
+
+@settings
+class InitConfig:
+    """What a new agent starts from, other than chance.
+
+    Attributes:
+        source: in YAML and overrides `from`: a run folder, or a file of an agent, whose weights are taken as far as
+            they fit; None starts from nothing.
+        parts: which of its weights.
+        freeze: which are not trained.
+    """
+
+    source: Word | None = None
+    parts: tuple[_PARTS, ...] = ("extractor", "memory", "heads")
+    freeze: tuple[_PARTS, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_is_a_word_of_python(cls, values: Any) -> Any:
+        if isinstance(values, ArgsKwargs) or not isinstance(values, Mapping):
+            return values
+        return {{"from": "source"}.get(str(key), str(key)): value for key, value in values.items()}
+
+    @model_validator(mode="after")
+    def _is_of_use(self) -> InitConfig:
+        if self.source is None and self.freeze:
+            raise ValueError(f"init.freeze={list(self.freeze)} would train nothing of what chance gave; give init.from")
+        if not self.parts:
+            raise ValueError("init.parts=[] takes nothing; leave init.from out")
+        return self
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Values by key, as in YAML."""
+        return {"from": self.source, "parts": self.parts, "freeze": self.freeze}
+
+    @staticmethod
+    def known_keys() -> list[str]:
+        """As in YAML."""
+        return ["from", "parts", "freeze"]
+
+
 @settings
 class EvalConfig:
     """Deterministic evaluation on fresh environments.
@@ -381,6 +424,7 @@ class TrainConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     total_steps: Count = 300_000
     seed: Annotated[Natural, Field(lt=2**31)] = 0
     device: Word = "cpu"

@@ -20,7 +20,7 @@ from rich.console import Console
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from xlstm_rl.agents import GymnasiumVecEnv, RecurrentPPO
+from xlstm_rl.agents import CheckpointError, GymnasiumVecEnv, RecurrentPPO
 from xlstm_rl.agents.features import EXTRACTORS, check_spaces, find_extractor, is_small_image
 from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.agents.saving import load_normalizer
@@ -28,6 +28,7 @@ from xlstm_rl.agents.training_state import make_normalizer
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
 from xlstm_rl.configs.schema import agent_arguments
 from xlstm_rl.envs import Resumable, TaskFacts, task_facts
+from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.seeds import SEEDS_APART, Purpose, environment_seed
 from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 from xlstm_rl.vec_envs.guarded_vec_env import EpisodeMonitor, GuardedDummyVecEnv, GuardedSubprocVecEnv
@@ -119,6 +120,48 @@ def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
     # the constructor has seeded it as Stable-Baselines3 does
     env.seed(training_seed(config, model.ranks))
     return model
+
+
+def start_from(model: RecurrentPPO, config: TrainConfig) -> str | None:
+    """Give a new agent what `init` says, and tell what it took; None where it starts from nothing.
+
+    Raises:
+        ConfigError: there is no such run or file, or nothing in it fits.
+    """
+    init = config.init
+    if init.source is None:
+        return None
+    path = Path(init.source).expanduser()
+    try:
+        file = RunFolder(path).latest_model() if path.is_dir() else path
+        transfer = model.take_weights(file, init.parts, init.freeze)
+        statistics = "extractor" in init.parts and _take_statistics(model, file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"init.from={init.source!r}: {error}") from error
+    told = [f"{len(transfer.taken)} weights taken"]
+    told += ["statistics of observations taken"] if statistics else []
+    for names, why in ((transfer.other_shape, "of another shape there"), (transfer.missing, "missing there")):
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            told.append(f"{len(names)} new, {why} ({some})")
+    told += [f"{len(transfer.frozen)} frozen"] if transfer.frozen else []
+    return "; ".join(told)
+
+
+def _take_statistics(model: RecurrentPPO, file: Path) -> bool:
+    """Go on from the running statistics of observations of a file, where both have them of the same space."""
+    own = model.get_vec_normalize_env()
+    if own is None or not own.norm_obs:
+        return False
+    try:
+        other = load_normalizer(file, own.venv)
+    except CheckpointError:
+        # of other observations
+        return False
+    if other is None or not other.norm_obs:
+        return False
+    own.obs_rms = other.obs_rms
+    return True
 
 
 def own_classes(config: TrainConfig) -> dict[str, Any]:

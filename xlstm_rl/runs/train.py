@@ -28,6 +28,7 @@ from xlstm_rl.runs.build import (
     normalized,
     own_classes,
     read_facts,
+    start_from,
     torch_threads,
     training_seed,
 )
@@ -110,11 +111,14 @@ def train(
     facts = read_facts(config.env)
     with group.explaining(), torch_threads(config.threads), closing(_training_env(config, group)) as env:
         model = make_model(config, normalized(env, config))
+        transfer = start_from(model, config)
         path = Path(run_dir)
         if group.rank == 0:
             path = RunFolder.create(path, config, versions=suite_versions(config.env.id), numbered=numbered).path
         folder = RunFolder(Path(group.broadcast(str(path))), group)
         say(console, f"run folder {folder.path}")
+        if transfer is not None:
+            say(console, f"from {config.init.source}: {transfer}")
         with folder.training(), _faults_told(folder, "training stopped", model):
             return _run(model, config, facts, folder, _returns(folder), {"log": {}}, stop_when, console)
 
@@ -182,7 +186,11 @@ def resume(
                 f"total_steps={config.total_steps:,} is below the {resumed.model.num_timesteps:,} steps that are done; "
                 "give more, or leave it out"
             )
-        model = make_model(config, env) if resumed is None else resumed.model
+        if resumed is None:
+            model = make_model(config, env)
+            start_from(model, config)
+        else:
+            model = resumed.model
         with _faults_told(folder, "training stopped", model):
             if overrides and group.rank == 0:
                 folder.write_config(config)
