@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from tests.agents.small_agents import agent
 from xlstm_rl.agents import RecurrentPPO
-from xlstm_rl.vec_envs.env_contract import SKIPPED, check_step, rewards_without_skipped
+from xlstm_rl.vec_envs.env_contract import SKIPPED, check_step, rewards_without_skipped, skipped_steps
 
 # what NumPy says of it inside VecNormalize
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -231,8 +231,8 @@ def test_other_words_are_refused() -> None:
 
 def test_lost_step_has_no_advantage() -> None:
     rewards, values = np.array([1.0, 2.0]), np.array([5.0, 7.0], np.float32)
-    assert rewards_without_skipped(rewards, values, [{}, {SKIPPED: "died"}]).tolist() == [1.0, 7.0]
-    assert rewards_without_skipped(rewards, values, [{}, {}]) is rewards
+    assert rewards_without_skipped(rewards, values, skipped_steps([{}, {SKIPPED: "died"}])).tolist() == [1.0, 7.0]
+    assert rewards_without_skipped(rewards, values, skipped_steps([{}, {}])) is rewards
 
 
 def test_whole_numbers_are_not_searched() -> None:

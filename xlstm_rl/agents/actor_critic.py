@@ -23,9 +23,11 @@ from xlstm_rl.agents.heads import GumbelCategorical, as_sampled, distribution_of
 from xlstm_rl.agents.losses import WeightedTerms
 from xlstm_rl.agents.rollout import Evaluation
 from xlstm_rl.memory import MemoryCore, make_memory, map_leaves, take
+from xlstm_rl.memory.fast import run_network, teach_layer
 from xlstm_rl.vec_envs.env_contract import entries, map_obs
 
 CriticMemory = Literal["shared", "separate", "none"]
+teach_layer(FlattenExtractor, lambda layer: lambda x: x.flatten(1))
 
 
 class PolicyState(NamedTuple):
@@ -227,7 +229,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             reuse_state: the new state may be written over `state`, see `MemoryCore.step`.
         """
         latents = self.latents(obs, state, reset, reuse_state=reuse_state)
-        values = self.value_net(latents.critic).squeeze(-1)
+        values = run_network(self.value_net, latents.critic).squeeze(-1)
         distribution = self.action_distribution(latents.actor, action_masks)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
@@ -258,7 +260,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             action_masks: bool [B, T, ...], true where an action was allowed; None: all were.
         """
         latents = self.latents(obs, state, reset)
-        values = self.value_net(latents.critic).view(reset.shape)
+        values = run_network(self.value_net, latents.critic).view(reset.shape)
         masks = None if action_masks is None else action_masks.flatten(0, 1)
         distribution = self.action_distribution(latents.actor, masks)
         log_prob = distribution.log_prob(as_sampled(self.action_space, actions.flatten(0, 1))).view(reset.shape)
@@ -296,6 +298,9 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         keys = self.critic_keys if critic else self.actor_keys
         part = part_of_space(self.observation_space, keys)
         obs = obs if keys is None else {key: obs[key] for key in keys}
+        if type(part) is spaces.Box and len(part.shape) == 1 and isinstance(obs, Tensor):
+            # as nearly always, and nothing of what follows does anything to it
+            return run_network(extractor, obs.float().to(self.dtype))
         obs = _from_zero(obs, part)
         obs, space = as_seen(obs, part), seen_space(part)
         seen: Any = preprocess_obs(obs, space, normalize_images=self.normalize_images)
@@ -318,10 +323,10 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         """Of what `latents` gave, [N, ...]; over the allowed actions, where there are masks bool [N, ...]."""
         if action_masks is None:
             return self._get_action_dist_from_latent(latent_pi)
-        return self._distribution(self.action_net(latent_pi), latent_pi, action_masks)
+        return self._distribution(run_network(self.action_net, latent_pi), latent_pi, action_masks)
 
     def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Distribution:
-        return self._distribution(self.action_net(latent_pi), latent_pi, None)
+        return self._distribution(run_network(self.action_net, latent_pi), latent_pi, None)
 
     def _distribution(self, output: Tensor, latent_pi: Tensor, action_masks: Tensor | None) -> Distribution:
         if action_masks is not None and isinstance(self.action_dist, CategoricalDistribution):
@@ -371,8 +376,14 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         state = PolicyState(actor_state, critic_state)
         if not heads:
             return Latents(latent_pi, latent_vf, latent_pi, state)
-        actor, critic = self.mlp_extractor.forward_actor(latent_pi), self.mlp_extractor.forward_critic(latent_vf)
+        actor, critic = self._latents_of_heads(latent_pi, latent_vf)
         return Latents(actor, critic, latent_pi, state)
+
+    def _latents_of_heads(self, latent_pi: Tensor, latent_vf: Tensor) -> tuple[Tensor, Tensor]:
+        networks = self.mlp_extractor
+        if type(networks) is not MlpExtractor:
+            return networks.forward_actor(latent_pi), networks.forward_critic(latent_vf)
+        return run_network(networks.policy_net, latent_pi), run_network(networks.value_net, latent_vf)
 
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
         """Actions [n_envs, ...] as the environment wants them: in bounds, from the start of its space, in its dtype."""

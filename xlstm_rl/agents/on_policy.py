@@ -6,8 +6,7 @@ import copy
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import gymnasium
@@ -388,19 +387,23 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             if masked:
                 action_masks = read_masks(env, self.action_space)
                 masks = torch.as_tensor(action_masks, device=self.device)
-            with _timing(seconds, "act"), torch.inference_mode():
+            begun = time.perf_counter()
+            with torch.inference_mode():
                 episode_starts = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
                 step = self.policy.act(obs_tensor, state, episode_starts, action_masks=masks, reuse_state=True)
             state, values, log_probs = step.state, step.values.cpu().numpy(), step.log_prob.cpu().numpy()
             actions = step.actions.cpu().numpy()
             clipped_actions = self.policy.to_env_actions(actions)
-            with _timing(seconds, "env"):
-                place = f"in step {n_steps} of the rollout ({self.num_timesteps + self._all_envs} steps into the run)"
-                new_obs, rewards, dones, infos = step_envs(env, clipped_actions, place)
+            place = f"in step {n_steps} of the rollout ({self.num_timesteps + self._all_envs} steps into the run)"
+            acted = time.perf_counter()
+            new_obs, rewards, dones, infos = step_envs(env, clipped_actions, place)
+            seconds["act"] += acted - begun
+            seconds["env"] += time.perf_counter() - acted
             # as if all ranks were equally far; what they have really done is counted at the end of the rollout
             self.num_timesteps += self._all_envs
             check_step(env, new_obs, rewards, infos, place)
-            rewards = rewards_without_skipped(rewards, values, infos)
+            skipped = skipped_steps(infos)
+            rewards = rewards_without_skipped(rewards, values, skipped)
             last_obs, starts = self._last_obs, self._last_episode_starts
             # before callbacks, which may save the agent or end training: the memory has been written over already
             self._last_obs, self._last_episode_starts, self._last_state = new_obs, dones, state
@@ -411,7 +414,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             self._update_info_buffer(infos, dones)
             rollout_buffer.add(last_obs, actions, rewards, starts, values, log_probs, action_masks)  # type: ignore[arg-type]
             truncation = value_of_cut_episodes(self.policy, dones, infos, state)
-            rollout_buffer.add_outcome(dones, truncation.mask, truncation.values, skipped_steps(infos))
+            rollout_buffer.add_outcome(dones, truncation.mask, truncation.values, skipped)
         with torch.inference_mode():
             episode_starts = torch.as_tensor(dones, dtype=torch.bool, device=self.device)
             last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, episode_starts)
@@ -632,13 +635,3 @@ def _cloned(values: Any) -> Any:
 def _pending(logger: Logger) -> dict[str, Any]:
     """Copies of what a logger holds and has not written."""
     return {name: copy.copy(vars(logger)[name]) for name in ("name_to_value", "name_to_count", "name_to_excluded")}
-
-
-@contextmanager
-def _timing(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the duration of the block to `seconds[name]`."""
-    begun = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] += time.perf_counter() - begun

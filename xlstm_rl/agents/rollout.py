@@ -186,8 +186,6 @@ class ChunkedRolloutBuffer(BaseBuffer):
             if self.action_masks is None:
                 self.action_masks = np.ones((self.buffer_size, *action_masks.shape), bool)
             self.action_masks[t] = action_masks
-        if t > 0:
-            self._end(t - 1, self.episode_starts[t], self.values[t])
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
@@ -230,7 +228,8 @@ class ChunkedRolloutBuffer(BaseBuffer):
             last_values: [n_envs], value of the observation after the last step, used where no episode ended there.
             dones: bool [n_envs], the last step ended an episode; None: as `add_outcome` told.
         """
-        self._end(self.buffer_size - 1, self.ended[-1] if dones is None else np.ravel(dones) > 0, _flat(last_values))
+        self._end(slice(0, -1), self.episode_starts[1:], self.values[1:])
+        self._end(slice(-1, None), self.ended[-1] if dones is None else np.ravel(dones) > 0, _flat(last_values))
         self.advantages = self.estimate(self.gae_lambda)
         self.returns = self.advantages + self.values
 
@@ -306,12 +305,11 @@ class ChunkedRolloutBuffer(BaseBuffer):
         kind = DictRolloutBufferSamples if isinstance(obs, dict) else RolloutBufferSamples
         return kind(obs, actions, *(self.to_torch(array[step, row]) for array in numbers))
 
-    def _end(self, t: int, ended: np.ndarray, values: np.ndarray) -> None:
-        """Episodes end in step `t`, where this is news by termination; elsewhere the next observation has `values`."""
-        self.terminated[t] |= ended & ~self.ended[t]
-        self.ended[t] |= ended
-        running = ~self.ended[t]
-        self.next_values[t][running] = values[running]
+    def _end(self, steps: slice, ended: np.ndarray, values: np.ndarray) -> None:
+        """Episodes end in steps, where this is news by termination; elsewhere the next observation has `values`."""
+        self.terminated[steps] |= ended & ~self.ended[steps]
+        self.ended[steps] |= ended
+        np.copyto(self.next_values[steps], values, where=~self.ended[steps])
 
 
 def _flat(values: np.ndarray | Tensor) -> np.ndarray:

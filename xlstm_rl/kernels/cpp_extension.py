@@ -18,7 +18,7 @@ from xlstm_rl.kernels.tracing import differentiated_forwards, is_plain, traced
 
 SWITCH = "XLSTM_RL_NATIVE"
 # What the module calls the order of its arguments; a build of other sources has another number.
-INTERFACE = 6
+INTERFACE = 7
 _DTYPES = (torch.float32, torch.float64)
 
 

@@ -13,7 +13,7 @@ from xlstm_rl.kernels.argument_checks import check_reset
 from xlstm_rl.kernels.tracing import traced
 from xlstm_rl.memory.config import XLSTMConfig, check_word
 from xlstm_rl.memory.core import MISFITS, MemoryBlock, MemoryCore, make_block
-from xlstm_rl.memory.fast import is_bare, stands_for
+from xlstm_rl.memory.fast import is_bare, run_network, stands_for
 
 StackState = tuple[Any, ...]
 
@@ -58,7 +58,7 @@ class Stack(MemoryCore):
             return super().step(x, state, reset)
         if reset is not None:
             check_reset(reset, len(x))
-        h = self.input_projection(x)
+        h = run_network(self.input_projection, x)
         states = []
         try:
             for block, block_state in zip(self.blocks, state, strict=True):
@@ -68,7 +68,7 @@ class Stack(MemoryCore):
             # only now, as acting has no time for it
             self._check_fits(state, x)
             raise
-        return self.post_norm(h), tuple(states)
+        return run_network(self.post_norm, h), tuple(states)
 
     def _steps_by_blocks(self, x: Tensor) -> bool:
         """Whether a step may be that of every block, as no subclass, wrapper or hook would be left out."""
@@ -92,12 +92,12 @@ class Stack(MemoryCore):
             check_reset(reset, *x.shape[:2])
             if _starts_nowhere(reset):
                 reset = None
-        x = self.input_projection(x)
+        x = run_network(self.input_projection, x)
         states = []
         for block, block_state in zip(self.blocks, state, strict=True):
             x, block_state = block(x, block_state, reset)
             states.append(block_state)
-        return self.post_norm(x), tuple(states)
+        return run_network(self.post_norm, x), tuple(states)
 
 
 @stands_for

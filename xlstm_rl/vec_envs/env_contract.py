@@ -406,14 +406,13 @@ def _check_one(values: Any, name: str, place: str) -> None:
             raise FloatingPointError(f"the {name} is {array[entry]}{where} {place}")
 
 
-def rewards_without_skipped(rewards: np.ndarray, values: np.ndarray, infos: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Rewards [n_envs] under which steps that did not happen teach nothing.
+def rewards_without_skipped(rewards: np.ndarray, values: np.ndarray, skipped: np.ndarray) -> np.ndarray:
+    """Rewards [n_envs] under which steps that did not happen (`skipped`, bool [n_envs]) teach nothing.
 
     Where an environment was lost, its episode ends before the step. With the value [n_envs] of the observation acted
     on as reward, and nothing after it, the advantage of the step is 0, and the steps before are valued as if a time
     limit had cut the episode there.
     """
-    skipped = skipped_steps(infos)
     if skipped.any():
         rewards = rewards.astype(values.dtype)
         rewards[skipped] = values[skipped]
@@ -422,4 +421,8 @@ def rewards_without_skipped(rewards: np.ndarray, values: np.ndarray, infos: Sequ
 
 def skipped_steps(infos: Sequence[dict[str, Any]]) -> np.ndarray:
     """Where the step did not happen, bool [n_envs]."""
-    return np.array([SKIPPED in info for info in infos], bool)
+    skipped = np.zeros(len(infos), bool)
+    for row, info in enumerate(infos):
+        if SKIPPED in info:
+            skipped[row] = True
+    return skipped

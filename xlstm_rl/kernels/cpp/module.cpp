@@ -307,6 +307,34 @@ PyObject* use_tensors(PyObject*, PyObject* const* values, Py_ssize_t count) {
     return PyBool_FromLong(exchange != nullptr);
   });
 }
+// Whether every module is of its type, has no hook in its dictionaries, and no forward pass of its own; and whether the
+// classes have those that are written in them. See memory/fast.py, which has the same in Python.
+// bare(hooks, modules, types, attributes, kinds, written): tuples.
+PyObject* bare(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  return guarded([=]() -> PyObject* {
+    static PyObject* const forward = PyUnicode_InternFromString("forward");
+    static PyObject* const compiled_call = PyUnicode_InternFromString("_compiled_call_impl");
+    Arguments in(values, count);
+    PyObject *hooks = in.object(), *modules = in.object(), *types = in.object(), *attributes = in.object();
+    PyObject *kinds = in.object(), *written = in.object();
+    in.finish();
+    bool is = true;
+    for (Py_ssize_t i = 0; is && i < PyTuple_Size(hooks); i++) is = PyDict_Size(PyTuple_GetItem(hooks, i)) == 0;
+    for (Py_ssize_t i = 0; is && i < PyTuple_Size(modules); i++)
+      is = reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GetItem(modules, i))) == PyTuple_GetItem(types, i);
+    for (Py_ssize_t i = 0; is && i < PyTuple_Size(attributes); i++) {
+      PyObject* held = PyTuple_GetItem(attributes, i);
+      is = !PyDict_Contains(held, forward) && !PyDict_Contains(held, compiled_call);
+    }
+    for (Py_ssize_t i = 0; is && i < PyTuple_Size(kinds); i++) {
+      PyObject* found = PyObject_GetAttr(PyTuple_GetItem(kinds, i), forward);
+      is = found && found == PyTuple_GetItem(written, i);
+      Py_XDECREF(found);
+    }
+    if (PyErr_Occurred()) return nullptr;
+    return PyBool_FromLong(is);
+  });
+}
 // use_pool(address): run on the threads behind torch_parallel_for.
 PyObject* use_pool(PyObject*, PyObject* address) {
   const size_t value = PyLong_AsSize_t(address);
@@ -333,6 +361,7 @@ PyMethodDef methods[] = {
     method("mlstm_mixer_weights_size", trace_size<MixerWeightsSize>),
     method("mlstm_block_step", block_step<MlstmPlan>),
     method("slstm_block_step", block_step<SlstmPlan>),
+    method("bare", bare),
     method("use_tensors", use_tensors),
     {"use_pool", use_pool, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -346,6 +375,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cpp", nullptr, -1, methods, nu
 PyMODINIT_FUNC INITIALISER(MODULE_NAME)(void) {
   PyObject* module = PyModule_Create(&xlstm::definition);
   // Raised with every change of the order of arguments, so that a stale build is found out.
-  if (module) PyModule_AddIntConstant(module, "INTERFACE", 6);
+  if (module) PyModule_AddIntConstant(module, "INTERFACE", 7);
   return module;
 }
