@@ -1,7 +1,7 @@
 """Reinforcement-learning agents with an xLSTM memory: train on gymnasium tasks, plug into Stable-Baselines3, evaluate.
 
-Importing this package registers the `xlstm_rl/...-v0` tasks with gymnasium. The agents load Stable-Baselines3 on
-first use.
+Importing this package registers the `xlstm_rl/...-v0` tasks with gymnasium. What needs torch or Stable-Baselines3 loads
+them on first use.
 """
 
 import sys
@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import xlstm_rl.envs
 from xlstm_rl._version import __version__
-from xlstm_rl.kernels import backend_info
-from xlstm_rl.memory import MemoryCore, load_nxai_weights, make_memory, register_block, register_memory
 
 if TYPE_CHECKING:
     from xlstm_rl.agents import (
@@ -32,6 +30,8 @@ if TYPE_CHECKING:
         register_loss,
     )
     from xlstm_rl.configs import general_settings
+    from xlstm_rl.kernels import backend_info
+    from xlstm_rl.memory import MemoryCore, load_nxai_weights, make_memory, register_block, register_memory
     from xlstm_rl.memory.laws import check_memory_laws
     from xlstm_rl.runs.open import open_run
     from xlstm_rl.vec_envs.guarded_vec_env import GuardedSubprocVecEnv
@@ -63,10 +63,18 @@ __all__ = [
 # Loaded on first use; what is in __all__ and neither imported above nor listed here is in xlstm_rl.agents.
 _PLACES = {
     "GuardedSubprocVecEnv": "xlstm_rl.vec_envs.guarded_vec_env",
+    "MemoryCore": "xlstm_rl.memory",
+    "backend_info": "xlstm_rl.kernels",
     "check_memory_laws": "xlstm_rl.memory.laws",
     "general_settings": "xlstm_rl.configs",
+    "load_nxai_weights": "xlstm_rl.memory",
+    "make_memory": "xlstm_rl.memory",
     "open_run": "xlstm_rl.runs.open",
+    "register_block": "xlstm_rl.memory",
+    "register_memory": "xlstm_rl.memory",
 }
+# Rooms that are there as soon as the package is.
+_ROOMS = ("kernels", "memory")
 
 # Modules that the documentation of earlier versions named; importing them still works, with a warning.
 _MOVED = {
@@ -97,6 +105,8 @@ sys.meta_path.append(_MovedModules)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"xlstm_rl.{name}")
     if name in __all__:
         return getattr(import_module(_PLACES.get(name, "xlstm_rl.agents")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,6 @@ from xlstm_rl._version import __version__
 from xlstm_rl.bench.commands import add_parser as add_bench_parser
 from xlstm_rl.configs import ConfigError, dump, load, preset_names
 from xlstm_rl.configs.option_types import natural, positive
-from xlstm_rl.runs.folder import default_run_path
 from xlstm_rl.runs.live import LastingConsole, drop_output, say
 from xlstm_rl.tuning.command import add_parser as add_tune_parser
 
@@ -147,6 +146,7 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         parser.error("--resume goes on in the folder of the run, so --run-dir has no place")
     config = None if options.resume is not None else load(options.name, options.overrides)
     # Loaded only now, so that mistakes in the arguments are told at once.
+    from xlstm_rl.runs.folder import default_run_path
     from xlstm_rl.runs.train import resume, train
 
     if options.new_episodes and options.resume is None:
@@ -212,15 +212,15 @@ def _list(options: argparse.Namespace) -> int:
     import gymnasium
 
     from xlstm_rl.bench.spec import spec_names
+    from xlstm_rl.configs.source import registered_memories
     from xlstm_rl.envs import suite_ids
-    from xlstm_rl.memory import memory_names
 
     own = sorted({key for key in gymnasium.registry if key.startswith("xlstm_rl/")} - set(suite_ids()))
     all_kinds = (
         _Listed("presets", preset_names(), ("memory", "steps", "task"), _preset_cells),
         _Listed("environments", own, ("horizon", "optimum", "best without memory"), _task_cells),
         _Listed("benchmarks", spec_names(), ("tasks", "runs", "agents", "description"), _spec_cells),
-        _Listed("memories", memory_names()),
+        _Listed("memories", registered_memories()),
         _Listed("environments of other packages", suite_ids()),
     )
     kinds = [kind._replace(names=[name for name in kind.names if options.word in name.lower()]) for kind in all_kinds]

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.conftest import assert_close
 from tests.kernels import cases
-from xlstm_rl.kernels import dispatch, triton_backend
+from xlstm_rl.kernels import dispatch, triton_backend, triton_operators  # noqa: F401 (registers them)
 from xlstm_rl.kernels.mlstm_chunkwise import mlstm_chunkwise
 from xlstm_rl.kernels.slstm_scan import slstm_scan
 from xlstm_rl.kernels.states import MLSTMState, SLSTMState

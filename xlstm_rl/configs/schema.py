@@ -8,16 +8,12 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 from pydantic_core import ArgsKwargs
-from stable_baselines3.common.utils import LinearSchedule
 
-from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
-from xlstm_rl.agents.checkpoint import class_by_word
-from xlstm_rl.agents.evaluation import MAX_EPISODE_STEPS
-from xlstm_rl.agents.features import find_extractor
+from xlstm_rl.configs.source import constant, constructor_defaults
 from xlstm_rl.configs.validation import (
+    NOTHING_MADE,
     Count,
     Flag,
     Natural,
@@ -31,9 +27,8 @@ from xlstm_rl.configs.validation import (
     plain,
     settings,
 )
-from xlstm_rl.memory import make_memory, memory_names
-from xlstm_rl.memory.config import check_fits
-from xlstm_rl.vec_envs.guarded_vec_env import START_SECONDS
+
+# Agents, memories and torch are imported where they are needed: to show a preset takes none of them.
 
 # Beyond these no run is meant: processes and copies of an environment, layers, threads, seconds.
 _MOST_PROCESSES, _MOST_COPIES, _MOST_LAYERS, _MOST_THREADS, _LONGEST_WAIT = 4096, 2**17, 1000, 1024, 10.0**7
@@ -43,12 +38,14 @@ _BYTES_PER_WEIGHT = 16
 Copies = Annotated[Count, Field(le=_MOST_COPIES)]
 Seconds = Annotated[Positive, Field(le=_LONGEST_WAIT)]
 
-_CONSTRUCTOR = inspect.signature(RecurrentPPO).parameters
+START_SECONDS: float = constant("vec_envs/guarded_vec_env.py", "START_SECONDS")
+MAX_EPISODE_STEPS: int = constant("agents/evaluation.py", "MAX_EPISODE_STEPS")
+_CONSTRUCTOR = constructor_defaults("agents/ppo.py", "RecurrentPPO")
 
 
 def _default(name: str) -> Any:
     """Of the constructor of `RecurrentPPO`, the one place where defaults of the algorithm are written down."""
-    return _CONSTRUCTOR[name].default
+    return _CONSTRUCTOR[name]
 
 
 @settings
@@ -113,7 +110,15 @@ class MemoryConfig:
         return {"settings": rest, **({"name": values["name"]} if "name" in values else {})}
 
     @model_validator(mode="after")
-    def _can_be_made(self) -> MemoryConfig:
+    def _can_be_made(self, info: ValidationInfo) -> MemoryConfig:
+        if (self.name == MemoryConfig.name and not self.settings) or info.context == NOTHING_MADE:
+            # the default can
+            return self
+        import torch
+
+        from xlstm_rl.memory import make_memory, memory_names
+        from xlstm_rl.memory.config import check_fits
+
         if self.name not in memory_names():
             raise ValueError(
                 f"memory.name={self.name!r} is no memory; {nearest(self.name, memory_names())}; one of yours is "
@@ -185,18 +190,28 @@ class PolicyConfig:
     extra_losses: Mapping[Word, Mapping[Word, Any]] = field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _keys_are_free(self) -> PolicyConfig:
-        widths = self.net_arch or ()
-        weights = sum(before * after for before, after in zip(widths, widths[1:], strict=False))
-        check_fits(f"policy.net_arch={list(widths)[:5]} of {weights:,} weights", 2 * _BYTES_PER_WEIGHT * weights)
-        check_fits(f"policy.net_arch={list(widths)[:5]}", 2 * _BYTES_PER_WEIGHT * max(widths, default=0))
+    def _keys_are_free(self, info: ValidationInfo) -> PolicyConfig:
+        if self.net_arch is not None and info.context != NOTHING_MADE:
+            self._check_widths(self.net_arch)
         for key in self.kwargs:
             self._check_free(str(key))
         if self.features_extractor is not None:
+            from xlstm_rl.agents.features import find_extractor
+
             find_extractor(self.features_extractor)
         return self
 
+    @staticmethod
+    def _check_widths(widths: tuple[int, ...]) -> None:
+        from xlstm_rl.memory.config import check_fits
+
+        weights = sum(before * after for before, after in zip(widths, widths[1:], strict=False))
+        check_fits(f"policy.net_arch={list(widths)[:5]} of {weights:,} weights", 2 * _BYTES_PER_WEIGHT * weights)
+        check_fits(f"policy.net_arch={list(widths)[:5]}", 2 * _BYTES_PER_WEIGHT * max(widths, default=0))
+
     def _check_free(self, key: str) -> None:
+        from xlstm_rl.agents import XLSTMPolicy
+
         elsewhere = {
             "memory": "memory.name",
             "memory_kwargs": "memory",
@@ -285,6 +300,8 @@ class PPOConfig:
 
     def model_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the model constructor; what changes over the run as SB3's schedules."""
+        from stable_baselines3.common.utils import LinearSchedule
+
         arguments = dataclasses.asdict(self)
         for schedule, name in (("lr_schedule", "learning_rate"), ("ent_schedule", "ent_coef")):
             if arguments.pop(schedule) == "linear":
@@ -296,6 +313,9 @@ class PPOConfig:
 
 def agent_arguments(memory: MemoryConfig, policy: PolicyConfig, ppo: PPOConfig) -> dict[str, Any]:
     """Keyword arguments of `xlstm_rl.RecurrentPPO` for a memory, the networks around it and their training."""
+    from xlstm_rl.agents.checkpoint import class_by_word
+    from xlstm_rl.agents.features import find_extractor
+
     modules = {"activation_fn": "torch.nn", "optimizer_class": "torch.optim"}
     named = {
         key: class_by_word(value, modules[key])
@@ -438,8 +458,10 @@ class TrainConfig:
         return self
 
     def _check_device(self) -> None:
-        if self.device == "auto":
+        if self.device in ("auto", "cpu", "cuda"):
             return
+        import torch
+
         try:
             torch.device(self.device)
         except RuntimeError as error:
@@ -463,6 +485,8 @@ class TrainConfig:
 
 def memory_settings(memory: str) -> list[str]:
     """Names of the settings of a memory, which stand beside its name."""
+    from xlstm_rl.memory import make_memory
+
     core = make_memory(memory, 64)
     config = getattr(core, "config", None)
     parameters = inspect.signature(type(core)).parameters.values()

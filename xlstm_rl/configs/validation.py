@@ -17,6 +17,8 @@ from typing_extensions import dataclass_transform
 
 Settings = TypeVar("Settings")
 
+# As context of `build`: nothing is made to see whether it can be.
+NOTHING_MADE = "nothing made"
 # In a YAML text; a configuration has about a hundred.
 MOST_VALUES = 100_000
 
@@ -67,14 +69,14 @@ def settings(cls: type[Settings]) -> type[Settings]:
     return cast(type[Settings], made)
 
 
-def build(cls: type[Settings], values: object, source: str) -> Settings:
-    """The settings `cls` that nested mappings describe.
+def build(cls: type[Settings], values: object, source: str, context: str | None = None) -> Settings:
+    """The settings `cls` that nested mappings describe; `context` is for their own checks.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value is impossible; the message names it and `source`.
     """
     try:
-        return TypeAdapter(cls).validate_python(values)
+        return TypeAdapter(cls).validate_python(values, context=context)
     except ValidationError as error:
         raise ConfigError(explain(cls, error, source)) from error
 
@@ -86,7 +88,7 @@ def check_part(cls: type[Any], values: object, source: str) -> dict[str, Any]:
         ConfigError: as for `build`; what depends on several values is left to it.
     """
     try:
-        TypeAdapter(cls).validate_python(values)
+        TypeAdapter(cls).validate_python(values, context=NOTHING_MADE)
     except ValidationError as error:
         if any(problem["type"] not in ("missing", "value_error") for problem in error.errors()):
             raise ConfigError(explain(cls, error, source)) from error
