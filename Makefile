@@ -7,7 +7,7 @@ OVERRIDES ?=
 WORKERS ?= 2
 
 TRITON ?= 3.7.1
-TRITON_VENV ?= .venv-triton
+TRITON_VENV ?= .venv-triton-$(TRITON)
 
 RAY ?= 2.60.0
 RLLIB_VENV ?= .venv-rllib
@@ -74,22 +74,25 @@ docs: $(DEV)
 slow: $(DEV)
 	$(ONE_THREAD) $(BIN)/pytest -q -m slow
 
-# Triton beside the packages of the first environment; torch for the CPU does not bring it.
-TRITON_STAMP := $(TRITON_VENV)/.installed-$(TRITON)
+# Triton beside the packages of the first environment, every version in one of its own; torch for the CPU does not bring it.
+TRITON_STAMP := $(TRITON_VENV)/.installed
+# The interpreter up to 3.6 makes numbers of arrays with one element; NumPy warns of that, and refuses it from 2.4 on.
+OLD_TRITON := $(filter 3.5.% 3.6.%,$(TRITON))
+TRITON_NUMPY := $(if $(OLD_TRITON),'numpy<2.4')
+TRITON_WARNINGS := $(if $(OLD_TRITON),-W 'ignore:Conversion of an array with ndim')
 
 $(TRITON_STAMP): $(DEV)
 	test -x $(TRITON_VENV)/bin/python || $(BIN)/python -m venv $(TRITON_VENV)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> "$$($(TRITON_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth"
-	$(TRITON_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps triton==$(TRITON)
-	rm -f $(TRITON_VENV)/.installed-*
+	$(TRITON_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps triton==$(TRITON) $(TRITON_NUMPY)
 	touch $@
 
 # Two jobs: what was imported to be interpreted cannot be compiled.
 test-triton: test-triton-interpreter test-triton-compiler
 
 test-triton-interpreter: $(TRITON_STAMP)
-	$(ONE_THREAD) OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q \
+	$(ONE_THREAD) OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=. $(TRITON_VENV)/bin/python -m pytest -q $(TRITON_WARNINGS) \
 		tests/gpu/test_interpreter.py tests/gpu/test_sanitizer.py
 
 test-triton-compiler: $(TRITON_STAMP)
@@ -125,4 +128,4 @@ bench: $(DEV)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.collapse
 
 clean:
-	rm -rf $(VENV) $(TRITON_VENV) $(RLLIB_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-triton-* $(RLLIB_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

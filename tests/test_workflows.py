@@ -66,3 +66,9 @@ def test_hooks_before_commits_run_what_lint_runs() -> None:
     lint = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nlint:")[2].partition("\n\n")[0]
     assert run == {"ruff check", "ruff format", "mypy"}
     assert all(f"$(BIN)/{command}" in lint for command in run)
+
+
+def test_gpu_kernels_are_tested_with_the_triton_of_the_constraints() -> None:
+    pinned = re.findall(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert {*pinned} < {*jobs_of("test.yml")["triton"]["strategy"]["matrix"]["triton"]}
+    assert f"TRITON ?= {pinned[0]}" in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()

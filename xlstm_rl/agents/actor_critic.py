@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -394,6 +395,11 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
         return to_env(space, torch.from_numpy(actions), squash=self.squash_output).numpy()
 
 
+def as_tensors(obs: Any, device: torch.device) -> Any:
+    """Observations [n_envs, ...], or a dict of those, as tensors on a device."""
+    return map_obs(partial(torch.as_tensor, device=device), obs)
+
+
 class Truncation(NamedTuple):
     """Episodes cut by a time limit in one step."""
 
@@ -420,12 +426,12 @@ def value_of_cut_episodes(
     if cut.any():
         rows = np.flatnonzero(cut)
         final = [infos[row]["terminal_observation"] for row in rows]
-        stacked = map_obs(lambda *parts: np.stack(parts), *final)
+        stacked = map_obs(lambda *parts: torch.stack([torch.as_tensor(part) for part in parts]), *final)
         with torch.inference_mode():
             # the state that saw the episode, and no reset: the final observation belongs to it
             seen = take(state, torch.as_tensor(rows, device=policy.device))
             no_reset = torch.zeros(len(rows), dtype=torch.bool, device=policy.device)
-            values[rows] = policy.value(obs_as_tensor(stacked, policy.device), seen, no_reset).cpu().numpy()
+            values[rows] = policy.value(as_tensors(stacked, policy.device), seen, no_reset).cpu().numpy()
     return Truncation(cut, values)
 
 

@@ -19,7 +19,16 @@ from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, un
 
 from xlstm_rl.agents.heads import masks_actions, read_masks, sample_allowed, takes_masks
 from xlstm_rl.agents.training_state import statistics_kept
-from xlstm_rl.vec_envs.env_contract import SKIPPED, copies, reset_envs, seed_envs, step_envs
+from xlstm_rl.vec_envs.env_contract import (
+    SKIPPED,
+    as_env_takes,
+    as_numbers,
+    copies,
+    map_obs,
+    reset_envs,
+    seed_envs,
+    step_envs,
+)
 from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv, guard
 from xlstm_rl.vec_envs.gymnasium_vector import GymnasiumVecEnv
 
@@ -328,8 +337,9 @@ def _play(
             if stuck[left > 0].all():
                 obs, episode_start = reset_envs(env), np.ones(env.num_envs, bool)
                 totals[:], lengths[:], stuck[:] = 0.0, 0, False
-            actions, state = actor(obs, state, episode_start)
-            obs, rewards, episode_start, infos = step_envs(env, actions, f"in step {steps} of the evaluation")
+            actions, state = actor(map_obs(as_numbers, obs), state, episode_start)
+            taken = as_env_takes(actions, obs)
+            obs, rewards, episode_start, infos = step_envs(env, taken, f"in step {steps} of the evaluation")
             steps += 1
             totals += rewards if normalizer is None else normalizer.get_original_reward()
             lengths += 1

@@ -20,11 +20,11 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import check_for_correct_spaces, obs_as_tensor, set_random_seed
+from stable_baselines3.common.utils import check_for_correct_spaces, set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from xlstm_rl.agents.actor_critic import PolicyState, value_of_cut_episodes
+from xlstm_rl.agents.actor_critic import PolicyState, as_tensors, value_of_cut_episodes
 from xlstm_rl.agents.features import check_spaces
 from xlstm_rl.agents.heads import masks_actions, read_masks
 from xlstm_rl.agents.losses import clip_gradients
@@ -43,6 +43,7 @@ from xlstm_rl.agents.saving import SavedAlgorithm
 from xlstm_rl.agents.training_state import mark_point, normalizer_statistics, restore_statistics
 from xlstm_rl.memory.config import check_number, check_whole
 from xlstm_rl.vec_envs.env_contract import (
+    as_env_takes,
     check_first_observations,
     check_step,
     checked_observations,
@@ -383,7 +384,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
             rollout_buffer.add_state(state)
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)
+            obs_tensor = as_tensors(self._last_obs, self.device)
             if masked:
                 action_masks = read_masks(env, self.action_space)
                 masks = torch.as_tensor(action_masks, device=self.device)
@@ -393,7 +394,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
                 step = self.policy.act(obs_tensor, state, episode_starts, action_masks=masks, reuse_state=True)
             state, values, log_probs = step.state, step.values.cpu().numpy(), step.log_prob.cpu().numpy()
             actions = step.actions.cpu().numpy()
-            clipped_actions = self.policy.to_env_actions(actions)
+            clipped_actions = as_env_takes(self.policy.to_env_actions(actions), self._last_obs)
             place = f"in step {n_steps} of the rollout ({self.num_timesteps + self._all_envs} steps into the run)"
             acted = time.perf_counter()
             new_obs, rewards, dones, infos = step_envs(env, clipped_actions, place)
@@ -417,7 +418,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             rollout_buffer.add_outcome(dones, truncation.mask, truncation.values, skipped)
         with torch.inference_mode():
             episode_starts = torch.as_tensor(dones, dtype=torch.bool, device=self.device)
-            last_values = self.policy.value(obs_as_tensor(new_obs, self.device), state, episode_starts)
+            last_values = self.policy.value(as_tensors(new_obs, self.device), state, episode_starts)
         rollout_buffer.check_finite()
         rollout_buffer.compute_returns_and_advantage(last_values.cpu().numpy())
         if not self._agree(True):

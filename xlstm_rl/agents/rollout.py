@@ -109,6 +109,7 @@ class ChunkedRolloutBuffer(BaseBuffer):
     """
 
     observations: Any
+    """Arrays [n_steps, n_envs, ...], or tensors on the device of the environment's; or a dict of those."""
 
     def __init__(
         self,
@@ -281,8 +282,11 @@ class ChunkedRolloutBuffer(BaseBuffer):
             state=stack_states(self.chunk_states),
         )
 
-    def cut(self, array: np.ndarray) -> Tensor:
+    def cut(self, array: np.ndarray | Tensor) -> Tensor:
         """Numbers of steps, [n_steps, n_envs, ...], as those of `chunks`: [B, seq_len, ...] on the device."""
+        if isinstance(array, Tensor):
+            parts = [array[start : start + self.seq_len].swapaxes(0, 1) for start in self.chunk_starts]
+            return torch.cat(parts).to(self.device)
         pieces = [array[start : start + self.seq_len].swapaxes(0, 1) for start in self.chunk_starts]
         return torch.as_tensor(np.concatenate(pieces), device=self.device)
 
@@ -298,7 +302,7 @@ class ChunkedRolloutBuffer(BaseBuffer):
     def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
         """Single steps, numbered environment by environment."""
         step, row = batch_inds % self.buffer_size, batch_inds // self.buffer_size
-        obs = map_obs(lambda part: self.to_torch(part[step, row]), self.observations)
+        obs = map_obs(lambda part: torch.as_tensor(part[step, row], device=self.device), self.observations)
         # flat and float32, as Stable-Baselines3 keeps them
         actions = self.to_torch(self.actions[step, row].reshape(len(step), self.action_dim).astype(np.float32))
         numbers = (self.values, self.log_probs, self.advantages, self.returns)
@@ -317,8 +321,16 @@ def _flat(values: np.ndarray | Tensor) -> np.ndarray:
     return np.ravel(values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values))
 
 
-def _store(t: int, stored: np.ndarray, given: Any) -> np.ndarray:
-    """What is stored, with a step more."""
+def _store(t: int, stored: Any, given: Any) -> Any:
+    """What is stored, with a step more; tensors where they are given."""
+    if isinstance(given, Tensor):
+        if not isinstance(stored, Tensor):
+            # nothing is in it yet, so that nothing is copied
+            stored = torch.zeros(stored.shape, dtype=torch.from_numpy(stored[:0]).dtype, device=given.device)
+        if given.is_floating_point() and not stored.is_floating_point():
+            stored = stored.float()
+        stored[t] = given.reshape(stored[t].shape)
+        return stored
     given = np.asarray(given)
     if given.dtype.kind == "f" and stored.dtype.kind != "f":
         # normalised: VecNormalize leaves the space of whole numbers as it is

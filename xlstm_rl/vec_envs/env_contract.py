@@ -9,6 +9,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, unwrap_vec_normalize
 from torch import Tensor
@@ -35,7 +36,7 @@ class VecStep(NamedTuple):
     """What a step of a vector environment led to."""
 
     observations: Any
-    """[n_envs, ...], or a dict of those."""
+    """[n_envs, ...], or a dict of those; tensors where the environment gives such."""
     rewards: np.ndarray
     """[n_envs], float."""
     dones: np.ndarray
@@ -57,19 +58,19 @@ class EnvStep(NamedTuple):
 # A vector environment.
 
 
-def step_envs(env: VecEnv, actions: np.ndarray, place: str) -> VecStep:
+def step_envs(env: VecEnv, actions: np.ndarray | Tensor, place: str) -> VecStep:
     """Step a vector environment and take its answer in the forms that Stable-Baselines3 accepts.
 
     Args:
         env: the environments.
-        actions: [n_envs, ...], as the environment takes them.
+        actions: [n_envs, ...], as the environment takes them; see `as_env_takes`.
         place: where this happens, for messages: "in step 3".
 
     Raises:
         FaultyEnvironmentError: the answer is another, or of another shape; names the environment and the step.
     """
     try:
-        answer = env.step(actions)
+        answer = env.step(actions)  # type: ignore[arg-type]
     except Exception as error:
         _say_where(error, place)
         raise
@@ -95,7 +96,7 @@ def vec_step(env: VecEnv, answer: Any, place: str) -> VecStep:
     for row, info in enumerate(checked.infos):
         if info.get("terminal_observation") is not None:
             name, final = f"final observation {place}", info["terminal_observation"]
-            info["terminal_observation"] = _observation(final, env.observation_space, name, row)
+            info["terminal_observation"] = _observation(final, env.observation_space, name, row, tensors=True)
     return checked
 
 
@@ -105,12 +106,28 @@ def reset_envs(env: VecEnv) -> Any:
 
 
 def checked_observations(env: VecEnv, obs: Any, place: str) -> Any:
-    """Observations [n_envs, ...], or a dict of those, of the environment's space; raises as `step_envs`."""
-    checked = _observation(obs, env.observation_space, f"observations {place}", None, (env.num_envs,))
+    """Observations [n_envs, ...], or a dict of those, of the environment's space; raises as `step_envs`.
+
+    Tensors, as environments on a GPU give them, stay tensors where they are.
+    """
+    checked = _observation(obs, env.observation_space, f"observations {place}", None, (env.num_envs,), tensors=True)
     if isinstance(innermost(env), DummyVecEnv | SubprocVecEnv):
         return checked
     # others may write over them in their next step
-    return map_obs(np.array, checked)
+    return map_obs(own_copy, checked)
+
+
+def own_copy(part: Any) -> Any:
+    """A copy as a tensor, where it is, of a tensor; as an array of anything else."""
+    return part.clone() if isinstance(part, Tensor) else np.array(part)
+
+
+def as_env_takes(actions: np.ndarray | Tensor, obs: Any) -> np.ndarray | Tensor:
+    """Actions in the form of the observations that they answer: tensors on their device, or arrays."""
+    first = next(part for _, part in entries(obs))
+    if isinstance(first, Tensor):
+        return torch.as_tensor(actions, device=first.device)
+    return actions.numpy(force=True) if isinstance(actions, Tensor) else actions
 
 
 def numbers_by_env(values: Any, name: str, n_envs: int, place: str) -> np.ndarray:
@@ -198,18 +215,26 @@ def env_reset(answer: Any, space: spaces.Space[Any], index: int) -> tuple[Any, d
 
 
 def _observation(
-    obs: Any, space: spaces.Space[Any], name: str, index: int | None, leading: tuple[int, ...] = ()
+    obs: Any,
+    space: spaces.Space[Any],
+    name: str,
+    index: int | None,
+    leading: tuple[int, ...] = (),
+    *,
+    tensors: bool = False,
 ) -> Any:
-    """An observation of a space, [*leading, ...], as arrays in a dtype that the space's can hold."""
+    """An observation of a space, [*leading, ...], as arrays in a dtype that the space's can hold, tensors as such."""
     if isinstance(space, spaces.Dict):
         if not isinstance(obs, Mapping) or any(key not in obs for key in space.spaces):
             raise FaultyEnvironmentError(index, f"answered the {name} {_told(obs)}: it must have {list(space.spaces)}")
         return {
-            key: _observation(obs[key], part, f"{name}, key {key!r}", index, leading)
+            key: _observation(obs[key], part, f"{name}, key {key!r}", index, leading, tensors=tensors)
             for key, part in space.spaces.items()
         }
-    array = as_numbers(obs)
     shape = (*leading, *(space.shape or ()))
+    if tensors and isinstance(obs, Tensor):
+        return _tensor_of(obs, space, shape, name, index)
+    array = as_numbers(obs)
     if array is not None and array.shape == (*shape, 1) and not space.shape:
         # single numbers, as Stable-Baselines3 takes them too
         array = array.reshape(shape)
@@ -220,6 +245,24 @@ def _observation(
         return array
     converted = array.astype(np.float32 if array.dtype.kind == "f" else space.dtype)
     if array.dtype.kind in "iu" and not np.array_equal(converted, array):
+        raise FaultyEnvironmentError(
+            index, f"answered the {name} with numbers that {space} of {space.dtype} cannot hold"
+        )
+    return converted
+
+
+def _tensor_of(obs: Tensor, space: spaces.Space[Any], shape: tuple[int, ...], name: str, index: int | None) -> Tensor:
+    """As `_observation` does it, without leaving the device."""
+    if obs.shape == (*shape, 1) and not space.shape:
+        obs = obs.reshape(shape)
+    if obs.shape != shape or obs.is_complex():
+        raise FaultyEnvironmentError(index, f"answered the {name} {_told(obs)}: {space} wants the shape {shape}")
+    wanted = torch.from_numpy(np.zeros(1, space.dtype)).dtype
+    # NumPy has no bfloat16, which may come from a network in the environment
+    if obs.dtype == wanted or (obs.is_floating_point() and obs.dtype != torch.bfloat16):
+        return obs.detach()
+    converted = obs.detach().to(torch.float32 if obs.is_floating_point() else wanted)
+    if not obs.is_floating_point() and not torch.equal(converted.to(obs.dtype), obs):
         raise FaultyEnvironmentError(
             index, f"answered the {name} with numbers that {space} of {space.dtype} cannot hold"
         )
@@ -388,7 +431,10 @@ def _is_finite(values: Any) -> bool:
     if isinstance(values, np.ndarray):
         # as nearly always
         return values.dtype.kind != "f" or bool(np.isfinite(values).all())
-    return all(part.dtype.kind != "f" or bool(np.isfinite(part).all()) for _, part in entries(values))
+    if isinstance(values, Tensor):
+        # a sum is one quick pass; where it is not finite, it may only have been too large
+        return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())
+    return all(_is_finite(np.asarray(part) if np.isscalar(part) else part) for _, part in entries(values))
 
 
 def _check_rows(values: Any, name: str, place: str) -> None:
@@ -399,7 +445,7 @@ def _check_rows(values: Any, name: str, place: str) -> None:
 
 def _check_one(values: Any, name: str, place: str) -> None:
     for key, part in entries(values):
-        array = np.asarray(part)
+        array = part.numpy(force=True) if isinstance(part, Tensor) else np.asarray(part)
         if not _is_finite(array):
             entry = tuple(int(index) for index in np.argwhere(~np.isfinite(array))[0])
             where = ("" if key is None else f" under the key {key!r}") + (f" at index {list(entry)}" if entry else "")

@@ -11,11 +11,21 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 
-from xlstm_rl.vec_envs.env_contract import SKIPPED, FaultyEnvironmentError, flags_by_env, map_obs, numbers_by_env
+from xlstm_rl.vec_envs.env_contract import (
+    SKIPPED,
+    FaultyEnvironmentError,
+    as_numbers,
+    flags_by_env,
+    map_obs,
+    numbers_by_env,
+    own_copy,
+)
 
 Indices = int | Iterable[int] | None
 
@@ -75,7 +85,7 @@ class GymnasiumVecEnv(VecEnv):
         self._reset_seeds()
         self._reset_options()
         self._returns[:], self._lengths[:], self._resets_next[:] = 0, 0, False
-        return map_obs(np.array, obs)
+        return map_obs(own_copy, obs)
 
     def _ask(self, question: Callable[[], Any], place: str, parts: int) -> Any:
         """What the environment answers, a tuple of so many parts."""
@@ -119,7 +129,7 @@ class GymnasiumVecEnv(VecEnv):
         self._steps += 1
         answer = self._ask(partial(self.env.step, self._actions), place, 5)
         # in arrays of their own, which later steps do not write over
-        obs = map_obs(np.array, answer[0])
+        obs = map_obs(own_copy, answer[0])
         rewards = numbers_by_env(answer[1], "rewards", self.num_envs, place).astype(np.float32)
         terminated = flags_by_env(answer[2], "terminated", self.num_envs, place)
         truncated = flags_by_env(answer[3], "truncated", self.num_envs, place)
@@ -312,8 +322,11 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or np.array_equal(one, other)
 
 
-def _where(mask: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    return np.where(mask.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+def _where(mask: np.ndarray, new: Any, old: Any) -> Any:
+    wide = mask.reshape(-1, *[1] * (old.ndim - 1))
+    if isinstance(old, Tensor):
+        return torch.where(torch.from_numpy(wide).to(old.device), new, old)
+    return np.where(wide, new, old)
 
 
 def _by_environment(infos: dict[str, Any], n_envs: int) -> list[dict[str, Any]]:
@@ -324,7 +337,7 @@ def _by_environment(infos: dict[str, Any], n_envs: int) -> list[dict[str, Any]]:
     for key, values in infos.items():
         if key.startswith("_") and key[1:] in infos:
             continue
-        mask = infos.get(f"_{key}", np.ones(n_envs, bool))
+        mask: Any = as_numbers(infos.get(f"_{key}", np.ones(n_envs, bool)))
         parts = _by_environment(values, n_envs) if isinstance(values, dict) else values
         for row in np.flatnonzero(mask):
             part = parts[row]
