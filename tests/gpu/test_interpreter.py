@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_check
+from benchmarks import gpu_parts
 from tests.conftest import TOLERANCE, assert_close
 from tests.kernels import cases
 from xlstm_rl.kernels import ForgetActivation, dispatch, triton_backend, triton_configs, triton_operators
@@ -266,22 +266,22 @@ def test_compiled_call_is_one_graph_and_equal(operation: str) -> None:
     assert_close(torch.autograd.grad(actual, case.sequence), torch.autograd.grad(expected, case.sequence))
 
 
-ON_CPU = gpu_check.Plan(device="cpu")
+ON_CPU = gpu_parts.Plan(device="cpu")
 
 
-@every_operation
+@pytest.mark.parametrize("kernel", gpu_parts.KERNELS)
 @every_dtype
-def test_gpu_check_finds_no_error(operation: str, dtype: torch.dtype) -> None:
-    row = gpu_check.check_case(ON_CPU, operation, 16, dtype, 3, "sigmoid")
-    assert not row["skipped"]
-    assert not row["wrong"], row
+def test_gpu_check_finds_no_error(kernel: str, dtype: torch.dtype) -> None:
+    row = gpu_parts.check_case(ON_CPU, kernel, 16, dtype, 1 if kernel == "mlstm_step" else 3, "sigmoid")
+    assert row["status"] == gpu_parts.RIGHT, row
 
 
 def test_gpu_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     right = triton_backend.mlstm_fused
     backend = dispatch._BACKENDS["triton"]._replace(mlstm=lambda q, k, v, *rest: right(q, k, v * 1.01, *rest))
     monkeypatch.setitem(dispatch._BACKENDS, "triton", backend)
-    assert gpu_check.check_case(ON_CPU, "mlstm", 16, torch.float32, 3, "sigmoid")["wrong"]
+    row = gpu_parts.check_case(ON_CPU, "mlstm_forward", 16, torch.float32, 3, "sigmoid")
+    assert row["status"] == gpu_parts.WRONG
 
 
 def test_tolerance_of_bfloat16_is_a_few_of_its_roundings() -> None:
