@@ -434,7 +434,9 @@ def _is_finite(values: Any) -> bool:
     if isinstance(values, Tensor):
         # a sum is one quick pass; where it is not finite, it may only have been too large
         return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())
-    return all(_is_finite(np.asarray(part) if np.isscalar(part) else part) for _, part in entries(values))
+    if isinstance(values, dict):
+        return all(map(_is_finite, values.values()))
+    return _is_finite(np.asarray(values))
 
 
 def _check_rows(values: Any, name: str, place: str) -> None:
