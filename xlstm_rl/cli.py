@@ -1,4 +1,4 @@
-"""The command `xlstm-rl`: train, evaluate, export, inspect, tune, bench, list, show."""
+"""The command `xlstm-rl`: train, evaluate, export, inspect, play, tune, bench, list, show."""
 
 from __future__ import annotations
 
@@ -120,6 +120,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--seed", type=natural, help="of the episode")
     inspect.set_defaults(run=_inspect)
 
+    play = commands.add_parser("play", help="watch or record episodes", description="Play episodes of a run.")
+    play.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    play.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
+    play.add_argument("--episodes", type=positive, default=5, help="default 5")
+    play.add_argument("--mode", choices=("human", "ansi", "none"), help="a window, text, or returns alone")
+    play.add_argument("--record", type=Path, metavar="FILE", help="a video of all episodes, .mp4 or .gif")
+    play.add_argument("--memory", action="store_true", help="with --record: draw the memory beside the frames")
+    play.add_argument("--sample", action="store_true", help="sampled actions instead of the most likely ones")
+    play.add_argument("--seed", type=natural, help="of the episodes")
+    play.set_defaults(run=_play)
+
     add_tune_parser(commands, name_help, overrides_help)
     add_bench_parser(commands)
 
@@ -195,6 +206,23 @@ def _inspect(options: argparse.Namespace) -> int:
 
     inspect_run(
         options.run_dir, best=options.best, max_steps=options.max_steps, seed=options.seed, console=LastingConsole()
+    )
+    return 0
+
+
+def _play(options: argparse.Namespace) -> int:
+    from xlstm_rl.runs.open import play_run
+
+    play_run(
+        options.run_dir,
+        best=options.best,
+        episodes=options.episodes,
+        mode=options.mode,
+        record=options.record,
+        memory=options.memory,
+        deterministic=not options.sample,
+        seed=options.seed,
+        console=LastingConsole(),
     )
     return 0
 

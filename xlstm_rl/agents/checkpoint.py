@@ -31,7 +31,7 @@ from torch import Tensor
 
 from xlstm_rl._version import __version__
 from xlstm_rl.agents.features import FlatSmallImagesExtractor
-from xlstm_rl.agents.losses import AdvantageScale
+from xlstm_rl.agents.losses import AdvantageScale, LateSchedule
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
 
 File: TypeAlias = str | os.PathLike[str] | IO[bytes]
@@ -386,6 +386,7 @@ _OBJECTS: dict[type, tuple[str, ...]] = {
     ConstantSchedule: ("val",),
     LinearSchedule: ("start", "end", "end_fraction"),
     FloatSchedule: ("value_schedule",),
+    LateSchedule: ("value", "part"),
 }
 
 

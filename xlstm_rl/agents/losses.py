@@ -188,6 +188,25 @@ def mixture(moments: Tensor | None, units: int) -> Tensor:
     return factors
 
 
+class LateSchedule:
+    """A schedule of Stable-Baselines3 that keeps its value and lets it fall linearly to 0 over the last part.
+
+    A falling rate keeps what was learnt, and a constant one learns more: this does one after the other (Hägele et al.
+    2024, arXiv 2405.18392).
+
+    Args:
+        value: until the last part begins.
+        part: of the run, in which it falls.
+    """
+
+    def __init__(self, value: float, part: float = 0.3) -> None:
+        self.value, self.part = value, part
+
+    def __call__(self, progress_remaining: float) -> float:
+        """The value where so much of the run remains, from 1 to 0."""
+        return self.value * min(1.0, progress_remaining / self.part)
+
+
 class PPOLoss(NamedTuple):
     """The loss to minimise and its parts, all scalars."""
 

@@ -50,7 +50,7 @@ from xlstm_rl.agents.checkpoint import (
     rebuild,
     write_archive,
 )
-from xlstm_rl.agents.losses import AdvantageScale
+from xlstm_rl.agents.losses import AdvantageScale, LateSchedule
 from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.agents.training_state import (
     OPTIMIZER,
@@ -634,7 +634,7 @@ def _same_schedule(schedule: Any, learning_rate: Any) -> bool:
 
 def _is_function(value: Any) -> bool:
     inner = value.value_schedule if isinstance(value, FloatSchedule) else value
-    return callable(inner) and type(inner) not in (ConstantSchedule, LinearSchedule, FloatSchedule)
+    return callable(inner) and type(inner) not in (ConstantSchedule, LinearSchedule, FloatSchedule, LateSchedule)
 
 
 def _present_value(name: str, function: Any, progress: float) -> float:

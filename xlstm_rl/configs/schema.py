@@ -242,7 +242,8 @@ class PPOConfig:
         batch_size: environment steps per minibatch; None: the whole rollout.
         n_epochs: passes over a rollout.
         learning_rate: at the start of training.
-        lr_schedule: "linear" lets the learning rate fall to 0 over the run, "constant" keeps it.
+        lr_schedule: "constant" keeps the learning rate, "linear" lets it fall to 0 over the run, "late" over the last
+            three tenths.
         gamma, gae_lambda: discount, and lambda of generalised advantage estimation.
         clip_range: of the probability ratio; clip_range_vf: of the value, in units of return, None for none.
         normalize_advantage: divide advantages by their deviation.
@@ -267,7 +268,7 @@ class PPOConfig:
     batch_size: Count | None = _default("batch_size")
     n_epochs: Count = _default("n_epochs")
     learning_rate: Positive = _default("learning_rate")
-    lr_schedule: Literal["constant", "linear"] = "constant"
+    lr_schedule: Literal["constant", "linear", "late"] = "constant"
     gamma: Share = _default("gamma")
     gae_lambda: Share = _default("gae_lambda")
     clip_range: Positive = _default("clip_range")
@@ -302,10 +303,15 @@ class PPOConfig:
         """Keyword arguments of the model constructor; what changes over the run as SB3's schedules."""
         from stable_baselines3.common.utils import LinearSchedule
 
+        from xlstm_rl.agents.losses import LateSchedule
+
         arguments = dataclasses.asdict(self)
         for schedule, name in (("lr_schedule", "learning_rate"), ("ent_schedule", "ent_coef")):
-            if arguments.pop(schedule) == "linear":
+            kind = arguments.pop(schedule)
+            if kind == "linear":
                 arguments[name] = LinearSchedule(arguments[name], 0.0, 1.0)
+            elif kind == "late":
+                arguments[name] = LateSchedule(arguments[name])
         # SB3's word for "once a rollout".
         arguments["sde_sample_freq"] = -1 if self.sde_sample_freq is None else self.sde_sample_freq
         return arguments

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import gymnasium
+import numpy as np
+import torch
+from gymnasium.wrappers import RecordVideo
 from rich.console import Console
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from xlstm_rl.agents import RecurrentPPO
 from xlstm_rl.agents.checkpoint import write_whole
+from xlstm_rl.agents.evaluation import EvaluationResult, evaluate
 from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.envs import TaskFacts
 from xlstm_rl.export import Check, ExportError, check_onnx, export_onnx
 from xlstm_rl.export.onnx_check import ROWS
 from xlstm_rl.inspection import Episode, draw_episode, record_episode, write_gif
+from xlstm_rl.inspection.panel import MemoryPanel
+from xlstm_rl.memory import leaf_names, leaves
 from xlstm_rl.runs.build import evaluation_device, make_env, normalized_as_saved, own_classes, read_facts, torch_threads
 from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.seeds import Purpose, environment_seed
@@ -49,6 +57,7 @@ def open_run(
     best: bool = False,
     device: str | None = None,
     render: bool = False,
+    render_mode: str | None = None,
     console: Console | None = None,
 ) -> Iterator[FinishedRun]:
     """Load the last model of a run folder, and its environment with the normalisation that the model was trained with.
@@ -60,7 +69,8 @@ def open_run(
         run_dir: as `xlstm-rl train` made it.
         best: take the model of the best evaluation during training instead of the last one.
         device: as torch knows it, or "auto"; None takes the configured one, or the CPU if this machine lacks it.
-        render: make the environment draw pictures.
+        render: make the environment draw pictures, where it can.
+        render_mode: make it with this mode of drawing; None or "none": as configured.
         console: told when the configured device is not taken; None tells nobody.
 
     Raises:
@@ -71,10 +81,11 @@ def open_run(
     config = folder.load_config()
     device = evaluation_device(config.device, device, console or Console(quiet=True))
     facts = read_facts(config.env)
-    with (
-        torch_threads(config.threads),
-        closing(make_env(_rendering(config) if render else config, 1, config.seed, here=True)) as env,
-    ):
+    drawn = _rendering(config) if render else config
+    if render_mode not in (None, "none"):
+        kwargs = {**config.env.kwargs, "render_mode": render_mode}
+        drawn = dataclasses.replace(config, env=dataclasses.replace(config.env, kwargs=kwargs))
+    with torch_threads(config.threads), closing(make_env(drawn, 1, config.seed, here=True)) as env:
         model = _load(folder, best, config, env, device)
         wrapped = model.get_env()
         assert wrapped is not None, "loaded with one"
@@ -162,6 +173,153 @@ def inspect_run(
         said = f"one episode, {end}: {picture}\n{drawn}"
         console.print(said, highlight=False, soft_wrap=True, markup=False)
     return episode
+
+
+def play_run(
+    run_dir: Path | str,
+    *,
+    best: bool = False,
+    episodes: int = 5,
+    mode: str | None = None,
+    record: Path | None = None,
+    memory: bool = False,
+    deterministic: bool = True,
+    seed: int | None = None,
+    console: Console | None = None,
+) -> EvaluationResult:
+    """Play episodes of a run to be looked at, or record them.
+
+    Args:
+        run_dir: as `train` made it.
+        best: take the model of the best evaluation during training instead of the last one.
+        episodes: how many.
+        mode: "human" (a window), "ansi" (text on the console) or "none"; None: a window where there is a display and
+            the task has one, else text where it has that.
+        record: the file of a video of all episodes, .mp4 (by gymnasium's `RecordVideo`) or .gif.
+        memory: draw beside every frame of the video how full the parts of the memory are.
+        deterministic: the mode of the policy instead of a sample.
+        seed: of the episodes; None takes some that were neither trained nor evaluated on.
+        console: shows text, and the return of every episode.
+
+    Raises:
+        ConfigError: as for `open_run`; the task draws nothing of the kind that is asked for, or a package is missing.
+    """
+    config = RunFolder(Path(run_dir)).load_config()
+    console = console or Console(quiet=True)
+    modes = _render_modes(config)
+    if record is not None:
+        mode = "rgb_array"
+    elif mode is None:
+        window = "human" in modes and (sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY")))
+        mode = "human" if window else "ansi" if "ansi" in modes else "none"
+    if mode not in (*modes, "none"):
+        raise ConfigError(f"{config.env.id} cannot be shown as {mode!r}: it draws {sorted(modes) or 'nothing'}")
+    if record is not None and record.suffix not in (".mp4", ".gif"):
+        raise ConfigError(f"{record} is neither .mp4 nor .gif, which can be recorded")
+    if memory and record is None:
+        raise ConfigError("the memory is drawn into a video: say where to with --record FILE")
+    with open_run(run_dir, best=best, render_mode=mode, console=console) as run:
+        player = _Remembering(run.model)
+        single = run.env.unwrapped
+        assert isinstance(single, DummyVecEnv), "an environment here"
+        if memory:
+            single.envs[0] = MemoryPanel(single.envs[0], player.sizes)
+        fps = float((single.envs[0].metadata or {}).get("render_fps") or DEFAULT_FPS)
+        filmed = None if record is None else _film(single, record, fps)
+
+        def show(finished: int, steps: int) -> None:
+            if mode == "ansi":
+                console.print(single.envs[0].render(), highlight=False, markup=False)
+
+        shown = environment_seed(run.config.seed, Purpose.INSPECTION) if seed is None else seed
+        limit = run.config.eval.max_episode_steps
+        result = evaluate(
+            player, run.env, episodes, seed=shown, deterministic=deterministic, max_episode_steps=limit, on_step=show
+        )
+        if filmed is not None:
+            filmed()
+    for index, (total, length) in enumerate(zip(result.returns, result.lengths, strict=True)):
+        console.print(f"episode {index}: {length} steps, return {total:.2f}", highlight=False, markup=False)
+    if record is not None:
+        console.print(f"video: {record}", highlight=False, soft_wrap=True, markup=False)
+    return result
+
+
+def _render_modes(config: TrainConfig) -> list[str]:
+    with closing(make_env(config, 1, config.seed, here=True)) as env:
+        return list((env.get_attr("metadata")[0] or {}).get("render_modes", []))
+
+
+def _film(env: DummyVecEnv, path: Path, fps: float) -> Callable[[], None]:
+    """Film all that the only environment draws from now on; what is returned writes the file."""
+    if path.suffix == ".gif":
+        frames: list[np.ndarray] = []
+        env.envs[0] = _Filmed(env.envs[0], frames)
+        return lambda: write_gif(frames, path, fps)
+    try:
+        scratch = TemporaryDirectory()
+        # one video of all steps, whatever episodes they belong to
+        recorder = RecordVideo(
+            env.envs[0],
+            scratch.name,
+            step_trigger=lambda step: step == 0,
+            video_length=sys.maxsize,
+            disable_logger=True,
+        )
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ConfigError(
+            f"a video {path.name} needs the package moviepy: pip install moviepy, or take .gif"
+        ) from error
+    env.envs[0] = recorder
+
+    def write() -> None:
+        recorder.stop_recording()
+        (video,) = Path(scratch.name).rglob("*.mp4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, video.read_bytes())
+        scratch.cleanup()
+
+    return write
+
+
+class _Filmed(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Keeps every frame."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], frames: list[np.ndarray]) -> None:
+        super().__init__(env)
+        self._frames = frames
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        begun = super().reset(**kwargs)
+        self._frames.append(np.asarray(self.env.render()))
+        return begun
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        done = super().step(action)
+        self._frames.append(np.asarray(self.env.render()))
+        return done
+
+
+class _Remembering:
+    """A model that can be asked for the sizes of the parts of its memory."""
+
+    def __init__(self, model: RecurrentPPO) -> None:
+        self._model, self._state = model, cast(tuple[np.ndarray, ...] | None, None)
+        self.use_masking = model.use_masking
+
+    def predict(self, observation: Any, *args: Any, **kwargs: Any) -> Any:
+        actions, self._state = self._model.predict(observation, *args, **kwargs)
+        return actions, self._state
+
+    def sizes(self) -> dict[str, float]:
+        """Root mean square of every part, by name."""
+        if self._state is None:
+            return {}
+        policy = self._model.policy
+        pair = tuple(torch.from_numpy(part) for part in self._state)
+        state = policy._unpack(pair, policy.memory_actor)
+        named = zip(leaf_names(state), leaves(state), strict=True)
+        return {name: float(leaf.double().square().mean().sqrt()) for name, leaf in named if leaf.numel()}
 
 
 def export_run(
