@@ -27,6 +27,7 @@ from tests.agents.small_agents import SMALL, agent, assert_same, played
 from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes, vec_env
 from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
 from xlstm_rl.agents.checkpoint import CheckpointError, remove_unfinished, write_whole
+from xlstm_rl.agents.losses import LateSchedule
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
 from xlstm_rl.memory import leaves
 
@@ -68,8 +69,9 @@ def test_every_memory_comes_back(memory: str, critic_memory: str, tmp_path: Path
     assert_same(model, RecurrentPPO.load(tmp_path / "model", device="cpu"))
 
 
-def test_counters_schedules_and_advantage_scale_come_back(tmp_path: Path) -> None:
-    learning_rate = LinearSchedule(1e-3, 1e-4, 0.7)
+@pytest.mark.parametrize("late", [False, True])
+def test_counters_schedules_and_advantage_scale_come_back(late: bool, tmp_path: Path) -> None:
+    learning_rate: Any = LateSchedule(1e-3) if late else LinearSchedule(1e-3, 1e-4, 0.7)
     model = agent(steps=48, learning_rate=learning_rate, clip_range=LinearSchedule(0.3, 0.1, 1.0), ent_coef=0.01)
     model.save(tmp_path / "model")
     other: Any = RecurrentPPO.load(tmp_path / "model")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import assert_close
-from xlstm_rl.agents.losses import AdvantageScale, PPOLoss, ppo_loss
+from xlstm_rl.agents.losses import AdvantageScale, LateSchedule, PPOLoss, ppo_loss
 from xlstm_rl.agents.rollout import gae
 
 
@@ -153,3 +153,8 @@ def test_steps_of_weight_zero_do_not_count() -> None:
     both = ppo_loss(**parts, weight=weight, **settings)  # type: ignore[arg-type]
     first = ppo_loss(**{name: part[:1] for name, part in parts.items()}, weight=weight[:1], **settings)  # type: ignore[arg-type]
     assert_close(both, first)
+
+
+def test_late_schedule_keeps_its_value_and_falls_in_the_last_part() -> None:
+    schedule = LateSchedule(2e-3, part=0.4)
+    assert [schedule(remaining) for remaining in (1.0, 0.7, 0.4, 0.2, 0.0)] == [2e-3, 2e-3, 2e-3, 1e-3, 0.0]

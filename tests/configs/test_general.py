@@ -29,7 +29,7 @@ def test_trains_as_the_command_line_does_for_a_plain_id() -> None:
     # Two rollouts: the schedule has fallen when the second is trained on.
     theirs = make_model(config, normalized(make_env(config, config.env.n_envs, config.seed), config)).learn(512)
     env = VecNormalize(make_vec_env("CartPole-v1", n_envs=16))
-    settings = general_settings(ent_schedule="linear", **SMALL)
+    settings = general_settings(lr_schedule="late", ent_schedule="linear", **SMALL)
     ours = RecurrentPPO("MlpXLSTMPolicy", env, seed=0, device="cpu", **settings).learn(512)
     for mine, other in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
         assert torch.equal(mine, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import runpy
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from rich.console import Console
 from xlstm_rl import cli
 from xlstm_rl.configs import ConfigError, load
 from xlstm_rl.export import ExportError
-from xlstm_rl.runs.open import export_run, inspect_run, open_run
+from xlstm_rl.runs.open import export_run, inspect_run, open_run, play_run
 from xlstm_rl.runs.train import train
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -170,3 +171,70 @@ def test_missing_package_is_a_message(
 def test_folder_without_a_run_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, str(tmp_path)]) == cli.USAGE_ERROR
     assert "is no run folder" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def maze(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a task that draws text and pictures."""
+    overrides = [
+        "env.n_envs=2",
+        "ppo.n_steps=16",
+        "ppo.batch_size=32",
+        "total_steps=64",
+        "env.kwargs.corridor_length=5",
+    ]
+    folder = tmp_path_factory.mktemp("runs") / "maze"
+    train(load("tmaze", [*overrides, "eval.n_episodes=1", "eval.max_episode_steps=30"]), folder)
+    return folder
+
+
+def test_played_episodes_are_shown_as_text_with_their_returns(maze: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["play", str(maze), "--episodes", "2", "--mode", "ansi", "--seed", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"episode (\d): \d+ steps, return", shown) == ["0", "1"]
+    with open_run(maze, render_mode="ansi") as opened:
+        opened.env.seed(3)
+        opened.env.reset()
+        look = opened.env.env_method("render")[0]
+    # the same maze, whoever walks in it
+    assert look.count("\n") and len(shown.splitlines()) > 2 * look.count("\n")
+
+
+def test_playing_is_repeatable_and_sampling_is_another_thing(maze: Path) -> None:
+    first, again = (play_run(maze, episodes=8, mode="none", seed=5) for _ in range(2))
+    assert list(first.returns) == list(again.returns) and list(first.lengths) == list(again.lengths)
+    sampled = play_run(maze, episodes=8, mode="none", seed=5, deterministic=False)
+    assert list(sampled.lengths) != list(first.lengths) or list(sampled.returns) != list(first.returns)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_recorded_animation_holds_all_episodes(maze: Path, memory: bool, tmp_path: Path) -> None:
+    path = tmp_path / "videos" / "play.gif"
+    path.parent.mkdir()
+    result = play_run(maze, episodes=2, record=path, memory=memory)
+    with Image.open(path) as picture:
+        # equal frames that follow each other are one
+        assert picture.n_frames > max(result.lengths) + 1
+        assert picture.width >= 400 and (picture.height >= 200 or not memory)
+
+
+def test_video_is_recorded_by_gymnasium(maze: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("moviepy")
+    play_run(maze, episodes=1, record=tmp_path / "play.mp4")
+    assert (tmp_path / "play.mp4").read_bytes()[4:8] == b"ftyp"
+    assert "Overwriting" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--record", "play.avi"], "neither .mp4 nor .gif"),
+        (["--memory"], "--record FILE"),
+        (["--mode", "human"], "cannot be shown as 'human': it draws \\['ansi', 'rgb_array'\\]"),
+    ],
+)
+def test_what_cannot_be_played_is_refused(
+    maze: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["play", str(maze), *words]) == 2
+    assert re.search(message, capsys.readouterr().err)

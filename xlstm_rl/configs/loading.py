@@ -100,10 +100,10 @@ def general_settings(**changes: Any) -> dict[str, Any]:
     actor and another for the critic, larger minibatches, and so on. The defaults of the constructor itself are those of
     sb3-contrib.
 
-    The command line lets the entropy bonus fall linearly to 0 over the run. Here it is constant, at its mean there, so
-    that `learn` may be called again and again: Stable-Baselines3's schedules end with each call, and one that falls to
-    0 would leave a call of a single rollout nothing. For one long call, `ent_schedule="linear"` gives that of the
-    command line.
+    The command line lets the entropy bonus fall linearly to 0 over the run, and the learning rate over its end. Here
+    both are constant, the bonus at its mean there, so that `learn` may be called again and again: Stable-Baselines3's
+    schedules end with each call, and one that falls to 0 would leave a call of a single rollout nothing. For one long
+    call, `lr_schedule="late", ent_schedule="linear"` gives those of the command line.
 
     Left out is what belongs to the environment or to a single run. The command line steps 16 copies of the environment
     and normalises observations and rewards; in Python, `make_vec_env` and `VecNormalize` do that. Tasks that pay about
@@ -137,6 +137,7 @@ def general_settings(**changes: Any) -> dict[str, Any]:
     kept = {key: changes.pop(key) for key in list(changes) if key in alone or callable(changes[key])}
     wanted = _check({"memory": memory, "policy": policy, "ppo": changes}, "general_settings()")
     general = _general()
+    general["ppo"] |= {"lr_schedule": "constant"}
     if "ent_schedule" not in changes:
         general["ppo"] |= {"ent_coef": general["ppo"]["ent_coef"] / 2, "ent_schedule": "constant"}
     values = _merge(_for_memory(general, wanted), wanted)

@@ -256,20 +256,13 @@ def _film(env: DummyVecEnv, path: Path, fps: float) -> Callable[[], None]:
         frames: list[np.ndarray] = []
         env.envs[0] = _Filmed(env.envs[0], frames)
         return lambda: write_gif(frames, path, fps)
+    scratch = TemporaryDirectory()
+    # one video of all steps, whatever episodes they belong to
+    what: dict[str, Any] = {"step_trigger": lambda step: step == 0, "video_length": sys.maxsize, "disable_logger": True}
     try:
-        scratch = TemporaryDirectory()
-        # one video of all steps, whatever episodes they belong to
-        recorder = RecordVideo(
-            env.envs[0],
-            scratch.name,
-            step_trigger=lambda step: step == 0,
-            video_length=sys.maxsize,
-            disable_logger=True,
-        )
+        recorder: Any = RecordVideo(env.envs[0], f"{scratch.name}/video", fps=round(fps), **what)
     except gymnasium.error.DependencyNotInstalled as error:
-        raise ConfigError(
-            f"a video {path.name} needs the package moviepy: pip install moviepy, or take .gif"
-        ) from error
+        raise ConfigError(f"{path.name} needs the package moviepy: pip install moviepy, or record a .gif") from error
     env.envs[0] = recorder
 
     def write() -> None:
