@@ -157,4 +157,4 @@ def test_steps_of_weight_zero_do_not_count() -> None:
 
 def test_late_schedule_keeps_its_value_and_falls_in_the_last_part() -> None:
     schedule = LateSchedule(2e-3, part=0.4)
-    assert [schedule(remaining) for remaining in (1.0, 0.7, 0.4, 0.2, 0.0)] == [2e-3, 2e-3, 2e-3, 1e-3, 0.0]
+    assert [schedule(remaining) for remaining in (1.0, 0.7, 0.4, 0.2, 0.0, -0.1)] == [2e-3, 2e-3, 2e-3, 1e-3, 0.0, 0.0]

@@ -203,8 +203,8 @@ class LateSchedule:
         self.value, self.part = value, part
 
     def __call__(self, progress_remaining: float) -> float:
-        """The value where so much of the run remains, from 1 to 0."""
-        return self.value * min(1.0, progress_remaining / self.part)
+        """The value where so much of the run remains, from 1 to 0, or below in a last rollout that goes past the end."""
+        return self.value * min(1.0, max(0.0, progress_remaining) / self.part)
 
 
 class PPOLoss(NamedTuple):
