@@ -203,7 +203,7 @@ class LateSchedule:
         self.value, self.part = value, part
 
     def __call__(self, progress_remaining: float) -> float:
-        """The value where so much of the run remains, from 1 to 0, or below in a last rollout that goes past the end."""
+        """The value where so much of the run remains, from 1 to 0; below in a last rollout that goes past the end."""
         return self.value * min(1.0, max(0.0, progress_remaining) / self.part)
 
 
