@@ -242,3 +242,16 @@ def test_no_folder_of_code_is_left_out_by_tools() -> None:
     if (ROOT / ".git").exists():
         ignored = ["git", "check-ignore", "--no-index", *map(str, python_sources())]
         assert subprocess.run(ignored, cwd=ROOT, capture_output=True, text=True).stdout == ""
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no repository")
+def test_nothing_that_make_installs_or_builds_is_tracked() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    made = subprocess.run(
+        ["git", "check-ignore", "--no-index", "--stdin"],
+        cwd=ROOT,
+        input="\n".join(tracked),
+        capture_output=True,
+        text=True,
+    )
+    assert made.stdout.split() == []
