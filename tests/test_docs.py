@@ -17,6 +17,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from xlstm_rl import evaluate
 from xlstm_rl.configs import EnvConfig, TrainConfig, load
 from xlstm_rl.configs.validation import plain
+from xlstm_rl.export import compiler
 from xlstm_rl.memory.core import _REGISTRY
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +132,12 @@ def test_page_on_looking_inside_runs() -> None:
 def test_page_on_export_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_blocks("docs/export.md")["metadata"]["action"]["distribution"] == "categorical"
+    if compiler() is not None:
+        (program,) = re.findall(r"```c\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
+        Path("main.c").write_text(program)
+        subprocess.run([str(compiler()), "-std=c99", "-Wall", "-Werror", "main.c", "-lm", "-o", "main"], check=True)
+        said = subprocess.run(["./main"], capture_output=True, text=True, check=True).stdout
+        assert set(said.split()) <= {"0", "1"} and len(said.split()) == 100
 
 
 def test_memory_of_the_docs_is_registered() -> None:

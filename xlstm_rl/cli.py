@@ -107,9 +107,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
     evaluate.set_defaults(run=_evaluate)
 
-    export = commands.add_parser("export", help="write a policy as ONNX", description="Write a policy as an ONNX file.")
+    export = commands.add_parser(
+        "export", help="write a policy as ONNX or C", description="Write a policy as an ONNX file, or as a C file."
+    )
     export.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
-    export.add_argument("path", nargs="?", type=Path, metavar="FILE", help="default: policy.onnx in the run folder")
+    export.add_argument(
+        "path",
+        nargs="?",
+        type=Path,
+        metavar="FILE",
+        help="policy.c is written as C; default: policy.onnx in the run folder",
+    )
+    export.add_argument("--int8", action="store_true", help="of a C file: weights as int8")
     export.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
     export.set_defaults(run=_export)
 
@@ -197,7 +206,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from xlstm_rl.runs.open import export_run
 
-    export_run(options.run_dir, options.path, best=options.best, console=LastingConsole())
+    export_run(options.run_dir, options.path, best=options.best, int8=options.int8, console=LastingConsole())
     return 0
 
 

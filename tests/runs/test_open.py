@@ -20,7 +20,7 @@ from rich.console import Console
 
 from xlstm_rl import cli
 from xlstm_rl.configs import ConfigError, load
-from xlstm_rl.export import ExportError
+from xlstm_rl.export import ExportError, compiler
 from xlstm_rl.runs.open import export_run, inspect_run, open_run, play_run
 from xlstm_rl.runs.train import train
 
@@ -165,6 +165,27 @@ def test_missing_package_is_a_message(
     monkeypatch.setattr("xlstm_rl.export.onnx_file.importlib.util.find_spec", lambda name: None)
     assert cli.main(["export", str(run)]) == cli.USAGE_ERROR
     assert "pip install 'xlstm-rl[export]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(compiler() is None, reason="there is no C compiler")
+def test_export_to_c_is_checked_and_timed(run: Path, tmp_path: Path) -> None:
+    said = io.StringIO()
+    export_run(run, tmp_path / "policy.c", int8=True, console=Console(file=said, width=200))
+    assert re.search(r"as torch within .* over 200 steps .*[\d.]+ us a step, \d+ bytes of weights", said.getvalue())
+
+
+def test_export_to_c_without_a_compiler_says_that_it_is_unchecked(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xlstm_rl.runs.open.compiler", lambda: None)
+    said = io.StringIO()
+    assert export_run(run, tmp_path / "policy.c", console=Console(file=said, width=200)) is None
+    assert "not compared with torch: there is no C compiler" in said.getvalue()
+
+
+def test_int8_of_onnx_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", str(run), "--int8"]) == cli.USAGE_ERROR
+    assert "int8 is for C files, and policy.onnx is none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["export", "inspect"])

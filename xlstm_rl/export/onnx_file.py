@@ -28,7 +28,6 @@ from xlstm_rl.vec_envs.inputs import KEYS
 # The entry of the ONNX metadata that holds the JSON.
 METADATA = "xlstm_rl"
 INSTALL = "pip install 'xlstm-rl[export]' (in a checkout '.[export]')"
-# An axis of this size is never taken for a constant.
 _ROWS = 3
 
 
@@ -61,7 +60,7 @@ def export_onnx(model: BaseAlgorithm, path: Path | str, *, action_masks: bool | 
     policy = memory_policy(model)
     front = without(front_of(model.get_env(), policy.observation_space), policy.unseen_keys)
     step = PolicyStep(policy, front, masked=masks_wanted(model, action_masks))
-    metadata = _describe(step, front)
+    metadata = describe_step(step, front)
     content = _trace(step, front, metadata)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +105,8 @@ def require(*packages: str) -> None:
 
 def _trace(step: PolicyStep, front: Front, metadata: dict[str, Any]) -> bytes:
     """The content of the ONNX file."""
-    examples = _example_inputs(step, front)
-    with evaluating(step.policy), _quiet_exporter():
+    examples = example_inputs(step, front)
+    with evaluating(step.policy), quiet_exporter():
         step.eval()
         rows = tuple({0: torch.export.Dim.DYNAMIC} for _ in examples)
         program = torch.onnx.export(
@@ -140,7 +139,8 @@ def _free_names(program: torch.onnx.ONNXProgram, taken: set[str]) -> None:
                 value.name = f"inner.{value.name}"
 
 
-def _example_inputs(step: PolicyStep, front: Front) -> tuple[torch.Tensor, ...]:
+def example_inputs(step: PolicyStep, front: Front) -> tuple[torch.Tensor, ...]:
+    """What a step may be given, in the order of its inputs; of three rows, as an axis of 1 is taken for a constant."""
     device = step.policy.device
     # a copy: drawing moves the generator of a space
     samples = {observation_name(key): space for key, space in entries(copy.deepcopy(front.space)).items()}
@@ -157,7 +157,7 @@ def _example_inputs(step: PolicyStep, front: Front) -> tuple[torch.Tensor, ...]:
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Without what the exporter says about its own insides and about packages that no policy needs."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
@@ -170,7 +170,7 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _describe(step: PolicyStep, front: Front) -> dict[str, Any]:
+def describe_step(step: PolicyStep, front: Front) -> dict[str, Any]:
     """What a runner needs to know, as JSON; see docs/export.md."""
     policy, parts = step.policy, entries(front.space)
     observations = {

@@ -23,8 +23,8 @@ from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.agents.evaluation import EvaluationResult, evaluate
 from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.envs import TaskFacts
-from xlstm_rl.export import Check, ExportError, check_onnx, export_onnx
-from xlstm_rl.export.onnx_check import ROWS
+from xlstm_rl.export import Check, ExportError, check_c, check_onnx, compiler, export_c, export_onnx, time_c
+from xlstm_rl.export.step_check import ROWS
 from xlstm_rl.inspection import Episode, draw_episode, record_episode, write_gif
 from xlstm_rl.inspection.panel import MemoryPanel
 from xlstm_rl.memory import leaf_names, leaves
@@ -316,32 +316,56 @@ class _Remembering:
 
 
 def export_run(
-    run_dir: Path | str, path: Path | str | None = None, *, best: bool = False, console: Console | None = None
-) -> Check:
-    """Write the policy of a run as an ONNX file and compare it with torch for 200 steps.
+    run_dir: Path | str,
+    path: Path | str | None = None,
+    *,
+    best: bool = False,
+    int8: bool = False,
+    console: Console | None = None,
+) -> Check | None:
+    """Write the policy of a run as an ONNX file, or as C where its name ends in .c, and compare it with torch.
 
     Args:
         run_dir: as `train` made it.
         path: of the file; None: policy.onnx in the run folder.
         best: take the model of the best evaluation during training instead of the last one.
+        int8: of a C file: weights of matrix products as int8.
         console: told what was written; None tells nobody.
+
+    Returns:
+        How 200 steps of both compare; None where a C file could not be checked, as there is no compiler.
 
     Raises:
         ConfigError: as for `open_run`; a package is missing, the file cannot be written, or what it computes differs.
     """
     path = RunFolder(Path(run_dir)).policy if path is None else Path(path)
+    as_c = path.suffix.lower() == ".c"
+    if int8 and not as_c:
+        raise ConfigError(f"int8 is for C files, and {path.name} is none: name a file that ends in .c, or leave it out")
     with open_run(run_dir, best=best, device="cpu") as run, TemporaryDirectory() as scratch:
-        unchecked = Path(scratch) / "policy.onnx"
+        # the name of a C file begins the names in it
+        unchecked = Path(scratch) / path.name
         try:
-            export_onnx(run.model, unchecked)
-            check = check_onnx(run.model, unchecked)
+            if as_c:
+                export_c(run.model, unchecked, int8=int8)
+                check = None if compiler() is None else check_c(run.model, unchecked)
+                speed = "not compared with torch: there is no C compiler" if check is None else time_c(unchecked)
+            else:
+                export_onnx(run.model, unchecked)
+                check = check_onnx(run.model, unchecked)
+                speed = f"a step of {ROWS} environments takes {1e3 * check.step_seconds:.2f} ms"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, unchecked.read_bytes())
         except (ExportError, OSError) as error:
             raise ConfigError(f"{run_dir} cannot be exported to {path}: {error}") from error
     if console is not None:
-        same = f"as torch within {check.largest_error:.0e} over 200 steps with resets"
-        speed = f"a step of {ROWS} environments takes {1e3 * check.step_seconds:.2f} ms"
-        said = f"{path}: {path.stat().st_size / 1e3:,.0f} kB; {same}; {speed}"
+        said = f"{path}: {path.stat().st_size / 1e3:,.0f} kB; {_comparison(check)}{speed}"
         console.print(said, highlight=False, soft_wrap=True, markup=False)
     return check
+
+
+def _comparison(check: Check | None) -> str:
+    if check is None:
+        return ""
+    actions = "" if check.same_actions in (None, 1.0) else f", {check.same_actions:.1%} of the actions the same"
+    return f"as torch within {check.largest_error:.0e} over 200 steps with resets{actions}; "
