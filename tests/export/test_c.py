@@ -62,7 +62,6 @@ def test_c_of_every_observation_and_critic(observation: str, critic_memory: str,
 
 
 @needs_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

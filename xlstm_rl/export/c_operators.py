@@ -184,6 +184,7 @@ class Lowering:
             "aten._to_copy.default": self._cast,
             "aten.clamp.default": self._clamp,
             "aten.clamp.Tensor": self._clamp,
+            "aten.gelu.default": self._gelu,
             "aten.cat.default": self._cat,
             "aten.sum.dim_IntList": self._sum,
             "aten.mean.dim": self._mean,
@@ -255,6 +256,9 @@ class Lowering:
 
     def _map(self, expression: str, operands: Sequence[Any], out: Value, compute: torch.dtype) -> Value:
         """Every element of `out` as an expression of elements of operands, which are values or numbers."""
+        if not out.view.numel():
+            # C has no arrays without elements
+            return out
         seen = [value.view.expand(out.view.shape) if isinstance(value, Value) else None for value in operands]
         views = [out.view, *(view for view in seen if view is not None)]
         loops = _Loops(tuple(out.view.shape), [view.stride() for view in views])
@@ -313,6 +317,17 @@ class Lowering:
                 mark = f"{{{len(operands) - 1}}}"
                 expression = f"{{0}} {sign} {mark} ? {mark} : {expression}"
         return self._map(expression, operands, self._new(result.shape, result.dtype), result.dtype)
+
+    def _gelu(self, value: Value, *, result: Tensor, approximate: str = "none") -> Value:
+        half, root, slope, cubic = (
+            literal(number, result.dtype) for number in (0.5, math.sqrt(0.5), math.sqrt(2 / math.pi), 0.044715)
+        )
+        inside = {
+            "none": f"erf{{f}}({root} * {{0}})",
+            "tanh": f"tanh{{f}}({slope} * ({{0}} + {cubic} * {{0}} * {{0}} * {{0}}))",
+        }[approximate]
+        expression = f"{half} * {{0}} * (1 + {inside})"
+        return self._map(expression, [value], self._new(result.shape, result.dtype), result.dtype)
 
     def _cat(self, values: Sequence[Value], dim: int = 0, *, result: Tensor) -> Value:
         out, start = self._new(result.shape, result.dtype), 0
