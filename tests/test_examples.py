@@ -51,3 +51,18 @@ def test_own_loss_is_trained_and_falls() -> None:
         assert model.logger.name_to_value["train/loss_next-observation"] < 0.8 * first
     finally:
         LOSSES.pop("next-observation", None)
+
+
+def test_single_file_agent_learns_the_t_maze(capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(EXAMPLES / "single_file.py"))["main"]
+    # a memoryless agent gets 1/2
+    assert main(["--steps", "34000"]) > 0.85
+    assert "return of the last 100" in capsys.readouterr().out
+
+
+def test_single_file_agent_is_short_and_takes_any_memory() -> None:
+    text = (EXAMPLES / "single_file.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    main = runpy.run_path(str(EXAMPLES / "single_file.py"))["main"]
+    # episodes of CartPole are cut by a time limit too
+    assert main(["--env", "CartPole-v1", "--steps", "2048", "--memory", "lstm"]) > 5
