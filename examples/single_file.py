@@ -38,15 +38,20 @@ class Agent(nn.Module):
         self.critic = nn.Linear(self.core.output_size, 1)
         nn.init.zeros_(self.actor.weight)
 
-    def step(self, x: Tensor, state: Any, start: Tensor) -> tuple[torch.distributions.Categorical, Tensor, Any]:
-        """Observations [N, F] and episode starts [N] -> distribution, values [N], state."""
+    def step(self, x: Tensor, state: Any, start: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Observations [N, F] and episode starts [N] -> log-probabilities of all actions [N, A], values [N], state."""
         y, state = self.core.step(x, state, start)
-        return torch.distributions.Categorical(logits=self.actor(y)), self.critic(y).squeeze(-1), state
+        return F.log_softmax(self.actor(y), -1), self.critic(y).squeeze(-1), state
 
-    def sequence(self, x: Tensor, state: Any, start: Tensor) -> tuple[torch.distributions.Categorical, Tensor]:
-        """Observations [B, T, F] and episode starts [B, T] -> distribution and values [B, T]; all steps at once."""
+    def sequence(self, x: Tensor, state: Any, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Observations [B, T, F] and episode starts [B, T] -> [B, T, A] and [B, T]; all steps at once."""
         y, _ = self.core(x, state, start)
-        return torch.distributions.Categorical(logits=self.actor(y)), self.critic(y).squeeze(-1)
+        return F.log_softmax(self.actor(y), -1), self.critic(y).squeeze(-1)
+
+
+def of(log_probs: Tensor, actions: Tensor) -> Tensor:
+    """The log-probabilities [...] of actions [...] among those of all, [..., A]."""
+    return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
 
 def main(arguments: list[str] | None = None) -> float:
@@ -74,8 +79,8 @@ def main(arguments: list[str] | None = None) -> float:
                 states.append(map_leaves(torch.clone, state))
             x = torch.as_tensor(obs, dtype=torch.float32)
             with torch.no_grad():
-                policy, value, state = agent.step(x, state, start)
-            action = policy.sample()
+                log_probs, value, state = agent.step(x, state, start)
+            action = log_probs.exp().multinomial(1).squeeze(1)
             obs, reward, terminated, truncated, info = envs.step(action.numpy())
             ended = terminated | truncated
             after = torch.zeros(ENVS)
@@ -87,7 +92,7 @@ def main(arguments: list[str] | None = None) -> float:
                     _, value_after, _ = agent.step(torch.as_tensor(last, dtype=torch.float32), state, no_start)
                 after = value_after * torch.as_tensor(truncated & ~terminated)
             paid = torch.as_tensor(reward, dtype=torch.float32) + GAMMA * after
-            steps.append((x, start, action, policy.log_prob(action), value, paid, torch.as_tensor(ended)))
+            steps.append((x, start, action, of(log_probs, action), value, paid, torch.as_tensor(ended)))
             running += reward
             returns.extend(running[ended])
             running[ended] = 0
@@ -107,15 +112,16 @@ def main(arguments: list[str] | None = None) -> float:
 
         # [ENVS, ROLLOUT, ...] -> chunks [B, CHUNK, ...]; episodes start inside of them
         whole = (x, starts, action, log_prob, advantage, target)
-        chunks = tuple(part.unflatten(1, (-1, CHUNK)).transpose(0, 1).flatten(0, 1) for part in whole)
+        chunks = tuple(part.view(ENVS, -1, CHUNK, *part.shape[2:]).transpose(0, 1).flatten(0, 1) for part in whole)
         first = map_leaves(lambda *parts: torch.cat(parts), *states)
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(chunks[0])).chunk(MINIBATCHES):
                 x, starts, action, old, gain, aim = (part[rows] for part in chunks)
-                policy, value = agent.sequence(x, take(first, rows), starts)
-                ratio = (policy.log_prob(action) - old).exp()
+                log_probs, value = agent.sequence(x, take(first, rows), starts)
+                ratio = (of(log_probs, action) - old).exp()
                 loss = -torch.minimum(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain).mean()
-                loss = loss + 0.5 * F.mse_loss(value, aim) - ENTROPY * policy.entropy().mean()
+                entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+                loss = loss + 0.5 * F.mse_loss(value, aim) - ENTROPY * entropy
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
