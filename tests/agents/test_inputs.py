@@ -95,6 +95,7 @@ def test_reward_is_told_as_the_environment_pays_it() -> None:
     assert len(evaluate(model, VecNormalize(inputs_env(), training=False, norm_reward=False), 3).returns) == 3
 
 
+@pytest.mark.filterwarnings("ignore:predict got no action_masks")
 def test_masks_and_checkpoints_go_with_it(tmp_path: Path) -> None:
     model = agent(env=make_vec_env(MaskedEpisodes, 2, wrapper_class=MemoryInputs), policy=POLICY, steps=32)
     assert model.rollout_buffer.action_masks is not None
