@@ -179,11 +179,18 @@ class OptionalMasks(RandomEpisodes):
         return np.ones(3, bool)
 
 
+def mixes(model: Any) -> bool:
+    """Whether a rollout's gradients were looked at."""
+    model.learn(1)
+    return model._gradient_moments is not None
+
+
 # Name, value to load with, what it changes: from the first to the second.
 AT_LOAD: dict[str, tuple[Any, Callable[[Any], Any], Any, Any]] = {
     "seq_len": (4, lambda model: model.rollout_buffer.chunk_starts, [0], [0, 4]),
     "refresh_state": (True, refreshes, 0, 1),
     "advantage_floor": (0.0, lambda model: divisor(model) > 10, True, False),
+    "mix_advantages": (True, mixes, False, True),
     "grad_spike_factor": (None, lambda model: clipped_norm(model) > 0.1, False, True),
     "use_masking": (False, masks_kept, True, False),
     "on_nonfinite": ("skip", answer_to_nan, "stop", "skip"),

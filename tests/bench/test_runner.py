@@ -128,12 +128,13 @@ def test_results_that_cannot_be_written_end_the_workers_and_all_is_gone_on_with(
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "results.json"))
 
-    begun = time.monotonic()
+    # other tests may have left some
+    before, begun = {*multiprocessing.active_children()}, time.monotonic()
     with pytest.raises(OSError, match="No space left"):
         run_all(
             [long, short], read_spec(text, "x"), workers=2, hours=None, console=Console(quiet=True), after_each=full
         )
-    assert not multiprocessing.active_children()
+    assert {*multiprocessing.active_children()} <= before
     assert time.monotonic() - begun < 60
     assert list(long.folder.glob("checkpoints/*.zip")) and not long.record.exists()
 
