@@ -45,6 +45,9 @@ def test_all_weights_of_an_equal_agent_are_taken(donor: Path) -> None:
     taken = model.take_weights(donor)
     assert set(taken.taken) == set(source) and not (taken.other_shape or taken.missing or taken.frozen)
     assert all(torch.equal(weight, source[name]) for name, weight in weights(model).items())
+    known = RecurrentPPO.load(donor)
+    assert vars(model._advantage_scale) == vars(known._advantage_scale) and known._advantage_scale.count == 1
+    assert model._gradient_norm == known._gradient_norm
 
 
 def test_layers_of_other_observations_and_actions_stay(donor: Path) -> None:

@@ -413,7 +413,8 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         """Start from what another agent has learnt, as far as its weights fit by name and shape.
 
         Its observations and actions may be others: layers that depend on them then stay as they are. The optimiser and
-        the counters stay too. Frozen parts stay frozen in files and in resumed runs.
+        the counters stay too; with all parts come the running scales of advantages and gradients. Frozen parts stay
+        frozen in files and in resumed runs.
 
         Args:
             path: of a file that `save` or `save_checkpoint` wrote; nothing in it is executed.
@@ -446,6 +447,13 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         with torch.no_grad():
             for name in taken:
                 own[name].copy_(given[name])
+        if {*parts} == {*PARTS}:
+            # what is usual, without which the first rollouts on a task that is solved already would seem to be it
+            stored = archive.parts["data"]
+            for name in ("_advantage_scale", "_gradient_norm"):
+                value = rebuild(stored.tree.get(name), name, stored.tensors)
+                if value is not None and isinstance(value, _COUNTED[name]):
+                    setattr(self, name, value)
         frozen = [name for name in own if freeze and name.startswith(_beginnings(freeze))]
         for name in frozen:
             own[name].requires_grad_(False)
