@@ -325,7 +325,8 @@ def test_policy_for_images_takes_the_weights_of_a_module_that_sees_them_in_rllib
 
 @pytest.mark.slow
 def test_page_on_rllib_runs_and_so_does_its_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "docs/rllib.md").read_text(encoding="utf-8").replace("20_000", "256").replace("/tmp", str(tmp_path))
+    page = (ROOT / "docs/rllib.md").read_text(encoding="utf-8").replace("20_000", "256")
+    page = page.replace('"for_rllib"', repr(str(tmp_path / "for_rllib")))
     names: dict[str, Any] = {"__name__": "docs/rllib.md"}
     for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
         exec(block.replace("range(10)", "range(1)"), names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from itertools import repeat
 from operator import attrgetter, contains, is_not
@@ -219,7 +220,7 @@ class _Found(NamedTuple):
     plan: StepPlan
 
 
-class CompiledBlock:
+class CompiledBlock(ABC):
     """The compiled forms of a block; what is found out about its layers is kept until one of them is replaced.
 
     Args:
@@ -286,12 +287,13 @@ class CompiledBlock:
         """All layers, those that others hold among them."""
         return tuple(block._modules.values())
 
+    @abstractmethod
     def _places(self, block: nn.Module) -> tuple[Place, ...] | None:
         """Where the weights are, in their order; None where layers hold more than the compiled forms know."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _plan(self, places: tuple[Place, ...]) -> StepPlan:
-        raise NotImplementedError
+        """What a step needs to know of weights at these places."""
 
 
 class CompiledMLSTM(CompiledBlock):
