@@ -323,6 +323,8 @@ def test_policy_for_images_takes_the_weights_of_a_module_that_sees_them_in_rllib
     assert_close(model.policy.action_net(latents.actor)[0], logits)
 
 
+# RLlib registers its environment anew for every algorithm
+@pytest.mark.filterwarnings("ignore:.*Overriding environment rllib")
 @pytest.mark.slow
 def test_page_on_rllib_runs_and_so_does_its_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs/rllib.md").read_text(encoding="utf-8").replace("20_000", "256")
