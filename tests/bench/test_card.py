@@ -242,6 +242,27 @@ def test_bounds_may_differ_in_their_last_digit() -> None:
     assert "| t | 2 |" in compare(card(), near)
 
 
+def test_returns_stand_beside_published_ones(tmp_path: Path) -> None:
+    made = dict(tasks=("t", "u"), score="return", published={"t": {"theirs": 0.25}, "u": {"theirs": 0.75}})
+    runs = (*sound(), *(dataclasses.replace(r, task="u") for r in changed("xlstm", greedy=figure(0.5))[:3]))
+    results = card(*runs, **made)
+    render(results, tmp_path)
+    rows = [line.split(" | ") for line in (tmp_path / "card.md").read_text(encoding="utf-8").splitlines()]
+    first, second, mean = (next(row for row in rows if row[0] == f"| {name}") for name in ("t", "u", "mean of 2 tasks"))
+    assert first[1:] == [
+        "1.000 ± 0.000 / 1.000 ± 0.000 (0k)",
+        *("0.500 ± 0.000 / 0.500 ± 0.000 (0k)", "0.000 ± 0.000 / 0.000 ± 0.000 (0k)", "0.000", "0.250 |"),
+    ]
+    assert second[2:4] == ["0.500 / 0.500 (1 seed, 0k)", "-"]
+    # the second task lacks an agent's runs
+    assert mean[1:] == ["0.750 / 1.000", "0.500 / 0.500", "-", "-", "0.500 |"]
+    assert (tmp_path / "figures" / "published.png").is_file()
+    # nothing is held against bounds that are not known
+    assert answers(results) == answers(card())[SIZE:]
+    write_results(results, tmp_path)
+    assert read_results(tmp_path) == results
+
+
 def test_cells_cannot_break_a_table() -> None:
     sections = [Section("S", [Table(["a|b", "<i>"], [["1", "2"]]), Code("x < y")])]
     assert "| a\\|b | <i> |\n| --- | ---: |\n| 1 | 2 |" in to_markdown("T", sections, Path())

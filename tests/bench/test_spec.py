@@ -26,11 +26,11 @@ SMALL = "tasks: {parity: }\nagents: {mine: {tuning_runs: 3}}\n"
 
 
 # What their tasks come from, where that is another package.
-PACKAGES = {"popgym": "popgym"}
+PACKAGES = {"popgym": "popgym", "public-popgym": "popgym", "public-minigrid": "minigrid"}
 
 
 def test_benchmarks_of_the_package_can_be_planned() -> None:
-    assert spec_names() == ["popgym", "quick", "suite", "tracking"]
+    assert spec_names() == ["popgym", "public-minigrid", "public-popgym", "quick", "suite", "tracking"]
     for name in spec_names():
         spec = load_spec(name)
         if name in PACKAGES and find_spec(PACKAGES[name]) is None:
@@ -138,6 +138,23 @@ def test_matched_lstm_has_as_many_parameters() -> None:
             memory = make_model(run.config, env).policy.memory_actor
         sizes.append(sum(parameter.numel() for parameter in memory.parameters()))
     assert sizes[1] == pytest.approx(sizes[0], rel=0.03)
+
+
+def test_tasks_without_known_bounds_are_scored_by_their_returns() -> None:
+    text = "tasks: {Pendulum-v1: {published: {theirs: -150}}}\nagents: {mine: {}}\nscore: return\nlong_episodes: 0\n"
+    runs = plan_runs(read_spec(text, "test"), OUT)
+    assert {run.task.score(-150.0) for run in runs} == {-150.0}
+    with pytest.raises(ConfigError, match="`score: return`"):
+        plan_runs(read_spec(text.replace("score: return", ""), "test"), OUT)
+
+
+def test_agent_may_be_trained_for_a_share_of_the_steps() -> None:
+    text = "tasks: {parity: {set: {total_steps: 1000}}}\n"
+    text += "agents: {mine: {}, none: {memory: {name: none}, share_of_steps: 0.25}}"
+    steps = {run.agent: run.config.total_steps for run in plan_runs(read_spec(text, "test"), OUT)}
+    assert steps == {"mine": 1000, "none": 250, "lstm": 1000}
+    with pytest.raises(ConfigError, match="share_of_steps=0.0 must be above 0"):
+        read_spec(text.replace("0.25", "0.0"), "test")
 
 
 def test_runs_come_seed_by_seed() -> None:

@@ -49,6 +49,8 @@ def card_sections(results: Results, figures: Path) -> list[Section]:
         figures: the folder that `draw_all` filled.
     """
     checks = check(results)
+    if results.score == "return":
+        return _sections_of_returns(results, checks, figures)
     return [
         Section("Overall", [_state_of(results, checks), _overall(results)]),
         Section("Tasks", [_legend(results), _tasks(results)]),
@@ -75,6 +77,85 @@ def card_sections(results: Results, figures: Path) -> list[Section]:
         *_failures(results),
         Section("How it was made", _making(results)),
     ]
+
+
+def _sections_of_returns(results: Results, checks: Sequence[Check], figures: Path) -> list[Section]:
+    """The card of tasks whose returns are shown as they are, beside those that others published."""
+    planned = len(results.records) + len(results.failures) + len(results.missing)
+    legend = (
+        f"{len(results.records)} of {planned} runs. Mean returns of the final weights, played greedily and, after the "
+        "slash, with sampled actions: mean over the seeds ± their standard deviation. In brackets the seeds, where "
+        "they are fewer than the most, and the steps. Emptied: greedy, with the memory emptied at every step."
+    )
+    pictures = [Picture(figures / "curves.png", "Mean return of evaluations during training")]
+    if results.published:
+        pictures.insert(0, Picture(figures / "published.png", "Mean returns beside published ones"))
+    return [
+        Section("Returns", [legend, _returns(results)]),
+        Section("Figures", pictures),
+        Section("Validity checks", [_checks(checks), *_notes(checks)]),
+        *_failures(results),
+        Section("How it was made", _making(results)),
+    ]
+
+
+def _returns(results: Results) -> Table:
+    first = results.agents[0]
+    columns = list(dict.fromkeys(name for figures in results.published.values() for name in figures))
+    rows = []
+    for task in results.tasks:
+        groups = [results.of(task, agent) for agent in results.agents]
+        if any(groups):
+            most = max(map(len, groups))
+            known = results.published.get(task, {})
+            emptied = [record.emptied.mean_return for record in groups[0]]
+            rows.append(
+                [
+                    task,
+                    *(_returns_of(group, most) for group in groups),
+                    number(float(np.mean(emptied))) if emptied else "-",
+                    *(number(known[name]) if name in known else "-" for name in columns),
+                ]
+            )
+    rows += _mean_row(results, columns)
+    return Table(["task", *results.agents, f"{first}, emptied", *columns], rows)
+
+
+def _returns_of(group: Sequence[Record], most: int) -> str:
+    if not group:
+        return "-"
+    said = []
+    for figures in ([record.greedy for record in group], [record.sampled for record in group]):
+        values = [figure.mean_return for figure in figures]
+        spread = f" ± {number(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
+        said.append(f"{number(float(np.mean(values)))}{spread}")
+    seeds = "" if len(group) == most else f"{len(group)} seed{'s' * (len(group) > 1)}, "
+    steps = np.mean([record.steps for record in group])
+    return f"{said[0]} / {said[1]} ({seeds}{steps / 1000:,.0f}k)"
+
+
+def _mean_row(results: Results, columns: Sequence[str]) -> list[list[str]]:
+    """Means over the tasks for which the first agent and all columns have figures; none of an agent that lacks some."""
+    first = results.agents[0]
+    tasks = [
+        name for name in results.tasks if results.of(name, first) and columns == [*results.published.get(name, {})]
+    ]
+    if len(tasks) < 2 or not columns:
+        return []
+    row = [f"mean of {len(tasks)} tasks"]
+    for agent in results.agents:
+        groups = [results.of(task, agent) for task in tasks]
+        greedy = [np.mean([record.greedy.mean_return for record in group]) for group in groups if group]
+        sampled = [np.mean([record.sampled.mean_return for record in group]) for group in groups if group]
+        whole = len(greedy) == len(tasks)
+        row.append(f"{number(float(np.mean(greedy)))} / {number(float(np.mean(sampled)))}" if whole else "-")
+    published = [float(np.mean([results.published[task][name] for task in tasks])) for name in columns]
+    return [[*row, "-", *map(number, published)]]
+
+
+def number(value: float) -> str:
+    """A return with three digits after the point, or fewer where it is large."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
 def spell(value: Estimate | None, digits: int = 2) -> str:

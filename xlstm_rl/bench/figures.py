@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ Array = NDArray[np.float64]
 
 
 def draw_all(results: Results, folder: Path) -> None:
-    """Write curves.png, abilities.png, lengths.png and profiles.png to a folder."""
+    """Write curves.png, and what else the benchmark's kind of score allows, to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     begun = [task for task in results.tasks if any(record.task == task for record in results.records)]
-    _panels(results, begun, _draw_curves, folder / "curves.png", ("environment steps", "score"))
+    _panels(results, begun, _draw_curves, folder / "curves.png", ("environment steps", results.score_label))
+    if results.published:
+        _draw_published(results, folder / "published.png")
+    if results.score == "return":
+        return
     with_lengths = [task for task in results.tasks if any(r.longer for r in results.records if r.task == task)]
     in_a_row = {record.task: f"{record.task} (r)" for record in results.records if record.in_a_row}
     _panels(
@@ -75,7 +80,7 @@ def _panels(
             group = results.of(task, agent)
             if group:
                 draw(panel, group, names[agent], f"C{index}")
-        for height, style in ((0.0, ":"), (1.0, "--")):
+        for height, style in ((0.0, ":"), (1.0, "--")) if results.score == "memory" else ():
             panel.axhline(height, color="0.4", linestyle=style, linewidth=1)
         panel.set_title((titles or {}).get(task, task), fontsize="medium")
         panel.set_xlabel(labels[0])
@@ -121,6 +126,36 @@ def _draw_lengths(panel: Any, group: Sequence[Record], label: str, colour: str) 
     panel.fill_between(ticks, band[:, 1], band[:, 2], color=colour, alpha=0.2, linewidth=0)
     panel.set_xscale("log", base=2)
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
+
+
+def _draw_published(results: Results, path: Path) -> None:
+    """A row per task with published figures: a mark for each agent, of greedy weights, and for each of the columns."""
+    tasks = [
+        task for task in results.tasks if task in results.published and any(r.task == task for r in results.records)
+    ]
+    figure = _figure(7.5, 1.5 + 0.3 * len(tasks))
+    panel, places = figure.subplots(), range(len(tasks))
+    for index, (agent, name) in enumerate(_labels(results).items()):
+        groups = [[record.greedy.mean_return for record in results.of(task, agent)] for task in tasks]
+        marks = [(float(np.mean(group)), place) for group, place in zip(groups, places, strict=True) if group]
+        if marks:
+            panel.plot(
+                *zip(*marks, strict=True), "o", color=f"C{index}", label=name, markersize=6, zorder=3 - index / 10
+            )
+    columns = dict.fromkeys(name for task in tasks for name in results.published[task])
+    for column, mark in zip(columns, itertools.cycle("|x+d1^"), strict=False):
+        marks = [
+            (results.published[task][column], place)
+            for place, task in enumerate(tasks)
+            if column in results.published[task]
+        ]
+        panel.plot(*zip(*marks, strict=True), mark, color="0.25", label=column, markersize=8)
+    panel.set_yticks(places, tasks, fontsize="small")
+    panel.invert_yaxis()
+    panel.set_xlabel("mean return")
+    panel.grid(alpha=0.3)
+    figure.legend(fontsize="small", loc="outside upper center", ncols=4)
+    _save(figure, path)
 
 
 def _draw_abilities(results: Results, path: Path) -> None:

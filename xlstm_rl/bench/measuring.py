@@ -178,9 +178,17 @@ def measure(
 def _play_longer(
     model: RecurrentPPO, run: PlannedRun, n_episodes: int, on_step: OnStep
 ) -> tuple[dict[str, Figure], StateHealth]:
-    """Figures at each multiple of the training length, and the state's health at the greatest."""
+    """Figures at each multiple of the training length, and the state's health at the greatest.
+
+    With no episodes to play, as many as there are environments show the state's health at the training length.
+    """
     figures: dict[str, Figure] = {}
     seed = environment_seed(run.config.seed, Purpose.FINAL_EVALUATION)
+    if n_episodes == 0:
+        watched, few = WatchedModel(model), run.config.eval.n_envs
+        limit = run.config.eval.max_episode_steps
+        play(watched, run.config, few, seed, max_episode_steps=limit, on_step=on_step)
+        return figures, watched.health(1)
     for factor in LENGTHS:
         watched = WatchedModel(model)
         limit = run.config.eval.max_episode_steps

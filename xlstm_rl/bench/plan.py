@@ -22,6 +22,8 @@ from xlstm_rl.runs.build import make_env, make_model, read_facts
 LENGTHS = (4, 16)
 # Bounds that lie closer together, in units of the optimum, are equal but for rounding.
 SMALLEST_GAP = 1e-9
+# Bounds with which a score is the mean return as it is.
+RETURN_ITSELF = TaskFacts(horizon=0, optimal_return=1.0, memoryless_return=0.0)
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,8 @@ def _configure_task(spec: BenchSpec, name: str, task: TaskSpec) -> tuple[Task, d
     for agent_name, agent in sorted(spec.agents.items(), key=lambda item: item[1].parameters_of is not None):
         try:
             config = _configure_agent(task.base or name, agent, shared)
+            steps = round(agent.share_of_steps * config.total_steps)
+            config = dataclasses.replace(config, total_steps=steps)
             if agent.parameters_of is not None:
                 config = _match(config, configs[agent.parameters_of])
         except ConfigError as error:
@@ -214,8 +218,8 @@ def _configure_task(spec: BenchSpec, name: str, task: TaskSpec) -> tuple[Task, d
         configs[agent_name] = config
     ordered = {agent: configs[agent] for agent in spec.agents}
     first = next(iter(ordered.values()))
-    planned = _task(name, task, first.env)
-    if not planned.in_a_row:
+    planned = _task(name, task, first.env, spec.score)
+    if spec.long_episodes and not planned.in_a_row:
         # before anything is trained
         for factor in LENGTHS:
             lengthened(first, planned, factor)
@@ -257,12 +261,14 @@ def _match(config: TrainConfig, target: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, memory=memory_config)
 
 
-def _task(name: str, task: TaskSpec, env: EnvConfig) -> Task:
+def _task(name: str, task: TaskSpec, env: EnvConfig, scored: str) -> Task:
     purpose = task_purpose(env.id)
     if task.ability is not None:
         purpose = purpose._replace(ability=task.ability)
     if task.length_parameter is not None:
         purpose = purpose._replace(length=task.length_parameter)
+    if scored == "return":
+        return Task(name, purpose, RETURN_ITSELF, True)
     facts = read_facts(env)
     given = task.optimal_return is not None and task.memoryless_return is not None
     if task.optimal_return is not None and task.memoryless_return is not None:
@@ -270,7 +276,7 @@ def _task(name: str, task: TaskSpec, env: EnvConfig) -> Task:
     if facts is None:
         raise ConfigError(
             f"task {name}: {env.id!r} does not state its bounds, so returns make no score; give optimal_return and "
-            "memoryless_return"
+            "memoryless_return, or the benchmark `score: return`"
         )
     _check_gap(name, env, facts)
     return Task(name, purpose, facts, given)

@@ -136,6 +136,8 @@ class Results:
         solved_score: from which score on a run has solved its task.
         stop_score: at which training ended early, None if it never did.
         parameters_of: agent -> the agent whose size it was given.
+        score: what a score is, "memory" or "return", see `xlstm_rl.bench.spec.BenchSpec`.
+        published: task -> column -> mean return that others have published.
         records: of the runs that finished.
         failures: run name -> why it failed.
         missing: names of the runs that were planned and are not done.
@@ -151,6 +153,13 @@ class Results:
     records: tuple[Record, ...]
     failures: Mapping[str, str]
     missing: tuple[str, ...]
+    score: str = "memory"
+    published: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def score_label(self) -> str:
+        """What the scores of its records are, for an axis."""
+        return "mean return" if self.score == "return" else "score"
 
     def of(self, task: str, agent: str) -> list[Record]:
         """The records of a task and an agent, by seed."""
@@ -216,6 +225,8 @@ def gather(name: str, spec: BenchSpec, runs: Sequence[PlannedRun]) -> Results:
         records=tuple(records.values()),
         failures={name: path.read_text(encoding="utf-8", errors="replace") for name, path in failed.items()},
         missing=tuple(run.name for run in left if run.name not in failed),
+        score=spec.score,
+        published={key: task.published for key, task in spec.tasks.items() if task.published},
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
@@ -34,6 +34,7 @@ class TaskSpec:
             training length alone.
         train_to_the_end: do not stop training early, whatever the benchmark's `stop_score`: what is learned after a
             task is solved shows in longer episodes.
+        published: mean returns that others have published, by the name of the column that shows them.
     """
 
     base: Word | None = None
@@ -43,6 +44,7 @@ class TaskSpec:
     optimal_return: Real | None = None
     memoryless_return: Real | None = None
     train_to_the_end: Flag = False
+    published: Mapping[str, Real] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.ability is not None and self.ability not in ABILITIES:
@@ -70,6 +72,7 @@ class AgentSpec:
         parameters_of: the agent whose number of memory parameters this one's `hidden_size` is chosen to match.
         tuning_runs: runs spent on choosing this agent's settings; stated on the card.
         seeds: of its runs, some of the benchmark's; None takes all.
+        share_of_steps: of each task's budget that it is trained for, above 0 and up to 1; the card says so.
     """
 
     tuned: Flag = True
@@ -78,6 +81,7 @@ class AgentSpec:
     parameters_of: Word | None = None
     tuning_runs: Natural = 0
     seeds: tuple[Natural, ...] | None = None
+    share_of_steps: Real = 1.0
 
     def __post_init__(self) -> None:
         if self.memory is not None and any(str(key).startswith("memory") for key in self.set):
@@ -85,6 +89,8 @@ class AgentSpec:
         for key in _dotted(self.set):
             if key in ("env.id", "seed", "total_steps") or key.startswith("env.kwargs"):
                 raise ValueError(f"{key} must be the same for all agents; set it for the task or the benchmark")
+        if not 0 < self.share_of_steps <= 1:
+            raise ValueError(f"share_of_steps={self.share_of_steps} must be above 0 and at most 1")
         if self.parameters_of is not None and "hidden_size" in (self.memory or {}):
             raise ValueError("parameters_of chooses hidden_size; leave memory.hidden_size out")
 
@@ -111,7 +117,9 @@ class BenchSpec:
         seeds: of the runs; each agent and task is trained once with each.
         set: overrides for every run.
         episodes: of each evaluation of final weights; a task's `set: {eval.n_episodes: N}` takes precedence.
-        long_episodes: of each evaluation at several times the training length.
+        long_episodes: of each evaluation at several times the training length; 0 plays none.
+        score: "memory" counts from the best policy without memory, 0, to the optimum, 1, and asks for tasks with
+            known bounds; "return" takes mean returns as they are, as those who publish theirs do.
         solved_score: a run with at least this score has solved its task.
         stop_score, stop_evaluations: training ends early once this many evaluations in a row reach the score; None
             trains every run to its end.
@@ -123,7 +131,8 @@ class BenchSpec:
     seeds: tuple[Natural, ...] = (0, 1, 2, 3, 4)
     set: Mapping[str, Any] = field(default_factory=dict)
     episodes: Count = 300
-    long_episodes: Count = 64
+    long_episodes: Natural = 64
+    score: Literal["memory", "return"] = "memory"
     solved_score: Real = 0.9
     stop_score: Real | None = None
     stop_evaluations: Count = 5
