@@ -125,15 +125,27 @@ def test_mistake_is_refused_by_name(changes: dict[str, Any], expected: str) -> N
         general_settings(**changes)
 
 
-@pytest.mark.parametrize("name", ["general", *preset_names()])
+RESOLVED = json.loads((Path(__file__).parent / "resolved_presets.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", RESOLVED)
 def test_resolved_settings_of_presets_stay(name: str) -> None:
     """Runs of the report card are runs of these settings; whoever changes one must make those runs anew."""
-    known = json.loads((Path(__file__).parent / "resolved_presets.json").read_text(encoding="utf-8"))[name]
+    known = RESOLVED[name]
     config = yaml.safe_load(dump(load("TMaze-v0" if name == "general" else name)))
     memory: Any = make_memory(config["memory"].pop("name"), 16, **config["memory"])
     config["memory"] = json.loads(json.dumps(dataclasses.asdict(memory.config)))
     # settings that came later have defaults that change nothing
     assert {key: _known_part(config[key], value) for key, value in known.items()} == known
+
+
+@pytest.mark.parametrize("name", sorted({*preset_names()} - {*RESOLVED}))
+def test_other_presets_are_the_general_settings_on_their_task(name: str) -> None:
+    config = load(name)
+    general = load(config.env.id)
+    env = dataclasses.replace(general.env, kwargs=config.env.kwargs)
+    expected = dataclasses.replace(general, env=env, description=config.description, total_steps=config.total_steps)
+    assert config == expected
 
 
 def _known_part(values: Any, known: Any) -> Any:

@@ -19,7 +19,8 @@ from xlstm_rl.envs import TaskFacts, register_envs, suite_ids, task_facts
 STREAMS = ["RepeatFirst", "RepeatPrevious", "Parity", "KeyValueRecall", "CueRecall", "Copy", "Overwrite"]
 STREAMS += ["NearestSoFar", "Cycle", "ShellGame", "NoisyEvidence", "KeyDoor"]
 STREAM_IDS = [f"xlstm_rl/{name}-v0" for name in STREAMS]
-OWN_IDS = ["xlstm_rl/TMaze-v0", "xlstm_rl/Pairs-v0", "xlstm_rl/Bandit-v0", *STREAM_IDS]
+OTHERS = ["TMaze", "EndlessTMaze", "ColorCubes", "Pairs", "Bandit"]
+OWN_IDS = [*(f"xlstm_rl/{name}-v0" for name in OTHERS), *STREAM_IDS]
 CONTROL_IDS = [f"xlstm_rl/{name}NoVelocity-v0" for name in ("CartPole", "Pendulum", "Acrobot")]
 each_id = pytest.mark.parametrize("env_id", OWN_IDS + CONTROL_IDS)
 each_own_id = pytest.mark.parametrize("env_id", OWN_IDS)
@@ -121,6 +122,8 @@ def test_the_spec_makes_the_same_environment_again(env_id: str) -> None:
     ("env_id", "parameters", "horizon", "size", "num_actions"),
     [
         ("xlstm_rl/TMaze-v0", {"corridor_length": 50}, 204, 4, 3),
+        ("xlstm_rl/EndlessTMaze-v0", {"num_corridors": 3, "corridor_length": 5, "lengths": "uniform"}, 108, 3, 3),
+        ("xlstm_rl/ColorCubes-v0", {"grid": 5, "num_cubes": 2, "num_phases": 3, "teleport": 0.2}, 54, 57, 5),
         ("xlstm_rl/RepeatFirst-v0", {"length": 9, "num_symbols": 6}, 9, 7, 6),
         ("xlstm_rl/RepeatFirst-v0", {"distractors": False}, 24, 5, 4),
         ("xlstm_rl/RepeatPrevious-v0", {"lag": 2, "length": 10, "num_symbols": 3}, 10, 4, 3),
@@ -175,7 +178,7 @@ def test_pictures_are_a_render_mode(env_id: str) -> None:
     env.reset(seed=0)
     before = np.asarray(env.render())
     assert before.ndim == 3 and before.shape[-1] == 3 and before.dtype == np.uint8
-    env.step(0)
+    env.step(env.get_wrapper_attr("oracle_action")())
     assert not np.array_equal(before, np.asarray(env.render()))
 
 

@@ -170,7 +170,7 @@ def _presets() -> Any:
 
 
 def _read_own(file: Any, source: str) -> dict[str, Any]:
-    return _check(parse_yaml(file.read_text(encoding="utf-8"), source), source)
+    return _on_base(parse_yaml(file.read_text(encoding="utf-8"), source), source)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -180,13 +180,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is no YAML that can be read: it is no UTF-8 text ({error.reason})") from error
-    values = parse_yaml(text, str(path))
+    return _on_base(parse_yaml(text, str(path)), str(path))
+
+
+def _on_base(values: object, source: str) -> dict[str, Any]:
     # Without a base the defaults and not the general settings: what a run folder's configuration leaves out, memory
     # settings and keys that came later, must keep its meaning.
     if not isinstance(values, dict) or "base" not in values:
-        return _check(values, str(path))
-    base = _base(values.pop("base"), str(path))
-    changes = _check(values, str(path))
+        return _check(values, source)
+    base = _base(values.pop("base"), source)
+    changes = _check(values, source)
     return _merge(_for_memory(base, changes), changes)
 
 

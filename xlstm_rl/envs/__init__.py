@@ -1,8 +1,10 @@
 """Partially observable tasks that need memory, registered with gymnasium as `xlstm_rl/<Name>-v0`."""
 
 from xlstm_rl.envs.bandit import Bandit
+from xlstm_rl.envs.color_cubes import ColorCubes
 from xlstm_rl.envs.copy_items import Copy
 from xlstm_rl.envs.cycle import Cycle
+from xlstm_rl.envs.endless_t_maze import EndlessTMaze
 from xlstm_rl.envs.hide_velocity import HideVelocity
 from xlstm_rl.envs.key_door import KeyDoor
 from xlstm_rl.envs.key_value_recall import KeyValueRecall
@@ -34,8 +36,10 @@ __all__ = [
     "ABILITIES",
     "Bandit",
     "Chance",
+    "ColorCubes",
     "Copy",
     "Cycle",
+    "EndlessTMaze",
     "HideVelocity",
     "KeyDoor",
     "KeyValueRecall",
