@@ -74,7 +74,18 @@ class EnvPlayer:
         # everything that an environment can raise is to be told
         except Exception as error:
             raise FaultyEnvironmentError(self._index, f"failed {self._place()}: {_cause(error)}") from error
-        if not self._is_usual(answer):
+        # whether nothing needs a closer look, in place: it runs in every step, and a look takes as long as a small task
+        if (
+            type(answer) is not tuple
+            or len(answer) != 5
+            or type(answer[0]) is not np.ndarray
+            or answer[0].shape != self._shape
+            or answer[0].dtype is not self._dtype
+            or not isinstance(answer[1], _NUMBERS)
+            or type(answer[2]) not in _FLAGS
+            or type(answer[3]) not in _FLAGS
+            or type(answer[4]) is not dict
+        ):
             answer = env_step(answer, self._space, self._index, self._place())
         obs, reward, terminated, truncated, info = answer
         if not (terminated or truncated):
@@ -88,21 +99,6 @@ class EnvPlayer:
 
     def _place(self) -> str:
         return f"in step {self._steps} of its episode"
-
-    def _is_usual(self, answer: Any) -> bool:
-        """Whether nothing needs a closer look; ten times faster than that, which takes as long as a small task."""
-        if type(answer) is not tuple or len(answer) != 5:
-            return False
-        obs, reward, terminated, truncated, info = answer
-        return (
-            type(obs) is np.ndarray
-            and obs.shape == self._shape
-            and obs.dtype == self._dtype
-            and isinstance(reward, _NUMBERS)
-            and type(terminated) in _FLAGS
-            and type(truncated) in _FLAGS
-            and type(info) is dict
-        )
 
 
 class EpisodeMonitor(Monitor[Any, Any]):
@@ -185,13 +181,19 @@ class GuardedDummyVecEnv(DummyVecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Step every environment."""
-        actions, rewards, dones, infos = self.actions, self.buf_rews, self.buf_dones, self.buf_infos
-        for index in range(self.num_envs):
-            obs, rewards[index], dones[index], infos[index], reset_info = self._player(index).step(actions[index])
+        rewards, dones, infos = self.buf_rews, self.buf_dones, self.buf_infos
+        flat = self.buf_obs[None] if None in self.buf_obs else None
+        for index, action in enumerate(self.actions):
+            obs, rewards[index], dones[index], infos[index], reset_info = self._player(index).step(action)
             if reset_info is not None:
                 self.reset_infos[index] = reset_info
-            self._save_obs(index, obs)
-        return self._obs_from_buf(), rewards.copy(), dones.copy(), [_copied(info) for info in infos]
+            if flat is None:
+                self._save_obs(index, obs)
+            else:
+                flat[index] = obs
+        # which copies in a tenth of the time of `deepcopy`
+        copied = self._obs_from_buf() if flat is None else flat.copy()
+        return copied, rewards.copy(), dones.copy(), [_copied(info) for info in infos]
 
 
 def _check_spaces(spaces: list[tuple[Any, Any]]) -> None:
