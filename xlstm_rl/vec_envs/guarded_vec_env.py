@@ -182,7 +182,8 @@ class GuardedDummyVecEnv(DummyVecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Step every environment."""
         rewards, dones, infos = self.buf_rews, self.buf_dones, self.buf_infos
-        flat = self.buf_obs[None] if None in self.buf_obs else None
+        buffers: Any = self.buf_obs
+        flat = buffers.get(None)  # where observations are no dict
         for index, action in enumerate(self.actions):
             obs, rewards[index], dones[index], infos[index], reset_info = self._player(index).step(action)
             if reset_info is not None:
