@@ -336,3 +336,19 @@ def test_full_disk_is_told_without_a_traceback(
     assert "No space left on device" in error
     assert "there is no checkpoint yet" in error
     assert f"xlstm-rl train --resume {run_dir}" in error
+
+
+def test_a_run_whose_rate_is_0_from_its_first_update_on_says_so(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=400)
+    late = ["ppo.lr_schedule=late", "eval.every_steps=null", "checkpoint.every_steps=96"]
+    train(small(*late, "total_steps=96"), tmp_path / "run", console=console)
+    assert stream.getvalue().count("nothing was learnt: ppo.lr_schedule='late' is at its end") == 1
+    # and so does every round of one rollout more
+    resume(tmp_path / "run", ["total_steps=192"], console=console)
+    assert stream.getvalue().count("nothing was learnt") == 2
+    # the last rollout of a longer run is the end of its schedule
+    train(small(*late, "total_steps=192"), tmp_path / "whole", console=console)
+    (tmp_path / "whole" / "checkpoints" / "step_0000000192.zip").unlink()
+    resume(tmp_path / "whole", console=console)
+    assert stream.getvalue().count("nothing was learnt") == 2

@@ -140,8 +140,8 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         self.on_nonfinite = on_nonfinite
         self._gradient_norm: float | None = None
         self._last_state: PolicyState | None = None
-        # of the updates of one call of `learn`
-        self._largest_rate = 0.0
+        # of the updates of one call of `learn`, whether its rate was 0 throughout
+        self._largest_rate, self.idle = 0.0, False
         # calls of `learn` in a row whose rate was 0 throughout
         self._idle_calls = 0
         self.ranks = ranks()
@@ -160,7 +160,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
-            *("_largest_rate", "_idle_calls", "ranks", "_all_envs", "_moments"),
+            *("_largest_rate", "idle", "_idle_calls", "ranks", "_all_envs", "_moments"),
             *("_ended_episodes", "episodes_elsewhere", "_steps_before", "_agreed"),
             *("stop_requested", "_before_update", "_callback"),
         ]
@@ -523,8 +523,9 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
             self._before_update = None
             for moments in self._moments:
                 moments.merge(self.ranks)
+        self.idle = self._n_updates > updates and self._largest_rate == 0
         if self._n_updates > updates:
-            self._idle_calls = self._idle_calls + 1 if self._largest_rate == 0 else 0
+            self._idle_calls = self._idle_calls + 1 if self.idle else 0
         # the last rollout of a run that is resumed or made longer may have a rate of 0; a second call in a row may not
         if self._idle_calls > 1 - reset_num_timesteps:
             warnings.warn(

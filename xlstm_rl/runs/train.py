@@ -435,7 +435,16 @@ def _learn(
             StopOnRequest(requested, save, folder.group),
         ]
         model.stop_requested = requested
+        # what is left of a run that was interrupted may be its last rollout, at the end of the schedule
+        goes_on = model._total_timesteps == config.total_steps
         model.learn(max(left, 0), callback=CallbackList(callbacks), reset_num_timesteps=False)
+    if model.idle and not goes_on:
+        say(
+            console,
+            f"nothing was learnt: ppo.lr_schedule={config.ppo.lr_schedule!r} is at its end after a single rollout of "
+            f"{config.ppo.n_steps} steps in {config.env.n_envs} environments; give more total_steps, smaller rollouts "
+            "or ppo.lr_schedule=constant",
+        )
     wanted = interruption.signal is None and config.checkpoint.every_steps is not None
     if not folder.group.any(not wanted or folder.has_checkpoint(model)):
         # so that a finished run can be made longer
