@@ -172,6 +172,10 @@ WRONG: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "infos of gymnasium": (lambda answer: (*answer[:3], {}), "infos of type dict"),
     "one info None": (lambda answer: (*answer[:3], [{}, {}, {}, None]), "environment 3 answered the info None"),
     "one info a list": (lambda answer: (*answer[:3], [{}, [], {}, {}]), "environment 1 answered the info of type list"),
+    "one success a word": (
+        lambda answer: (*answer[:3], [{}, {}, {"is_success": "yes"}, {}]),
+        "environment 2 answered is_success 'yes'",
+    ),
     "final observation of one number": (
         lambda answer: (*answer[:3], [{}, {"terminal_observation": np.zeros(1)}, {}, {}]),
         r"environment 1 answered the final observation in step 0.*shape \(1,\)",
@@ -188,6 +192,17 @@ def test_other_answers_are_refused_with_environment_and_step(wrong: str) -> None
         model.learn(80)
     with pytest.raises(FaultyEnvironmentError, match="of the evaluation"):
         evaluate(model, env, 4)
+
+
+@pytest.mark.parametrize("own", [7, "first", {"number": 7}, np.zeros(2)])
+def test_what_an_environment_itself_calls_episode_is_no_record_of_one(own: Any) -> None:
+    def change(answer: tuple[Any, ...]) -> Any:
+        return (*answer[:3], [{**info, "episode": own, "is_success": None} for info in answer[3]])
+
+    model = agent(env=Stub(lambda name: None, change), **SMALL).learn(80)
+    assert not model.ep_info_buffer and not model.ep_success_buffer
+    result = evaluate(model, Stub(lambda name: None, change), 4)
+    assert result.returns.tolist() == [5.0] * 4 and result.successes is None
 
 
 def test_whole_numbers_that_the_space_cannot_hold_are_refused() -> None:

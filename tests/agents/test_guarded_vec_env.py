@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tests.agents.small_agents import agent
 from xlstm_rl.configs import load
 from xlstm_rl.runs.build import make_env
 from xlstm_rl.vec_envs import guarded_vec_env
-from xlstm_rl.vec_envs.env_contract import SKIPPED
+from xlstm_rl.vec_envs.env_contract import SKIPPED, has_method
 from xlstm_rl.vec_envs.guarded_vec_env import EpisodeMonitor, GuardedSubprocVecEnv, WorkerError
 
 pytestmark = [
@@ -62,6 +63,16 @@ def envs(fault: str, **kwargs: Any) -> GuardedSubprocVecEnv:
     env = GuardedSubprocVecEnv(makers, start_method="fork", timeout=0.5, **kwargs)  # type: ignore[arg-type]
     env.seed(10)
     return env
+
+
+class Listing(Counting):
+    action_masks = np.ones(2, bool)
+
+
+def test_what_is_no_method_of_an_environment_in_a_process_is_not_called() -> None:
+    with closing(GuardedSubprocVecEnv([Listing], start_method="fork")) as env:
+        assert env.has_attr("action_masks") and not has_method(env, "action_masks") and has_method(env, "step")
+        agent(env=env).learn(8)
 
 
 FAULTS = {

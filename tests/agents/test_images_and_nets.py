@@ -211,3 +211,26 @@ def test_small_pictures_of_floats_in_a_dict_are_taken_flat_beside_large_ones() -
     )
     model.learn(16)
     assert model.policy.features_dim == 256 + 3 * 5 * 5
+
+
+NETWORKS = ("memory_actor.input_projection", "mlp_extractor.policy_net.0", "action_net", "value_net")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_weight_that_is_no_parameter_acts_in_rollouts_as_in_updates(name: str) -> None:
+    model = agent(n_steps=40, batch_size=48, seq_len=16)
+    model.train = lambda: None  # type: ignore[method-assign]
+    network: Any = model.policy.get_submodule(name)
+    weight = network.weight.detach().clone()
+    # as something that computes weights does it
+    del network.weight
+    network.weight = 2 * weight
+    assert_recomputed(model.learn(240))
+
+
+def test_heads_may_be_networks() -> None:
+    model = agent(n_steps=40, batch_size=48, seq_len=16)
+    model.train = lambda: None  # type: ignore[method-assign]
+    for name in ("action_net", "value_net"):
+        setattr(model.policy, name, nn.Sequential(getattr(model.policy, name), nn.Tanh()))
+    assert_recomputed(model.learn(240))

@@ -26,6 +26,7 @@ from tests.agents.small_agents import agent
 from tests.agents.spaces_for_tests import RandomEpisodes, vec_env
 from xlstm_rl.agents import MaskedEvalCallback, MaskedModel, RecurrentPPO, XLSTMPolicy, evaluate, evaluate_random
 from xlstm_rl.agents.heads import check_masks, mask_parts, sample_allowed
+from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 
 CRITICS = ("shared", "separate", "none")
 
@@ -324,11 +325,35 @@ def test_continuous_actions_cannot_be_masked() -> None:
         (np.ones((3, 5)), r"of 2 environment\(s\) have the shape \(3, 5\)"),
         ([np.ones(5), np.ones(4)], r"sizes \[4, 5\]"),
         (np.array([[1, 0, 0, 1, 0], [1, 1, 1, 0, 0]]), "environment 1 forbids every choice of component 1"),
+        # as they are added to logits: taken for booleans they would allow what they forbid
+        (np.array([[0, -np.inf, 0, 0, 0], [0, 0, 0, 0, -np.inf]]), r"holds \[0.0, -inf, 0.0, 0.0, 0.0\], no booleans"),
+        (np.full((2, 5), np.nan), r"holds \[nan, .*no booleans"),
+        (np.array([[True, True, True, True, None]] * 2, object), r"holds \[True, .*no booleans"),
     ],
 )
 def test_wrong_masks_are_named(masks: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_masks(masks, spaces.MultiDiscrete([3, 2]), 2)
+
+
+@pytest.mark.parametrize("form", [np.int8, np.float32, torch.from_numpy, np.ndarray.tolist])
+def test_masks_may_be_zeros_and_ones_of_any_kind(form: Any) -> None:
+    given = np.array([[1, 0, 0, 1, 0], [1, 1, 1, 0, 1]])
+    checked = check_masks([form(row) for row in given], spaces.MultiDiscrete([3, 2]), 2)
+    np.testing.assert_array_equal(checked, given == 1)
+
+
+class Refusing(MaskedEpisodes):
+    """Allows nothing in the second step."""
+
+    def action_masks(self) -> np.ndarray:
+        return self.mask & (self.left > self.longest - 1)
+
+
+def test_masks_that_allow_nothing_are_a_fault_of_the_environment() -> None:
+    model = RecurrentPPO("MlpXLSTMPolicy", make_vec_env(Refusing, 2), n_steps=8, batch_size=8, device="cpu")
+    with pytest.raises(FaultyEnvironmentError, match=r"failed in action_masks\(\): .* forbids every choice"):
+        model.learn(16)
 
 
 # Learning.

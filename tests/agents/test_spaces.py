@@ -1,5 +1,6 @@
 """Every space works in training, evaluation and files, or is refused with the remedy before anything is made."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from xlstm_rl.runs.open import open_run
 from xlstm_rl.runs.train import resume, train
 from xlstm_rl.vec_envs.env_contract import map_obs
 
+# newer versions of gymnasium know it
+NARROW: dict[str, Any] = {"dtype": np.uint8} if "dtype" in inspect.signature(spaces.Discrete).parameters else {}
 UNIT = spaces.Box(-1, 1, (2,), np.float32)
 PIXELS = spaces.Box(0, 255, (7, 7, 3), np.uint8)
 OBSERVATIONS: dict[str, spaces.Space[Any]] = {
@@ -35,6 +38,7 @@ OBSERVATIONS: dict[str, spaces.Space[Any]] = {
     "large image": spaces.Box(0, 255, (36, 40, 3), np.uint8),
     "floats in three dimensions": spaces.Box(0, 1, (7, 7, 3), np.float32),
     "one choice": spaces.Discrete(1),
+    "choices in another dtype": spaces.Discrete(3, **NARROW),
     "choices from -3": spaces.Discrete(4, start=-3),
     "choices": spaces.MultiDiscrete([2, 3]),
     "grid of choices": spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])),
@@ -52,6 +56,7 @@ OBSERVATIONS: dict[str, spaces.Space[Any]] = {
     ),
 }
 ACTIONS: dict[str, spaces.Space[Any]] = {
+    "choices in another dtype": spaces.Discrete(3, start=1, **NARROW),
     "choices from 2": spaces.Discrete(3, start=2),
     "single number": spaces.Box(-2, 2, (), np.float32),
     "matrix": spaces.Box(-1, 1, (2, 2), np.float64),
@@ -76,6 +81,7 @@ REFUSED: dict[str, tuple[spaces.Space[Any], spaces.Space[Any], str]] = {
         "Text observations under the key 'said'; allowed",
     ),
     "nothing": (spaces.Box(-1, 1, (0,), np.float32), spaces.Discrete(2), "has empty observations"),
+    "dict of nothing": (spaces.Dict({}), spaces.Discrete(2), "observations without keys|empty Dict observation space"),
     "dict of actions": (UNIT, spaces.Dict({"one": spaces.Discrete(2)}), "Dict actions; allowed.*TransformAction"),
     "tuple of actions": (UNIT, spaces.Tuple([spaces.Discrete(2)]), "Tuple actions; allowed"),
     "text as action": (UNIT, spaces.Text(3), "Text actions; allowed"),

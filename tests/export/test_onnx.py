@@ -333,6 +333,18 @@ def test_actions_are_the_floats_that_the_environment_was_trained_with(tmp_path: 
     assert check_onnx(model, tmp_path / "policy.onnx", n_steps=20).largest_error < 1e-4
 
 
+class OneNumber(RandomEpisodes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = spaces.Box(-1, 1, (), np.float32)
+
+
+def test_a_single_number_that_is_normalised_is_exported(tmp_path: Path) -> None:
+    model = agent(env=VecNormalize(make_vec_env(OneNumber, 2)), steps=16)
+    export_onnx(model, tmp_path / "policy.onnx")
+    assert check_onnx(model, tmp_path / "policy.onnx", n_steps=20).largest_error < 1e-4
+
+
 def test_policy_in_double_precision_is_checked(tmp_path: Path) -> None:
     model = model_of("m", "discrete")
     model.policy.double()

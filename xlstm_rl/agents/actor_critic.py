@@ -282,7 +282,12 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters, and so of features, memory states and what the networks give."""
-        return self.value_net.weight.dtype
+        weight = getattr(self.value_net, "weight", None)
+        if isinstance(weight, Tensor):
+            # as nearly always
+            return weight.dtype
+        # of a network in its place, or of whole numbers
+        return next((part.dtype for part in self.parameters() if part.is_floating_point()), torch.float32)
 
     def extract_features(self, obs: Any, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
         """Features [N, F] in the dtype of the parameters; Stable-Baselines3 makes observations float32.

@@ -507,7 +507,10 @@ def _describe_space(space: spaces.Space[Any], where: str) -> dict[str, Any]:
         bounds = {"low": _bound(space.low), "high": _bound(space.high)}
         return {KIND: "Box", "dtype": np.dtype(space.dtype).name, "shape": list(space.shape), **bounds}
     if isinstance(space, spaces.Discrete):
-        return {KIND: "Discrete", "n": int(space.n), "start": int(space.start)}
+        dtype = np.dtype(space.dtype)
+        # before 1.3 gymnasium knows one dtype alone
+        other = {} if dtype == np.int64 else {"dtype": dtype.name}
+        return {KIND: "Discrete", "n": int(space.n), "start": int(space.start), **other}
     if isinstance(space, spaces.MultiDiscrete):
         dtype = np.dtype(space.dtype).name
         return {KIND: "MultiDiscrete", "dtype": dtype, "nvec": space.nvec.tolist(), "start": space.start.tolist()}
@@ -539,6 +542,11 @@ def _rebuild_box(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]
     # asarray reads "inf" as a float
     low, high = (np.broadcast_to(np.asarray(tree[name], dtype), shape).copy() for name in ("low", "high"))
     return spaces.Box(low, high, shape, dtype.type)
+
+
+def _rebuild_discrete(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]) -> spaces.Discrete:
+    other: dict[str, Any] = {"dtype": np.dtype(tree["dtype"]).type} if "dtype" in tree else {}
+    return spaces.Discrete(tree["n"], start=tree["start"], **other)
 
 
 def _rebuild_multi_discrete(tree: dict[str, Any], where: str, tensors: Mapping[str, Tensor]) -> spaces.MultiDiscrete:
@@ -597,7 +605,7 @@ _REBUILD: dict[str, Callable[[dict[str, Any], str, Mapping[str, Tensor]], Any]] 
     "AdvantageScale": _rebuild_advantage_scale,
     **{kind.__name__: _rebuild_object(kind) for kind in _OBJECTS},
     "Box": _rebuild_box,
-    "Discrete": lambda tree, where, tensors: spaces.Discrete(tree["n"], start=tree["start"]),
+    "Discrete": _rebuild_discrete,
     "MultiDiscrete": _rebuild_multi_discrete,
     "MultiBinary": lambda tree, where, tensors: spaces.MultiBinary(tree["n"]),
     "Dict": _rebuild_dict_space,

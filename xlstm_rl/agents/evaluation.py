@@ -24,6 +24,7 @@ from xlstm_rl.vec_envs.env_contract import (
     as_env_takes,
     as_numbers,
     copies,
+    episode_record,
     map_obs,
     reset_envs,
     seed_envs,
@@ -368,7 +369,7 @@ class _Outcome(NamedTuple):
 
 def _outcome(info: dict[str, Any], total: float, length: int, *, cut: bool) -> _Outcome:
     # a Monitor saw the rewards before any wrapper around it scaled them
-    episode = info.get("episode", {"r": total, "l": length})
+    episode = episode_record(info) or {"r": total, "l": length}
     success = info.get("is_success")
     if cut:
         # what is not over has not succeeded, where episodes can

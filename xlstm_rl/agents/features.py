@@ -36,6 +36,8 @@ def check_spaces(
     Raises:
         ValueError: names the space and the remedy.
     """
+    if isinstance(observation_space, spaces.Dict) and not observation_space.spaces:
+        raise ValueError(f"{name} has observations without keys, {observation_space}: give the agent something to see")
     for key, part in entries(space_parts(observation_space)):
         what = "observations" if key is None else f"observations under the key {key!r}"
         if not isinstance(part, OBSERVATIONS):

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.distributions import Categorical
 
-from xlstm_rl.vec_envs.env_contract import has_method
+from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError, as_numbers, has_method
 
 
 class GumbelCategorical(CategoricalDistribution):
@@ -194,9 +194,15 @@ def read_masks(env: VecEnv, space: spaces.Space[Any]) -> np.ndarray:
     """The masks of the present step of every environment: bool [n_envs, sum(mask_parts(space))].
 
     Raises:
-        ValueError: a mask is of another size, or leaves nothing to choose.
+        FaultyEnvironmentError: an environment failed, or `check_masks` refuses what it answered.
     """
-    return check_masks(env.env_method(EXPECTED_METHOD_NAME), space, env.num_envs)
+    try:
+        return check_masks(env.env_method(EXPECTED_METHOD_NAME), space, env.num_envs)
+    except FaultyEnvironmentError:
+        raise
+    # everything that an environment can raise is to be told
+    except Exception as error:
+        raise FaultyEnvironmentError(None, f"failed in {EXPECTED_METHOD_NAME}(): {error}") from error
 
 
 def check_masks(masks: Any, space: spaces.Space[Any], n_envs: int) -> np.ndarray:
@@ -208,11 +214,11 @@ def check_masks(masks: Any, space: spaces.Space[Any], n_envs: int) -> np.ndarray
         n_envs: number of environments.
 
     Raises:
-        ValueError: a mask is of another size, or leaves nothing to choose.
+        ValueError: a mask is of another size, holds other things than booleans, or leaves nothing to choose.
     """
     parts = mask_parts(space)
     per_env = n_envs > 1 and len(masks) == n_envs
-    rows = [np.ravel(mask) for mask in masks] if per_env else [np.ravel(masks)]
+    rows = [_flat(mask) for mask in masks] if per_env else [_flat(masks)]
     sizes = {row.size for row in rows}
     if sum(row.size for row in rows) != n_envs * sum(parts) or len(sizes) > 1:
         given = f"sizes {sorted(sizes)}" if per_env else f"the shape {np.shape(masks)}"
@@ -220,7 +226,7 @@ def check_masks(masks: Any, space: spaces.Space[Any], n_envs: int) -> np.ndarray
             f"action masks of {n_envs} environment(s) have {given}; actions {space} need {sum(parts)} "
             f"booleans each, those of the components {parts} one after the other; use_masking=False ignores them"
         )
-    checked = np.concatenate(rows).astype(bool).reshape(n_envs, -1)
+    checked = np.concatenate([_flags(row) for row in rows]).reshape(n_envs, -1)
     starts = np.cumsum([0, *parts[:-1]])
     allowed = np.logical_or.reduceat(checked, starts, axis=1)
     if not allowed.all():
@@ -230,6 +236,20 @@ def check_masks(masks: Any, space: spaces.Space[Any], n_envs: int) -> np.ndarray
             "or end the episode"
         )
     return checked
+
+
+def _flat(mask: Any) -> np.ndarray:
+    numbers = as_numbers(mask)
+    return np.ravel(mask if numbers is None else numbers)
+
+
+def _flags(mask: np.ndarray) -> np.ndarray:
+    """A mask as bool; one that is added to logits, of 0 and -inf, would mean the contrary."""
+    if mask.dtype != bool and not (mask.dtype.kind in "iuf" and ((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"an action mask holds {mask.tolist()!r:.80}, no booleans: true or 1 allows a choice, false or 0 forbids it"
+        )
+    return mask.astype(bool)
 
 
 def mask_logits(logits: Tensor, masks: Tensor | None) -> Tensor:

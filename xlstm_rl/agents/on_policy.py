@@ -47,6 +47,7 @@ from xlstm_rl.vec_envs.env_contract import (
     check_first_observations,
     check_step,
     checked_observations,
+    episode_record,
     reset_envs,
     rewards_without_skipped,
     seed_envs,
@@ -343,11 +344,15 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         return all(each for each, _, _ in told)
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        kept = ("episode", "is_success")
+        # without what else an environment calls "episode"
+        told = [
+            {name: info[name] for name in kept if name in info and (name != "episode" or episode_record(info))}
+            for info in infos
+        ]
         if self.ranks.world_size > 1:
-            kept = ("episode", "is_success")
-            ended = [{name: info[name] for name in kept if name in info} for info in infos if "episode" in info]
-            self._ended_episodes += ended
-        super()._update_info_buffer(infos, dones)
+            self._ended_episodes += [info for info in told if "episode" in info]
+        super()._update_info_buffer(told, dones)
 
     def _running_moments(self) -> list[Moments]:
         """Of the running normalisation, if there is any."""

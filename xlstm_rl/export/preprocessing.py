@@ -53,7 +53,9 @@ class Normalize(nn.Module):
         self.clip = clip
         # in float64, as NumPy computes it: large means lose digits otherwise
         self.register_buffer("mean", torch.from_numpy(np.array(statistics.mean, np.float64)))
-        self.register_buffer("std", torch.from_numpy(np.sqrt(np.array(statistics.var, np.float64) + epsilon)))
+        self.register_buffer(
+            "std", torch.from_numpy(np.asarray(np.sqrt(np.array(statistics.var, np.float64) + epsilon)))
+        )
 
     def forward(self, obs: Tensor) -> Tensor:
         """[B, ...] -> float32 [B, ...]."""

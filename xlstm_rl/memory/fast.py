@@ -154,9 +154,14 @@ def run_network(network: nn.Module, x: Tensor) -> Tensor:
         known = _networks[network] = _know_network(network)
     if known.functions is None or type(network) is not known.kind or not known.watched.is_bare():
         return network(x)  # type: ignore[no-any-return]
-    for function in known.functions:
-        x = function(x)
-    return x
+    y = x
+    try:
+        for function in known.functions:
+            y = function(y)
+    # a weight that is no parameter any more: somebody computes it and sets it as an attribute
+    except KeyError:
+        return network(x)  # type: ignore[no-any-return]
+    return y
 
 
 def _know_network(network: nn.Module) -> _Network:

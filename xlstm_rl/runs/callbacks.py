@@ -14,6 +14,7 @@ from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.runs.live import LiveView
 from xlstm_rl.runs.returns import Returns, Row
 from xlstm_rl.runs.scores import Score
+from xlstm_rl.vec_envs.env_contract import episode_record
 
 # Episodes that the live view averages over, as SB3's own log does.
 RECENT = 100
@@ -86,7 +87,7 @@ class EpisodeRecorder(BaseCallback):
         self._drawn = time.monotonic()
 
     def _on_step(self) -> bool:
-        ended = [self._read(info) for info in self.locals["infos"] if "episode" in info]
+        ended = [self._read(info) for info in self.locals["infos"] if episode_record(info)]
         self._fresh += ended
         self._recent += ended
         if time.monotonic() - self._drawn > REDRAW_SECONDS:
@@ -113,7 +114,7 @@ class EpisodeRecorder(BaseCallback):
 
     def _read(self, info: dict[str, Any]) -> _Episode:
         total = float(info["episode"]["r"])
-        if "is_success" in info:
+        if info.get("is_success") is not None:
             return _Episode(total, float(info["is_success"]))
         return _Episode(total, None if self._success_return is None else float(total >= self._success_return))
 

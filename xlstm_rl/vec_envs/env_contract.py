@@ -97,7 +97,22 @@ def vec_step(env: VecEnv, answer: Any, place: str) -> VecStep:
         if info.get("terminal_observation") is not None:
             name, final = f"final observation {place}", info["terminal_observation"]
             info["terminal_observation"] = _observation(final, env.observation_space, name, row, tensors=True)
+        if info.get("is_success") is not None:
+            success = as_numbers(info["is_success"])
+            if success is None or success.size != 1:
+                raise FaultyEnvironmentError(
+                    row, f"answered is_success {_told(info['is_success'])} {place}: must be true or false, or left out"
+                )
     return checked
+
+
+def episode_record(info: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return "r" and length "l" of the episode that ended, as a `Monitor` notes them; None where nobody did.
+
+    What else an environment calls "episode" in its infos is its own.
+    """
+    record = info.get("episode")
+    return record if isinstance(record, Mapping) and {"r", "l"} <= record.keys() else None
 
 
 def reset_envs(env: VecEnv) -> Any:
@@ -307,7 +322,10 @@ def innermost(env: VecEnv) -> Any:
 
 def has_method(env: VecEnv, name: str) -> bool:
     """Whether every environment has a method of this name; one that cannot tell has none."""
-    trusted = isinstance(innermost(env), SubprocVecEnv)
+    inner = innermost(env)
+    trusted = isinstance(inner, SubprocVecEnv)
+    if trusted and hasattr(inner, "has_method"):
+        return bool(inner.has_method(name))
     try:
         if not env.has_attr(name):
             return False

@@ -436,6 +436,12 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
         self._reset_options()
         return map_obs(lambda *parts: np.stack(parts), *(obs for obs, _ in results))
 
+    def has_method(self, name: str) -> bool:
+        """Whether all environments have a method of this name."""
+        for remote in self.remotes:
+            remote.send(("has_method", name))
+        return all([remote.recv() for remote in self.remotes])
+
     def _check_restart(self, error: WorkerError) -> None:
         if not self._restarts_left[error.index]:
             # the others' answers stay untaken, so nothing may be asked any more
@@ -520,6 +526,7 @@ def _work(pipe: Connection, make_env: CloudpickleWrapper, index: int) -> None:
         "env_method": lambda data: env.get_wrapper_attr(data[0])(*data[1], **data[2]),
         "get_attr": env.get_wrapper_attr,
         "has_attr": env.has_wrapper_attr,
+        "has_method": lambda name: env.has_wrapper_attr(name) and callable(env.get_wrapper_attr(name)),
         "set_attr": lambda data: setattr(env, *data),
         "is_wrapped": lambda kind: is_wrapped(env, kind),
     }

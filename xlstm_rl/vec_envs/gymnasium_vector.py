@@ -21,6 +21,7 @@ from xlstm_rl.vec_envs.env_contract import (
     SKIPPED,
     FaultyEnvironmentError,
     as_numbers,
+    episode_record,
     flags_by_env,
     map_obs,
     numbers_by_env,
@@ -158,7 +159,8 @@ class GymnasiumVecEnv(VecEnv):
             final = map_obs(itemgetter(row), obs)
         elapsed = round(time.perf_counter() - self._start, 6)
         episode = {"r": round(float(self._returns[row]), 6), "l": int(self._lengths[row]), "t": elapsed}
-        told = info | {"episode": episode} if self._masked_through_wrappers else {"episode": episode} | info
+        foreign = self._masked_through_wrappers or episode_record(info) is None
+        told = info | {"episode": episode} if foreign else {"episode": episode} | info
         return told | {"terminal_observation": final, "TimeLimit.truncated": cut}
 
     def _reset_where(self, mask: np.ndarray, obs: Any) -> Any:
