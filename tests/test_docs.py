@@ -82,6 +82,15 @@ def test_recipe_runs_by_itself(recipe: str, tmp_path: Path, monkeypatch: pytest.
     assert namespace["model"].num_timesteps >= 256
 
 
+# Minari would like to know more about a dataset.
+@pytest.mark.filterwarnings("ignore:`")
+def test_page_on_demonstrations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    page = run_blocks("docs/demonstrations.md")
+    assert len(page["losses"]) == 2 and page["losses"][-1] < 0.5
+
+
 def test_page_on_checkpoints_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     theirs = make_vec_env("xlstm_rl/TMaze-v0", n_envs=1)

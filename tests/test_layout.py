@@ -35,6 +35,7 @@ ORDER = (
     "inspection",
     "configs",
     "runs",
+    "imitation",
     "bench",
     "tuning",
     "cli",

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         register_loss,
     )
     from xlstm_rl.configs import general_settings
+    from xlstm_rl.imitation.cloning import imitate, imitation_loss
+    from xlstm_rl.imitation.demonstrations import record_demonstrations
     from xlstm_rl.kernels import backend_info
     from xlstm_rl.memory import MemoryCore, load_nxai_weights, make_memory, register_block, register_memory
     from xlstm_rl.memory.laws import check_memory_laws
@@ -52,9 +54,12 @@ __all__ = [
     "check_memory_laws",
     "evaluate",
     "general_settings",
+    "imitate",
+    "imitation_loss",
     "load_nxai_weights",
     "make_memory",
     "open_run",
+    "record_demonstrations",
     "register_block",
     "register_loss",
     "register_memory",
@@ -67,9 +72,12 @@ _PLACES = {
     "backend_info": "xlstm_rl.kernels",
     "check_memory_laws": "xlstm_rl.memory.laws",
     "general_settings": "xlstm_rl.configs",
+    "imitate": "xlstm_rl.imitation.cloning",
+    "imitation_loss": "xlstm_rl.imitation.cloning",
     "load_nxai_weights": "xlstm_rl.memory",
     "make_memory": "xlstm_rl.memory",
     "open_run": "xlstm_rl.runs.open",
+    "record_demonstrations": "xlstm_rl.imitation.demonstrations",
     "register_block": "xlstm_rl.memory",
     "register_memory": "xlstm_rl.memory",
 }

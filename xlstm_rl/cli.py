@@ -1,4 +1,4 @@
-"""The command `xlstm-rl`: train, evaluate, export, inspect, play, tune, bench, list, show."""
+"""The command `xlstm-rl`: train, imitate, evaluate, export, inspect, play, tune, bench, list, show."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from xlstm_rl._version import __version__
 from xlstm_rl.bench.commands import add_parser as add_bench_parser
 from xlstm_rl.configs import ConfigError, dump, load, preset_names
 from xlstm_rl.configs.option_types import natural, positive
+from xlstm_rl.imitation.command import add_parser as add_imitate_parser
 from xlstm_rl.runs.live import LastingConsole, drop_output, say
 from xlstm_rl.tuning.command import add_parser as add_tune_parser
 
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, [total_steps=N]")
     train.set_defaults(run=partial(_train, train))
+
+    add_imitate_parser(commands, name_help, overrides_help)
 
     evaluate = commands.add_parser("evaluate", help="evaluate a run", description="Evaluate the last model of a run.")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")

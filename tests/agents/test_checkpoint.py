@@ -25,7 +25,7 @@ from torch import nn
 
 from tests.agents.small_agents import SMALL, agent, assert_same, played
 from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes, vec_env
-from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy
+from xlstm_rl.agents import RecurrentPPO, XLSTMPolicy, ppo
 from xlstm_rl.agents.checkpoint import CheckpointError, remove_unfinished, write_whole
 from xlstm_rl.agents.losses import LateSchedule
 from xlstm_rl.agents.rollout import ChunkedRolloutBuffer
@@ -140,7 +140,7 @@ def divisor(model: Any) -> float:
 
 def refreshes(model: Any) -> int:
     model.n_epochs = 2
-    with mock.patch.object(model, "_refresh", wraps=model._refresh) as refresh:
+    with mock.patch.object(ppo, "with_fresh_states", wraps=ppo.with_fresh_states) as refresh:
         model.learn(24)
     return refresh.call_count
 

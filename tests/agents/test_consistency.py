@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tests.agents.recomputation import assert_recomputed, recompute
 from tests.agents.spaces_for_tests import ACTIONS, OBSERVATIONS, RandomEpisodes, policy_name, vec_env
 from xlstm_rl.agents import RecurrentPPO
+from xlstm_rl.agents.ppo import with_fresh_states
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "recurrent_std": 1.0}
 
@@ -91,7 +92,7 @@ def test_every_step_counts_once_whatever_the_sequence_length(seq_len: int) -> No
 def test_refreshed_states_equal_the_rollouts_before_an_update() -> None:
     model = collected(seq_len=16)
     chunks, _ = recompute(model)
-    refreshed = model._refresh(chunks)
+    refreshed = with_fresh_states(model.policy, model.rollout_buffer, chunks)
     for before, after in zip(_leaves(chunks.state), _leaves(refreshed.state), strict=True):
         assert torch.allclose(before, after, atol=1e-5)
 
@@ -101,7 +102,7 @@ def test_refreshed_states_follow_the_weights() -> None:
     chunks, _ = recompute(model)
     with torch.no_grad():
         model.policy.memory_actor.get_parameter("blocks.0.up.weight").mul_(2)
-    refreshed = model._refresh(chunks)
+    refreshed = with_fresh_states(model.policy, model.rollout_buffer, chunks)
     later = slice(model.n_envs, None)
     difference = max(
         float((before[later] - after[later]).abs().max())

@@ -104,7 +104,7 @@ def evaluate(
         ValueError: `n_episodes` or another bound is below 1, or the model is collecting a rollout in `env`.
         FaultyEnvironmentError: an environment failed or answered what cannot be used.
     """
-    env = _as_vec_env(env)
+    env = as_vec_env(env)
     own = plays_in(model, env)
     if own and getattr(model, "_rollout_start", None) is not None and model._last_obs is not None:
         raise ValueError(
@@ -137,7 +137,7 @@ def evaluate_random(
     on_step: OnStep | None = None,
 ) -> EvaluationResult:
     """Play episodes with uniformly random actions, allowed ones where there are masks; arguments as for `evaluate`."""
-    env = _as_vec_env(env)
+    env = as_vec_env(env)
     space = env.action_space
     space.seed(seed)
     masked = masks_actions(env, space, None)
@@ -290,7 +290,12 @@ def _seeded_sampling(model: Any, n_envs: int, seed: int) -> Iterator[None]:
                 vars(noise).update(kept)
 
 
-def _as_vec_env(env: Any) -> VecEnv:
+def as_vec_env(env: Any) -> VecEnv:
+    """Any environment as a vector environment that names its faults.
+
+    Raises:
+        TypeError: it is none.
+    """
     if isinstance(env, VectorEnv):
         return GymnasiumVecEnv(env)
     if isinstance(env, gymnasium.Env):
@@ -301,6 +306,11 @@ def _as_vec_env(env: Any) -> VecEnv:
             "make_vec_env returned"
         )
     return guard(env)
+
+
+def quotas(n_episodes: int, n_envs: int) -> np.ndarray:
+    """How many episodes every environment plays, [n_envs]."""
+    return (n_episodes + np.arange(n_envs)) // n_envs
 
 
 def plays_in(model: Any, env: VecEnv) -> bool:
@@ -325,7 +335,7 @@ def _play(
     if seed is not None:
         seed_envs(env, seed)
     # every environment has its quota from the start: taking what ends first would favour short episodes
-    left = (n_episodes + np.arange(env.num_envs)) // env.num_envs
+    left = quotas(n_episodes, env.num_envs)
     totals, lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, int)
     # episodes that were cut and go on all the same, for one environment alone cannot be reset
     stuck = np.zeros(env.num_envs, bool)

@@ -131,6 +131,21 @@ def to_env(space: spaces.Space[Any], actions: Tensor, *, squash: bool) -> Tensor
     return shaped.to(dtype)
 
 
+def from_env(space: spaces.Space[Any], actions: np.ndarray, *, squash: bool) -> np.ndarray:
+    """Actions [N, ...] as distributions draw them; the inverse of `to_env`.
+
+    Args:
+        space: of the environment.
+        actions: as it takes them.
+        squash: Box actions are to be within [-1, 1].
+    """
+    if isinstance(space, spaces.Box) and squash:
+        scaled: np.ndarray = 2.0 * (actions - space.low) / (space.high - space.low) - 1.0
+        return scaled
+    from_zero: np.ndarray = actions - np.asarray(getattr(space, "start", 0), actions.dtype)
+    return from_zero
+
+
 @lru_cache
 def _torch_dtype(dtype: Any) -> torch.dtype:
     """That of torch with the name of one of NumPy."""

@@ -441,7 +441,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
         rate = self.lr_schedule(self._current_progress_remaining)
         self.logger.record("train/learning_rate", rate)
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-            _schedule_rates(optimizer, rate, self.lr_schedule(1.0))
+            schedule_rates(optimizer, rate, self.lr_schedule(1.0))
 
     def compute_gradients(self, loss: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of a loss, summed over the processes of a data parallel training; the only place for both.
@@ -609,7 +609,7 @@ class RecurrentOnPolicyAlgorithm(SavedAlgorithm):
                     ) from error
 
 
-def _schedule_rates(optimizer: torch.optim.Optimizer, rate: float, first: float) -> None:
+def schedule_rates(optimizer: torch.optim.Optimizer, rate: float, first: float) -> None:
     """Set the learning rate of every group to `rate` times its ratio, which is kept in the group and saved with it.
 
     Args:

@@ -220,7 +220,7 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         keep_going, skipped = True, 0
         for epoch in range(self.n_epochs):
             if self.refresh_state and epoch > 0:
-                chunks = self._refresh(chunks)
+                chunks = with_fresh_states(self.policy, self.rollout_buffer, chunks)
             batches = list(minibatches(chunks, self.batch_size or self.n_steps * self._all_envs, self.ranks))
             totals = self.ranks.sum(torch.stack([batch.weights.sum() for batch in batches]))
             for minibatch, (batch, total_weight) in enumerate(zip(batches, totals, strict=True)):
@@ -311,18 +311,6 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         )
         return loss, self.policy.loss_terms(batch, result)
 
-    @torch.no_grad()
-    def _refresh(self, chunks: RolloutChunks) -> RolloutChunks:
-        """Recompute the states at chunk starts with the current weights, from the rollout's first states on."""
-        buffer = self.rollout_buffer
-        states = [buffer.chunk_states[0]]
-        for index, (start, end) in enumerate(zip(buffer.chunk_starts, buffer.chunk_starts[1:], strict=False)):
-            rows = slice(index * self.n_envs, (index + 1) * self.n_envs)
-            chunk = take(chunks, rows)
-            obs, starts = first_steps(chunk, end - start)
-            states.append(self.policy.advance(obs, states[-1], starts))
-        return chunks._replace(state=stack_states(states))
-
     def _log(self, parts: list[dict[str, Tensor]]) -> None:
         mean = {name: float(torch.stack([part[name] for part in parts]).mean()) for name in parts[0]}
         buffer, record = self.rollout_buffer, self.logger.record
@@ -346,6 +334,17 @@ class RecurrentPPO(RecurrentOnPolicyAlgorithm):
         record("train/clip_range", self.clip_range(self._current_progress_remaining))  # type: ignore[operator]
         if self.clip_range_vf is not None:
             record("train/clip_range_vf", self.clip_range_vf(self._current_progress_remaining))  # type: ignore[operator]
+
+
+@torch.no_grad()
+def with_fresh_states(policy: XLSTMPolicy, buffer: ChunkedRolloutBuffer, chunks: RolloutChunks) -> RolloutChunks:
+    """Chunks of a rollout that start from the states of the present weights, from the rollout's first states on."""
+    states = [buffer.chunk_states[0]]
+    for index, (start, end) in enumerate(zip(buffer.chunk_starts, buffer.chunk_starts[1:], strict=False)):
+        rows = slice(index * buffer.n_envs, (index + 1) * buffer.n_envs)
+        obs, starts = first_steps(take(chunks, rows), end - start)
+        states.append(policy.advance(obs, states[-1], starts))
+    return chunks._replace(state=stack_states(states))
 
 
 def _explain(parts: dict[str, Tensor], place: str, error: FloatingPointError) -> str:

@@ -21,6 +21,7 @@ from xlstm_rl.bench.plan import LENGTHS, PlannedRun, fingerprint, lengthened, sc
 from xlstm_rl.bench.results import Figure, Record, StateHealth
 from xlstm_rl.bench.spec import BenchSpec
 from xlstm_rl.envs import TaskFacts
+from xlstm_rl.imitation.demonstrations import Oracle
 from xlstm_rl.runs.build import make_env, normalized_as_saved, own_classes
 from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.scores import EMPTIED, SAMPLED, TRAINED, Score, play
@@ -106,16 +107,6 @@ class WatchedModel:
     def health(self, length: int) -> StateHealth:
         """What was seen; `length` is noted with it."""
         return StateHealth(self._sizes[0], self._sizes[-1], self._largest, self._finite, length)
-
-
-class _Oracle:
-    """Plays what the scripted oracle of each environment says."""
-
-    def __init__(self, env: Any) -> None:
-        self._env = env
-
-    def predict(self, observation: Any, **_: Any) -> tuple[np.ndarray, None]:
-        return np.array(self._env.env_method("oracle_action")), None
 
 
 def measure(
@@ -207,7 +198,7 @@ def _play_oracle(run: PlannedRun, on_step: OnStep) -> Figure | None:
     with closing(make_env(run.config, min(run.config.eval.n_envs, n_episodes), seed, here=True)) as env:
         if not has_method(env, "oracle_action"):
             return None
-        return _figure(evaluate(_Oracle(env), env, n_episodes, seed=seed, on_step=on_step), run.task.facts)
+        return _figure(evaluate(Oracle(env), env, n_episodes, seed=seed, on_step=on_step), run.task.facts)
 
 
 def _figure(result: EvaluationResult, facts: TaskFacts) -> Figure:

@@ -17,6 +17,7 @@ class Purpose(IntEnum):
     INTERIM_EVALUATION = 100_000
     FINAL_EVALUATION = 200_000
     INSPECTION = 300_000
+    DEMONSTRATION = 400_000
 
 
 def environment_seed(seed: int, purpose: Purpose) -> int:

@@ -1,0 +1,1 @@
+"""Learning from demonstrations: episodes recorded or read, and policies that imitate them."""
