@@ -18,7 +18,7 @@ from xlstm_rl._version import __version__
 from xlstm_rl.bench.commands import add_parser as add_bench_parser
 from xlstm_rl.configs import ConfigError, dump, load, preset_names
 from xlstm_rl.configs.option_types import natural, positive
-from xlstm_rl.imitation.command import add_parser as add_imitate_parser
+from xlstm_rl.imitation.imitate_command import add_parser as add_imitate_parser
 from xlstm_rl.runs.live import LastingConsole, drop_output, say
 from xlstm_rl.tuning.command import add_parser as add_tune_parser
 
