@@ -11,8 +11,10 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from xlstm_rl.agents import GymnasiumVecEnv
-from xlstm_rl.configs import ConfigError, load
-from xlstm_rl.runs.build import make_env, make_model, normalized
+from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
+from xlstm_rl.configs.validation import build, parse_yaml
+from xlstm_rl.envs import NoisyObservation, TaskFacts
+from xlstm_rl.runs.build import make_env, make_model, normalized, read_facts
 from xlstm_rl.vec_envs.guarded_vec_env import GuardedDummyVecEnv
 
 
@@ -50,6 +52,62 @@ def test_vector_and_dummy_show_the_same_episodes() -> None:
 
 IMAGE = spaces.Box(0, 255, (36, 36, 3), np.uint8)
 VECTOR = spaces.Box(-1, 1, (2,), np.float32)
+
+
+def test_wrappers_are_put_around_every_copy_in_their_order() -> None:
+    config = load("CartPole-v1", ["env.wrappers.HideVelocity={}", "env.wrappers.NoisyObservation.std=0.2"])
+    with closing(make_env(config, 2, 0)) as env:
+        assert env.observation_space.shape == (2,)
+        assert list(config.env.wrappers) == ["HideVelocity", "NoisyObservation"]
+        assert env.env_is_wrapped(NoisyObservation) == [True, True]
+    assert read_facts(config.env) is None
+
+
+@pytest.mark.parametrize(
+    "override", ["env.wrappers.HideVelocity={}", "env.wrappers.HideVelocity=", "env.wrappers={HideVelocity: }"]
+)
+def test_a_wrapper_without_arguments_is_named(override: str) -> None:
+    config = load("CartPole-v1", [override])
+    assert config.env.wrappers == {"HideVelocity": {}}
+    assert load_file_of(config) == config
+    assert read_facts(config.env) == TaskFacts(500, 500.0, 50.0)
+
+
+def load_file_of(config: TrainConfig) -> TrainConfig:
+    return build(TrainConfig, parse_yaml(dump(config), "dump"), "dump")
+
+
+def test_bounds_are_not_stated_where_a_wrapper_of_others_may_have_changed_them() -> None:
+    assert read_facts(load("TMaze-v0").env) is not None
+    assert read_facts(load("TMaze-v0", ["env.wrappers.DelayObservation.delay=1"]).env) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["env.wrappers.Nois={}"], "'Nois' is no wrapper"),
+        (["env.wrappers.NoisyObservation.sd=1"], "wrapper 'NoisyObservation' with {'sd': 1}: .*'sd'"),
+        (
+            ["env.wrappers.HideVelocity={}", "env.id=xlstm_rl/Parity-v0"],
+            "does not know where Parity keeps its velocities",
+        ),
+    ],
+)
+def test_wrappers_that_do_not_fit_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_facts(load("CartPole-v1", overrides).env)
+
+
+@pytest.mark.parametrize("value", ["HideVelocity", "{HideVelocity: 3}", "[HideVelocity]"])
+def test_wrappers_are_names_with_arguments(value: str) -> None:
+    with pytest.raises(ConfigError, match="env.wrappers"):
+        load("CartPole-v1", [f"env.wrappers={value}"])
+
+
+def test_batches_cannot_be_wrapped() -> None:
+    config = load("CartPole-v1", ["env.wrappers.HideVelocity={}", "env.vec=vector"])
+    with pytest.raises(ConfigError, match="take env.vec=dummy"):
+        make_env(config, 2, 0)
 
 
 class Shows(gymnasium.Env[object, np.int64]):

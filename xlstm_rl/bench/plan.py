@@ -243,7 +243,8 @@ def _overrides(values: Mapping[str, Any]) -> list[str]:
 def _untuned(config: TrainConfig, agent: AgentSpec) -> TrainConfig:
     """The general settings on the environment, budget and evaluation of `config`, with what the agent sets itself."""
     general = load(config.env.id, _overrides(agent.set))
-    env = dataclasses.replace(general.env, kwargs=config.env.kwargs, vec=config.env.vec)
+    task = {name: getattr(config.env, name) for name in ("kwargs", "wrappers", "vec")}
+    env = dataclasses.replace(general.env, **task)
     kept = {name: getattr(config, name) for name in ("total_steps", "eval", "checkpoint", "device", "threads")}
     return dataclasses.replace(general, env=env, **kept)
 

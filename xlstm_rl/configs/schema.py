@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from pydantic_core import ArgsKwargs
 
 from xlstm_rl.configs.source import constant, constructor_defaults
@@ -48,6 +48,11 @@ def _default(name: str) -> Any:
     return _CONSTRUCTOR[name]
 
 
+def _no_arguments(arguments: Any) -> Any:
+    """Nothing after the name means a wrapper without arguments."""
+    return {} if arguments is None else arguments
+
+
 @settings
 class EnvConfig:
     """The task and how many copies of it run at once.
@@ -55,6 +60,8 @@ class EnvConfig:
     Attributes:
         id: a gymnasium id.
         kwargs: keyword arguments of the environment.
+        wrappers: keyword arguments of wrappers around it by name, the innermost first: of this package (HideVelocity,
+            HidePosition, NoisyObservation, DropObservation, DelayAction), of `gymnasium.wrappers`, or "module:Class".
         n_envs: copies stepped together.
         vec: "dummy" steps them one after the other in this process, "subproc" gives each its own process, "vector"
             takes the vectorised form that `gymnasium.make_vec` knows, and where there is none does what "dummy" does.
@@ -69,6 +76,7 @@ class EnvConfig:
 
     id: Word
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    wrappers: Mapping[Word, Annotated[Mapping[Word, Any], BeforeValidator(_no_arguments)]] = field(default_factory=dict)
     n_envs: Copies = 16
     vec: Literal["dummy", "subproc", "vector"] = "dummy"
     worker_timeout: Seconds | None = None

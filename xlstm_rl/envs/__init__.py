@@ -5,7 +5,7 @@ from xlstm_rl.envs.color_cubes import ColorCubes
 from xlstm_rl.envs.copy_items import Copy
 from xlstm_rl.envs.cycle import Cycle
 from xlstm_rl.envs.endless_t_maze import EndlessTMaze
-from xlstm_rl.envs.hide_velocity import HideVelocity
+from xlstm_rl.envs.hide_velocity import HidePosition, HideVelocity
 from xlstm_rl.envs.key_door import KeyDoor
 from xlstm_rl.envs.key_value_recall import KeyValueRecall
 from xlstm_rl.envs.nearest_so_far import NearestSoFar
@@ -31,6 +31,7 @@ from xlstm_rl.envs.task import (
     task_facts,
     task_purpose,
 )
+from xlstm_rl.envs.wrappers import DelayAction, DropObservation, NoisyObservation, wrapped, wrapper_class
 
 __all__ = [
     "ABILITIES",
@@ -39,12 +40,16 @@ __all__ = [
     "ColorCubes",
     "Copy",
     "Cycle",
+    "DelayAction",
+    "DropObservation",
     "EndlessTMaze",
+    "HidePosition",
     "HideVelocity",
     "KeyDoor",
     "KeyValueRecall",
     "NearestSoFar",
     "NoisyEvidence",
+    "NoisyObservation",
     "Overwrite",
     "Pairs",
     "Parity",
@@ -66,6 +71,8 @@ __all__ = [
     "task",
     "task_facts",
     "task_purpose",
+    "wrapped",
+    "wrapper_class",
 ]
 
 register_envs()

@@ -1,4 +1,4 @@
-"""Classic control with the velocities taken out of the observation."""
+"""Control with the velocities, or the positions, taken out of the observation."""
 
 import inspect
 from collections.abc import Sequence
@@ -35,7 +35,9 @@ class HideVelocity(
 ):
     """Drops the velocities from a flat Box observation; what is left keeps its order, bounds and dtype.
 
-    Knows CartPole, Pendulum, Acrobot, MountainCar (both) and LunarLander. For any other environment give `indices`.
+    Knows CartPole, Pendulum, Acrobot, MountainCar (both), LunarLander, and those MuJoCo environments of gymnasium that
+    say how their observation is made up (Hopper, HalfCheetah, Walker2d, Ant and others), of which positions alone are
+    left: contact forces and the like go too. For any other environment give `indices`.
     """
 
     def __init__(self, env: gym.Env[Any, Any], indices: Sequence[int] | None = None) -> None:
@@ -43,7 +45,7 @@ class HideVelocity(
 
         Args:
             env: Environment whose observation space is a Box of one dimension.
-            indices: Positions of the observation to hide; None for the velocities of a known environment.
+            indices: Positions of the observation to hide; None for those of a known environment.
 
         Raises:
             TypeError: The observation space is not a Box of one dimension.
@@ -53,18 +55,34 @@ class HideVelocity(
         super().__init__(env)
         space = env.observation_space
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise TypeError(f"HideVelocity needs a Box observation of one dimension, got {space}")
+            raise TypeError(f"{type(self).__name__} needs a Box observation of one dimension, got {space}")
         size = space.shape[0]
-        known = _known_velocities(env) if indices is None else None
         hidden = {
             whole_number("each of indices", index, at_least=0, at_most=size - 1)
-            for index in (known.indices if known is not None else indices or ())
+            for index in (self._known_indices(size) if indices is None else indices)
         }
         if not 0 < len(hidden) < size:
             raise ValueError(f"indices must hide some but not all of {size} entries, got {indices}")
+        self._chosen = indices is not None
         self._kept = np.array([index for index in range(size) if index not in hidden])
-        self._known_facts = known.facts if known is not None else None
         self.observation_space = gym.spaces.Box(space.low[self._kept], space.high[self._kept], dtype=space.dtype.type)
+
+    def _known_indices(self, size: int) -> Sequence[int]:
+        """What to hide of an observation of `size` numbers."""
+        positions = _mujoco_positions(self.env)
+        if positions is None:
+            return self._known().indices
+        return range(positions.stop, size)
+
+    def _known(self) -> Velocities:
+        known = _known_velocities(self.env)
+        if known is None:
+            raise ValueError(
+                f"{type(self).__name__} does not know where {type(self.env.unwrapped).__name__} keeps its velocities; "
+                f"it knows {', '.join(KNOWN_VELOCITIES)} and MuJoCo environments that tell; for others say which "
+                "entries to hide, e.g. indices=(1, 3)"
+            )
+        return known
 
     @property
     def facts(self) -> TaskFacts | None:
@@ -81,8 +99,10 @@ class HideVelocity(
         2000 episodes: CartPole 50, Pendulum -1035, Acrobot -100. A search bounds the true ceiling from below only; the
         runs on CartPole and Pendulum agreed, those on Acrobot were still improving slowly.
         """
-        spec, known = self.env.spec, self._known_facts
-        if known is None or spec is None or _is_changed(self.env, spec.kwargs):
+        spec, velocities = self.env.spec, _known_velocities(self.env)
+        known = None if velocities is None or self._chosen else velocities.facts
+        # a layer below that speaks of bounds has changed the task
+        if known is None or spec is None or _is_changed(self.env, spec.kwargs) or self.env.has_wrapper_attr("facts"):
             return None
         limit = spec.max_episode_steps
         if limit is None:
@@ -97,6 +117,18 @@ class HideVelocity(
         return shown
 
 
+class HidePosition(HideVelocity):
+    """Drops all but the velocities from a flat Box observation, where `HideVelocity` knows them; or `indices`."""
+
+    facts = None
+    """Never measured."""
+
+    def _known_indices(self, size: int) -> Sequence[int]:
+        positions = _mujoco_positions(self.env)
+        shown = self._known().indices if positions is None else _mujoco_velocities(self.env)
+        return [index for index in range(size) if index not in shown]
+
+
 def _is_changed(env: gym.Env[Any, Any], kwargs: dict[str, Any]) -> bool:
     """Whether the environment was made with other keyword arguments than its defaults, how it is drawn aside."""
     defaults = inspect.signature(type(env.unwrapped)).parameters
@@ -106,14 +138,23 @@ def _is_changed(env: gym.Env[Any, Any], kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _known_velocities(env: gym.Env[Any, Any]) -> Velocities:
+def _known_velocities(env: gym.Env[Any, Any]) -> Velocities | None:
     for cls in type(env.unwrapped).__mro__:
         if cls.__name__ in KNOWN_VELOCITIES:
             return KNOWN_VELOCITIES[cls.__name__]
-    raise ValueError(
-        f"HideVelocity does not know where {type(env.unwrapped).__name__} keeps its velocities; "
-        f"it knows {', '.join(KNOWN_VELOCITIES)}; for others say which entries to hide, e.g. indices=(1, 3)"
-    )
+    return None
+
+
+def _mujoco_positions(env: gym.Env[Any, Any]) -> range | None:
+    """Where the positions stand in an observation of MuJoCo, whose environments tell; None of others."""
+    parts = getattr(env.unwrapped, "observation_structure", None)
+    return range(parts["qpos"]) if isinstance(parts, dict) and {"qpos", "qvel"} <= parts.keys() else None
+
+
+def _mujoco_velocities(env: gym.Env[Any, Any]) -> range:
+    """Where the velocities stand: after the positions."""
+    parts: dict[str, int] = env.unwrapped.observation_structure  # type: ignore[attr-defined]
+    return range(parts["qpos"], parts["qpos"] + parts["qvel"])
 
 
 def _register(name: str, source: str, length: str | None) -> None:

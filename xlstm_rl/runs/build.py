@@ -27,7 +27,7 @@ from xlstm_rl.agents.saving import load_normalizer
 from xlstm_rl.agents.training_state import make_normalizer
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
 from xlstm_rl.configs.schema import agent_arguments
-from xlstm_rl.envs import Resumable, TaskFacts, task_facts
+from xlstm_rl.envs import Resumable, TaskFacts, task_facts, wrapped, wrapper_class
 from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.seeds import SEEDS_APART, Purpose, environment_seed
 from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
@@ -55,6 +55,11 @@ def make_env(config: TrainConfig, n_envs: int, seed: int, *, here: bool = False)
     # a module to import may stand before the id
     batched = gymnasium.spec(config.env.id.rpartition(":")[2]).vector_entry_point is not None
     if config.env.vec == "vector" and batched and not here:
+        if config.env.wrappers:
+            raise ConfigError(
+                f"env.wrappers={list(config.env.wrappers)} wrap single environments, not the batches of "
+                "env.vec='vector'; take env.vec=dummy"
+            )
         return _make_vector(config.env, n_envs, seed)
     vec = "dummy" if here else config.env.vec
     replay = config.checkpoint.replay and not here
@@ -86,7 +91,7 @@ def read_facts(config: EnvConfig) -> TaskFacts | None:
             configured.
     """
     try:
-        env = gymnasium.make(config.id, **config.kwargs)
+        env = make_single(config)
     except _REFUSALS as error:
         raise ConfigError(
             f"environment {config.id!r} cannot be built with env.kwargs={dict(config.kwargs)}: {error}"
@@ -97,7 +102,14 @@ def read_facts(config: EnvConfig) -> TaskFacts | None:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         _check_memory_inputs(env, config)
-        return task_facts(env)
+        # wrappers that do not speak of bounds may have changed them
+        silent = [name for name in config.wrappers if not hasattr(wrapper_class(name), "facts")]
+        return None if silent else task_facts(env)
+
+
+def make_single(config: EnvConfig) -> gymnasium.Env[Any, Any]:
+    """The configured environment in its wrappers, one copy and not seeded; raises what it and they raise."""
+    return wrapped(gymnasium.make(config.id, **config.kwargs), config.wrappers)
 
 
 def make_model(config: TrainConfig, env: VecEnv) -> RecurrentPPO:
@@ -191,7 +203,7 @@ def _make_one(config: EnvConfig, vec: str, replay: bool, seed: int) -> gymnasium
         # Ctrl-C reaches the worker processes too, and so does the SIGTERM of a cluster; the main process acts on them.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    env = gymnasium.make(config.id, **config.kwargs)
+    env = make_single(config)
     env.action_space.seed(seed)
     if config.memory_inputs:
         env = MemoryInputs(env, config.memory_inputs)
