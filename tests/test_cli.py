@@ -32,7 +32,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 # other tests register memories of their own, which a fresh process does not know
-BUILT_IN = ("xlstm", "lstm", "gru", "transformer", "ssm", "frames", "none")
+BUILT_IN = ("xlstm", "lstm", "gru", "transformer", "ssm", "rwkv", "frames", "none")
 
 
 @pytest.mark.parametrize("columns", ["80", "200"])

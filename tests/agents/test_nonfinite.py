@@ -205,7 +205,7 @@ def test_update_with_a_loss_that_is_not_finite_can_be_skipped() -> None:
     assert model.logger.name_to_value["train/skipped_updates"] == 1
 
 
-@pytest.mark.parametrize("blocks", ["m", "s", "lstm", "gru", "transformer", "ssm", "none"])
+@pytest.mark.parametrize("blocks", ["m", "s", "lstm", "gru", "transformer", "ssm", "rwkv", "none"])
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_a_spoilt_sequence_of_one_environment_is_told_and_reaches_no_weight(blocks: str, on_nonfinite: Any) -> None:
     """Whoever writes into the rollout after it was checked, as callbacks may."""

@@ -21,5 +21,5 @@ def test_constants_are_those_of_the_modules() -> None:
 
 
 def test_memories_are_the_registered_ones() -> None:
-    shipped = {"frames", "gru", "lstm", "none", "ssm", "transformer", "xlstm"}
+    shipped = {"frames", "gru", "lstm", "none", "rwkv", "ssm", "transformer", "xlstm"}
     assert set(registered_memories()) == shipped <= set(memory_names())

@@ -85,8 +85,8 @@ def test_transformer_takes_the_weights_it_was_saved_with_before_it_was_a_stack()
     assert_close(core(x, core.initial_state(2))[0], saved(x, saved.initial_state(2))[0])
 
 
-def test_transformer_and_state_space_memories_are_stacks_of_the_same_blocks() -> None:
-    for memory, letter in (("transformer", "a"), ("ssm", "d")):
+def test_transformer_state_space_and_rwkv_memories_are_stacks_of_the_same_blocks() -> None:
+    for memory, letter in (("transformer", "a"), ("ssm", "d"), ("rwkv", "r")):
         named: Any = make_memory(memory, 4, hidden_size=16)
         spelt: Any = make_memory("xlstm", 4, hidden_size=16, blocks=letter, conv_kernel=4)
         spelt.blocks[0].load_state_dict(named.blocks[0].state_dict())

@@ -13,7 +13,7 @@ from xlstm_rl.memory.core import MemoryCore
 from xlstm_rl.memory.state import pack
 
 CORES = [("xlstm", {"blocks": letter}) for letter in ("m", "s", "a", "d", "ms")] + [
-    (name, {}) for name in ("frames", "gru", "lstm", "none", "ssm", "transformer")
+    (name, {}) for name in ("frames", "gru", "lstm", "none", "rwkv", "ssm", "transformer")
 ]
 X, RESET = torch.zeros(3, 4, 5), torch.zeros(3, 4, dtype=torch.bool)
 

@@ -40,6 +40,9 @@ CORES: dict[str, tuple[str, dict[str, Any]]] = {
     "mas": ("xlstm", SMALL | {"blocks": "mas", "attention_window": 5}),
     "gru of two layers": ("gru", {"hidden_size": 6, "num_layers": 2, "bias": False}),
     "two-layer ssm without conv": ("ssm", {"hidden_size": 6, "num_layers": 2, "conv_kernel": 1}),
+    "rwkv": ("rwkv", {"hidden_size": 8}),
+    "two-layer rwkv": ("rwkv", {"hidden_size": 5, "num_layers": 2, "ffn_factor": 1.5}),
+    "mrs": ("xlstm", SMALL | {"blocks": "mrs"}),
     "frames": ("frames", {"hidden_size": 8}),
     "one frame": ("frames", {"hidden_size": 8, "num_frames": 1}),
 }
@@ -48,6 +51,8 @@ EXPONENTIAL = ("xlstm", SMALL | {"blocks": "ms", "forget_activation": "exp"})
 
 def perturbed(name: str, config: dict[str, Any], dtype: torch.dtype, scale: float = 0.1, seed: int = 0) -> MemoryCore:
     """A core with every parameter moved, so that no zero init hides a mistake."""
+    # else the initial weights, and with them how near a tolerance is, would depend on the tests before
+    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     core = make_memory(name, 5, **config).to(dtype)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from xlstm_rl.memory import MemoryCore, Memoryless, XLSTMConfig, make_memory, me
 
 
 def test_built_in_memories_are_known() -> None:
-    assert {"xlstm", "lstm", "gru", "transformer", "ssm", "frames", "none"} <= set(memory_names())
+    assert {"xlstm", "lstm", "gru", "transformer", "ssm", "rwkv", "frames", "none"} <= set(memory_names())
 
 
 def test_registered_core_is_made_by_name() -> None:
@@ -186,7 +186,7 @@ def test_dropout_acts_in_training_mode_only() -> None:
 
 
 @pytest.mark.parametrize("target", [3_000, 40_000])
-@pytest.mark.parametrize("name", ["xlstm", "lstm", "gru", "transformer", "ssm", "frames", "none"])
+@pytest.mark.parametrize("name", ["xlstm", "lstm", "gru", "transformer", "ssm", "rwkv", "frames", "none"])
 def test_size_is_chosen_to_match_parameters(name: str, target: int) -> None:
     def count(core: MemoryCore) -> int:
         return sum(parameter.numel() for parameter in core.parameters())
@@ -207,7 +207,7 @@ def test_size_is_a_multiple_of_any_number_of_heads(name: str, heads: int) -> Non
     assert count == pytest.approx(200_000, rel=0.25)
 
 
-@pytest.mark.parametrize("name", ["xlstm", "lstm", "gru", "transformer", "ssm", "frames", "none"])
+@pytest.mark.parametrize("name", ["xlstm", "lstm", "gru", "transformer", "ssm", "rwkv", "frames", "none"])
 def test_input_size_may_be_an_integer_of_numpy(name: str) -> None:
     # as Stable-Baselines3 gives it for MultiDiscrete observations
     assert make_memory(name, np.int64(5)).input_size == 5

@@ -13,8 +13,8 @@ from xlstm_rl.memory.attention import AttentionBlock
 from xlstm_rl.memory.config import check_flag, check_number, check_pair, check_whole
 from xlstm_rl.memory.core import MemoryCore
 from xlstm_rl.memory.fast import is_bare, stands_for
+from xlstm_rl.memory.linear_recurrent import RWKV_FFN_FACTOR, RWKVBlock, StateSpaceBlock
 from xlstm_rl.memory.state import contained, map_leaves, zeros_where
-from xlstm_rl.memory.state_space import StateSpaceBlock
 from xlstm_rl.memory.xlstm import Stack
 
 
@@ -410,3 +410,28 @@ class StateSpace(Stack):
             StateSpaceBlock(hidden_size, proj_factor, num_states, conv_kernel, delta_range) for _ in range(num_layers)
         )
         super().__init__(input_size, hidden_size, blocks, post_norm=nn.RMSNorm(hidden_size))
+
+
+@stands_for
+class RWKV(Stack):
+    """RWKV-4 blocks (Peng et al. 2023): averages whose weights decay at a learnt rate, whatever the input.
+
+    Args:
+        input_size: features per step.
+        hidden_size: width of the residual stream and of the output.
+        num_layers: blocks.
+        ffn_factor: inner width of the channel mixing over `hidden_size`.
+
+    Raises:
+        TypeError: a setting is of the wrong kind; the message names it.
+        ValueError: a setting has an impossible value; the message names it.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int = 64, num_layers: int = 1, ffn_factor: float = RWKV_FFN_FACTOR
+    ) -> None:
+        for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
+            check_whole(name, value, 1)
+        check_number("ffn_factor", ffn_factor, above=0)
+        blocks = (RWKVBlock(hidden_size, ffn_factor, index, num_layers) for index in range(num_layers))
+        super().__init__(input_size, hidden_size, blocks, post_norm=nn.LayerNorm(hidden_size))

@@ -238,7 +238,7 @@ def make_memory(name: str, input_size: int, *, match_parameters: int | None = No
     """Build a memory core by name.
 
     Args:
-        name: "xlstm", "lstm", "gru", "transformer", "ssm", "frames", "none" or a registered name.
+        name: "xlstm", "lstm", "gru", "transformer", "ssm", "rwkv", "frames", "none" or a registered name.
         input_size: features per step.
         match_parameters: choose the `hidden_size` whose number of parameters comes closest to this, to compare
             memories of equal size.

@@ -62,6 +62,7 @@ SPACES: dict[str, Space] = {
         "memory.num_states": OneOf((4, 8, 16)),
         "memory.conv_kernel": OneOf((1, 4, 32)),
     },
+    "rwkv": {"memory.num_layers": OneOf((1, 2)), "memory.ffn_factor": OneOf((1.0, 2.0, 4.0))},
 }
 # Tried before the search, each for one kind of task; by name, what differs from the settings that are tuned. Memories
 # other than "xlstm" take what is not of the memory.
