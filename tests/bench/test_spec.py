@@ -30,7 +30,15 @@ PACKAGES = {"popgym": "popgym", "public-popgym": "popgym", "public-minigrid": "m
 
 
 def test_benchmarks_of_the_package_can_be_planned() -> None:
-    assert spec_names() == ["popgym", "public-minigrid", "public-popgym", "quick", "suite", "tracking"]
+    assert spec_names() == [
+        "popgym",
+        "public-minigrid",
+        "public-popgym",
+        "public-rewriting",
+        "quick",
+        "suite",
+        "tracking",
+    ]
     for name in spec_names():
         spec = load_spec(name)
         if name in PACKAGES and find_spec(PACKAGES[name]) is None:
