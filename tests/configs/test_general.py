@@ -143,7 +143,7 @@ def test_resolved_settings_of_presets_stay(name: str) -> None:
 def test_other_presets_are_the_general_settings_on_their_task(name: str) -> None:
     config = load(name)
     general = load(config.env.id)
-    env = dataclasses.replace(general.env, kwargs=config.env.kwargs)
+    env = dataclasses.replace(general.env, kwargs=config.env.kwargs, memory_inputs=config.env.memory_inputs)
     expected = dataclasses.replace(general, env=env, description=config.description, total_steps=config.total_steps)
     assert config == expected
 

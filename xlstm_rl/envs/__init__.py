@@ -1,6 +1,7 @@
 """Partially observable tasks that need memory, registered with gymnasium as `xlstm_rl/<Name>-v0`."""
 
 from xlstm_rl.envs.bandit import Bandit
+from xlstm_rl.envs.battleship import Battleship
 from xlstm_rl.envs.color_cubes import ColorCubes
 from xlstm_rl.envs.copy_items import Copy
 from xlstm_rl.envs.cycle import Cycle
@@ -17,6 +18,7 @@ from xlstm_rl.envs.random_draws import Chance
 from xlstm_rl.envs.repeat_first import RepeatFirst, cue_recall
 from xlstm_rl.envs.repeat_previous import RepeatPrevious
 from xlstm_rl.envs.resumable import Resumable
+from xlstm_rl.envs.rock_sample import RockSample
 from xlstm_rl.envs.shell_game import ShellGame
 from xlstm_rl.envs.suites import register_suites, suite_ids, suite_versions
 from xlstm_rl.envs.symbol_stream import Stream, SymbolStreamEnv
@@ -36,6 +38,7 @@ from xlstm_rl.envs.wrappers import DelayAction, DropObservation, NoisyObservatio
 __all__ = [
     "ABILITIES",
     "Bandit",
+    "Battleship",
     "Chance",
     "ColorCubes",
     "Copy",
@@ -56,6 +59,7 @@ __all__ = [
     "RepeatFirst",
     "RepeatPrevious",
     "Resumable",
+    "RockSample",
     "ShellGame",
     "Stream",
     "SymbolStreamEnv",
