@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -55,7 +56,8 @@ def test_an_environment_with_what_a_step_needs_is_enough(kind: str, normalized: 
     assert resumed.learn(80, reset_num_timesteps=False).num_timesteps == 160
 
 
-def test_one_without_pictures_is_inspected_without() -> None:
+@pytest.mark.parametrize("kind", [NotImplementedError, gymnasium.error.DependencyNotInstalled])
+def test_one_without_pictures_is_inspected_without(kind: type[Exception]) -> None:
     class One(Engine):
         num_envs = 1
 
@@ -65,7 +67,7 @@ def test_one_without_pictures_is_inspected_without() -> None:
         def step_wait(self) -> Any:
             return tuple(part[:1] for part in super().step_wait())
 
-    env = Stub(raises(NotImplementedError))
+    env = Stub(lambda name: raises(kind)(name) if name == "get_images" else raises(NotImplementedError)(name))
     env.engine, env.num_envs = One(), 1
     env.render_mode = "rgb_array"
     with pytest.warns(UserWarning, match="takes no seed"):

@@ -380,6 +380,7 @@ def places(tree: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(part, (*place, key))
 
 
+@pytest.mark.filterwarnings("ignore:layers were changed after the agent was made")
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("member", ["data.json", "policy.json", "policy.optimizer.json", "format.json"])
 def test_changed_value_is_loaded_or_refused(saved: Path, tmp_path: Path, member: str, seed: int) -> None:

@@ -1,18 +1,23 @@
 """Whatever decides how training goes on is in the file, or is missed aloud."""
 
 import io
+import random
+from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from tests.agents.small_agents import agent, assert_same
 from tests.agents.spaces_for_tests import vec_env
 from tests.agents.test_resume import N_ENVS, N_STEPS, assert_same_run, envs, learner
-from xlstm_rl.agents import CheckpointError, RecurrentPPO
+from xlstm_rl.agents import CheckpointError, LossTerm, RecurrentPPO, register_loss
 from xlstm_rl.agents.checkpoint import describe_part
 
 ROLLOUT = N_ENVS * N_STEPS
@@ -319,6 +324,100 @@ def test_wrapper_that_tells_its_state_is_brought_back() -> None:
     model.save_checkpoint(file)
     RecurrentPPO.resume(file, env, device="cpu")
     assert env.seen == N_STEPS
+
+
+KEPT: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "generator of NumPy": (lambda: np.random.default_rng(0), lambda held: held.normal()),
+    "old generator of NumPy": (lambda: np.random.RandomState(0), lambda held: held.normal()),
+    "generator of Python": (lambda: random.Random(0), lambda held: held.random()),
+    "generator of torch": (torch.Generator, lambda held: torch.randn(1, generator=held)),
+    "list": (list, lambda held: held.append(1.0)),
+    "deque of arrays": (lambda: deque([np.zeros(2)], 2), lambda held: held.append(np.ones(2))),
+    "dict": (lambda: {"steps": 0}, lambda held: held.update(steps=held["steps"] + 1)),
+    "tensor": (lambda: torch.zeros(2), lambda held: held.add_(1)),
+    "statistics": (lambda: RunningMeanStd(shape=()), lambda held: held.update(np.ones(2))),
+}
+
+
+class Keeping(Counting):
+    def __init__(self, venv: VecEnv, kind: str) -> None:
+        super().__init__(venv)
+        make, self.change = KEPT[kind]
+        self.held = make()
+
+    def step_wait(self) -> Any:
+        self.change(self.held)
+        return self.venv.step_wait()
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_wrapper_that_keeps_anything_else_is_named_too(kind: str) -> None:
+    model, file = learner(Keeping(envs(), kind), learning_rate=1e-3).learn(ROLLOUT), io.BytesIO()
+    model.save_checkpoint(file)
+    with pytest.warns(UserWarning, match="Keeping starts anew with other values of held than"):
+        RecurrentPPO.resume(file, Keeping(envs(), kind), device="cpu")
+
+
+def drop_more(model: RecurrentPPO) -> None:
+    block: Any = model.policy.memory_actor.get_submodule("blocks.0")
+    block.dropout.p = 0.5
+
+
+def other_activation(model: RecurrentPPO) -> None:
+    networks: Any = model.policy.mlp_extractor
+    networks.policy_net[1] = torch.nn.ReLU()
+
+
+def hook(model: RecurrentPPO) -> None:
+    model.policy.action_net.register_forward_hook(lambda layer, given, output: 0.1 * output)
+
+
+def hook_of_gradient(model: RecurrentPPO) -> None:
+    weight: Any = model.policy.get_parameter("action_net.weight")
+    weight.register_hook(lambda gradient: 0.1 * gradient)
+
+
+@pytest.mark.parametrize("change", [drop_more, other_activation, hook, hook_of_gradient])
+def test_layers_that_were_changed_after_the_agent_was_made_are_named(change: Callable[[RecurrentPPO], None]) -> None:
+    model, file = agent(), io.BytesIO()
+    change(model)
+    model.save(file)
+    with pytest.warns(UserWarning, match=r"layers were changed after the agent was made.*\['.*(net|dropout)"):
+        RecurrentPPO.load(file)
+
+
+class Growing(LossTerm):
+    """Keeps a number that is neither a setting nor a weight."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, chunk: Any, computed: Any) -> Any:
+        self.calls += 1
+        return self.calls * computed.values**2
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+
+def test_weights_of_losses_and_what_they_keep_are_those_of_the_time_of_saving(tmp_path: Path) -> None:
+    register_loss("growing", Growing)
+    losses: Any = {"growing": {"weight": 0.1}}
+    whole = learner(envs(), learning_rate=1e-3, policy_kwargs={"extra_losses": losses})
+    whole.policy.loss_terms.weights["growing"] = 0.01
+    whole.learn(ROLLOUT)
+    file = io.BytesIO()
+    whole.save_checkpoint(file)
+    whole.learn(ROLLOUT, reset_num_timesteps=False)
+    resumed = RecurrentPPO.resume(file, envs(), device="cpu")
+    assert resumed.policy.loss_terms.weights == {"growing": 0.01}
+    assert_same_run(whole, resumed.learn(ROLLOUT, reset_num_timesteps=False))
+    whole.policy.save(str(tmp_path / "policy.zip"))
+    assert type(whole.policy).load(str(tmp_path / "policy.zip")).loss_terms.weights == {"growing": 0.01}
 
 
 class Shifting(VecNormalize):

@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 
 from xlstm_rl.envs import Resumable, resumable
 from xlstm_rl.envs.task import PURPOSES
@@ -43,6 +44,22 @@ def test_copy_goes_on_exactly_as_the_original(env_id: str, steps: int) -> None:
     point = env.resume_point()
     assert point is not None
     assert other.resume_at(point)
+    assert play(other, 60) == play(env, 60)
+
+
+def test_running_statistics_of_wrappers_go_on() -> None:
+    def normalised(seed: int) -> Resumable:
+        env = Resumable(NormalizeReward(NormalizeObservation(gym.make("CartPole-v1"))))
+        env.action_space.seed(seed)
+        env.reset(seed=seed)
+        return env
+
+    env, other = normalised(1), normalised(2)
+    play(env, 50)
+    play(other, 3)
+    env.mark_point()
+    point = env.resume_point()
+    assert point is not None and other.resume_at(point)
     assert play(other, 60) == play(env, 60)
 
 

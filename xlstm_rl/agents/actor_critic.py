@@ -186,7 +186,7 @@ class MemoryActorCritic(RecurrentActorCriticPolicy):
             "memory": self.memory,
             "memory_kwargs": self.memory_kwargs,
             "critic_memory": self.critic_memory,
-            "extra_losses": self.extra_losses,
+            "extra_losses": self.loss_terms.present(self.extra_losses),
             "share_features_extractor": self.share_features_extractor,
             "actor_keys": self.actor_keys,
             "critic_keys": self.critic_keys,

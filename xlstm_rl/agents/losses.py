@@ -355,6 +355,14 @@ class WeightedTerms(nn.Module):
             self.weights[name] = float(arguments.pop("weight", 1.0))
             self.terms[name] = _REGISTRY[name](policy, **arguments)
 
+    def present(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The settings with the weights of now, which somebody may have changed since."""
+        changed = {name for name, given in settings.items() if self.weights[name] != given.get("weight", 1.0)}
+        return {
+            name: {**given, **({"weight": self.weights[name]} if name in changed else {})}
+            for name, given in settings.items()
+        }
+
     def forward(self, chunk: RolloutChunks, computed: Evaluation) -> dict[str, Tensor]:
         """The terms as weighted sums over the steps that count, scalars by name; weights of the terms left out.
 

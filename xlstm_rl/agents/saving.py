@@ -61,6 +61,7 @@ from xlstm_rl.agents.training_state import (
     fit_optimizer,
     freeze,
     frozen_names,
+    layers_in_words,
     make_normalizer,
     mark_point,
     name_weights,
@@ -82,6 +83,7 @@ TRAINING, NORMALIZER = "training", "normalizer"
 POLICY = "policy"
 # Entries of the settings that are no attributes.
 _FUNCTIONS, _FROZEN, _MASKED = "functions_saved_as_numbers", "frozen_parameters", "trained_with_masks"
+_LAYERS = "layers"
 _SCHEDULES = ("learning_rate", "lr_schedule", "clip_range", "clip_range_vf", "ent_coef")
 # Without these no model can be built: what has no description is named when loading.
 _ESSENTIAL = ("policy_class", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs")
@@ -197,6 +199,9 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         if not _same_schedule(self.lr_schedule, self.learning_rate):
             # the one in use was set after the constructor made it from the learning rate
             settings["lr_schedule"] = self.lr_schedule
+        if self.policy.extra_losses and "policy_kwargs" in settings:
+            losses = self.policy.loss_terms.present(self.policy.extra_losses)
+            settings["policy_kwargs"] = {**self.policy_kwargs, "extra_losses": losses}
         data: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
         functions: list[str] = []
@@ -216,6 +221,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         if "_last_state" not in optional and list(leaves(self._last_state)):
             data["_last_state"] = describe(pack(self._last_state), "_last_state", tensors)
         data |= {_FUNCTIONS: functions, _FROZEN: frozen_names(self.policy), _MASKED: self.policy.trained_with_masks}
+        data[_LAYERS] = layers_in_words(self.policy)
         groups[OPTIMIZER] = name_weights(self.policy, groups[OPTIMIZER])
         parts = {"data": Part(data, tensors)} | {name: describe_part(group) for name, group in groups.items()}
         normalizer = self.get_vec_normalize_env()
@@ -294,8 +300,8 @@ class SavedAlgorithm(OnPolicyAlgorithm):
     ) -> Self:
         """The agent that a file holds; the contents are used up. Warnings are of the caller `stacklevel` above."""
         data, name, chosen = contents.data, contents.name, {*given, *arguments}
-        state, functions, frozen, masked, schedule = (
-            data.pop(key, None) for key in ("_last_state", _FUNCTIONS, _FROZEN, _MASKED, "lr_schedule")
+        state, functions, frozen, masked, schedule, layers = (
+            data.pop(key, None) for key in ("_last_state", _FUNCTIONS, _FROZEN, _MASKED, "lr_schedule", _LAYERS)
         )
         if "policy_kwargs" in arguments and arguments["policy_kwargs"] != data.get("policy_kwargs", {}):
             raise ValueError(
@@ -333,6 +339,9 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             ) from error
         model.policy.trained_with_masks = bool(masked)
         model._take_parameters(contents, frozen, given.get(OPTIMIZER, contents) is not None, stacklevel + 1)
+        if contents.libraries.get("torch") == str(torch.__version__):
+            # others may say the same in other words
+            _warn_of_layers(layers, layers_in_words(model.policy), stacklevel + 1)
         if env is not None and seeded is None:
             model.set_env(env, force_reset=False)
         schedule = arguments.get("lr_schedule", schedule)
@@ -665,6 +674,20 @@ def _warn_of_functions(data: Mapping[str, Any], names: Any, given: Collection[st
                 f"hand it over as custom_objects={{{name!r}: function}}, which load and resume take",
                 stacklevel=stacklevel,
             )
+
+
+def _warn_of_layers(before: Any, now: Mapping[str, str], stacklevel: int) -> None:
+    """Say which layers were changed after the agent was made, as no file holds that."""
+    before = before if isinstance(before, dict) else now
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        one = changed[-1]
+        warnings.warn(
+            "layers were changed after the agent was made, and here they are as its settings build them: "
+            f"{changed!r:.200} (the last was {before.get(one)!r:.100} and is {now.get(one)!r:.100}); change them likewise "
+            "to train on",
+            stacklevel=stacklevel,
+        )
 
 
 def _beginnings(parts: Iterable[str]) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ import copy
 import inspect
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 from torch import Tensor
 
-from xlstm_rl.agents.checkpoint import CheckpointError, class_name, named_class
+from xlstm_rl.agents.checkpoint import CheckpointError, DescriptionError, class_name, describe, named_class
 from xlstm_rl.vec_envs.env_contract import calls_one_alone, entries, has_method, map_obs
 
 _NORMALIZER = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
@@ -165,18 +166,49 @@ def _set_wrapper_state(wrapper: VecEnvWrapper, state: Any) -> None:
         _warn_of_changes(wrapper, state["unknown"])
 
 
+_GENERATORS: dict[type, Callable[[Any], Any]] = {
+    np.random.Generator: lambda generator: generator.bit_generator.state,
+    np.random.RandomState: lambda generator: generator.get_state(legacy=False),
+    random.Random: lambda generator: generator.getstate(),
+    torch.Generator: lambda generator: generator.get_state(),
+}
+
+
 def _plain_attributes(wrapper: VecEnvWrapper) -> dict[str, Any]:
-    """What a wrapper that nobody here knows keeps in plain attributes; other known ones keep nothing for long."""
+    """What a wrapper that nobody here knows keeps, as far as it is data; other known ones keep nothing for long."""
     if type(wrapper).__module__.startswith(("stable_baselines3.", "xlstm_rl.")):
         return {}
-    kinds = (bool, int, float, str, np.ndarray, np.number)
-    given = {"num_envs", "render_mode", "class_attributes"}
-    return {key: value for key, value in vars(wrapper).items() if isinstance(value, kinds) and key not in given}
+    given = {"num_envs", "render_mode", "class_attributes", "observation_space", "action_space", "venv"}
+    told = {key: _told(value) for key, value in vars(wrapper).items() if key not in given}
+    return {key: value for key, value in told.items() if value is not Ellipsis}
+
+
+def _told(value: Any) -> Any:
+    """The data in a value: of a random generator its state, of other objects what they hold; Ellipsis where unknown."""
+    for kind, state in _GENERATORS.items():
+        if isinstance(value, kind):
+            return state(value)
+    held = vars(value) if hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module) else value
+    for data in (value, held):
+        try:
+            describe(data, "", {})
+        except DescriptionError:
+            continue
+        return data
+    return Ellipsis
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple | deque) and isinstance(other, list | tuple | deque):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return np.array_equal(one, other)
 
 
 def _warn_of_changes(wrapper: VecEnvWrapper, before: Mapping[str, Any]) -> None:
     now = _plain_attributes(wrapper)
-    changed = [name for name, value in before.items() if name in now and not np.array_equal(value, now[name])]
+    changed = [name for name, value in before.items() if not _same(value, now.get(name, Ellipsis))]
     if changed:
         warnings.warn(
             f"{type(wrapper).__name__} starts anew with other values of {', '.join(changed)} than the run had, which "
@@ -328,6 +360,18 @@ def freeze(policy: torch.nn.Module, frozen: Any, file: str) -> None:
         raise CheckpointError(f"{file}: frozen_parameters are {frozen!r:.200}, which are no weights of the policy")
     for name, weight in weights.items():
         weight.requires_grad_(name not in frozen)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def layers_in_words(policy: torch.nn.Module) -> dict[str, str]:
+    """What every layer does beside its weights, by name, as far as it can be told: class, settings, what was added."""
+    told = {}
+    for name, layer in policy.named_modules():
+        added = any(getattr(layer, hooks) for hooks in _HOOKS) or "forward" in vars(layer)
+        told[name] = f"{type(layer).__qualname__}({layer.extra_repr()}){' and hooks' if added else ''}"
+    return told | {name: "hooks" for name, weight in policy.named_parameters() if weight._backward_hooks}
 
 
 def set_weights(module: torch.nn.Module, weights: Any, name: str, file: str) -> None:

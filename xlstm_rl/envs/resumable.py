@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.wrappers.utils import RunningMeanStd
 
 # Actions of the running episode that are kept; a longer episode cannot be brought back.
 MAX_ACTIONS = 100_000
@@ -22,6 +23,7 @@ class _Episode:
 
     generators: list[Any]
     own: Any
+    running: list[dict[str, Any]]
     arguments: dict[str, Any]
     actions: list[Any] = field(default_factory=list)
 
@@ -31,7 +33,8 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
 
     An episode is determined by the random generators before its reset and the actions since. `resume_at` restores the
     former and repeats the latter, so an environment, with all its wrappers, resumes exactly if all its randomness comes
-    from `self.np_random` and its spaces. An environment that carries more from one episode to the next (a curriculum,
+    from `self.np_random` and its spaces; the running statistics of gymnasium's wrappers `NormalizeObservation` and
+    `NormalizeReward` are brought back too. An environment that carries more from one episode to the next (a curriculum,
     the generator of a simulator) provides it through two methods of its own, which are called before a reset:
     `get_state()` returns plain values (numbers, strings, arrays, lists and dicts of them), and `set_state(state)` takes
     them.
@@ -47,6 +50,7 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
         spaces = (self._inner.action_space, self._inner.observation_space)
         self._random: list[Any] = [self._inner, *(part for space in spaces for part in _parts(space))]
         self._tells_state = env.has_wrapper_attr("get_state") and env.has_wrapper_attr("set_state")
+        self._keeping = [layer for layer in _layers(env) if any(map(_is_running, vars(layer).values()))]
         self._episode: _Episode | None = None
         self._observation: Any = None
         self._marked: Point | None = None
@@ -55,7 +59,7 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
         """Start an episode."""
         arguments: dict[str, Any] = {"seed": seed} if options is None else {"seed": seed, "options": options}
         own = copy.deepcopy(self.env.get_wrapper_attr("get_state")()) if self._tells_state else None
-        self._episode = _Episode(self._generators(), own, arguments)
+        self._episode = _Episode(self._generators(), own, list(map(_running, self._keeping)), arguments)
         self._observation, info = self.env.reset(**arguments)
         return self._observation, info
 
@@ -95,6 +99,7 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
             "generators": episode.generators,
             "generators_after": marked["generators"],
             "own": episode.own,
+            "running": episode.running,
             "arguments": episode.arguments,
             "actions": np.stack(actions) if actions else np.zeros(0),
             "observation": marked["observation"],
@@ -116,6 +121,9 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
                 raise ValueError(f"action {str(action):.200} is none of {self.action_space}")
         if point["own"] is not None:
             self.env.get_wrapper_attr("set_state")(copy.deepcopy(point["own"]))
+        # points of earlier versions have none
+        for layer, kept in zip(self._keeping, point.get("running", ()), strict=False):
+            _set_running(layer, kept)
         self._set_generators(point["generators"])
         if not self._replay(point["arguments"], actions):
             return False
@@ -145,6 +153,32 @@ class Resumable(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs
     def _set_generators(self, states: list[Any]) -> None:
         for part, state in zip(self._random, states, strict=True):
             part.np_random.bit_generator.state = state
+
+
+def _layers(env: Any) -> Iterator[Any]:
+    """An environment, its wrappers first."""
+    yield env
+    while env is not env.unwrapped:
+        env = env.env
+        yield env
+
+
+def _is_running(value: Any) -> bool:
+    return isinstance(value, RunningMeanStd)
+
+
+def _running(layer: Any) -> dict[str, Any]:
+    """What a wrapper with running statistics keeps beyond an episode: those, and its discounted sum of rewards."""
+    kept = {name: part for name, part in vars(layer).items() if isinstance(part, RunningMeanStd | np.ndarray)}
+    return {name: copy.deepcopy(vars(part) if _is_running(part) else part) for name, part in kept.items()}
+
+
+def _set_running(layer: Any, kept: dict[str, Any]) -> None:
+    for name, part in copy.deepcopy(kept).items():
+        if _is_running(vars(layer)[name]):
+            vars(vars(layer)[name]).update(part)
+        else:
+            setattr(layer, name, part)
 
 
 def _parts(space: gym.Space[Any]) -> Iterator[gym.Space[Any]]:

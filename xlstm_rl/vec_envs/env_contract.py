@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -366,7 +367,8 @@ def first_image(env: VecEnv) -> np.ndarray | None:
     """What the first environment draws, uint8 [height, width, 3]; None where it draws nothing."""
     try:
         images = env.get_images()
-    except LACKING:
+    # drawing may need a package that is not there
+    except (*LACKING, gymnasium.error.DependencyNotInstalled):
         return None
     return None if not images or images[0] is None else np.asarray(images[0], np.uint8)
 
