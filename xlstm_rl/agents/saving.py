@@ -684,8 +684,8 @@ def _warn_of_layers(before: Any, now: Mapping[str, str], stacklevel: int) -> Non
         one = changed[-1]
         warnings.warn(
             "layers were changed after the agent was made, and here they are as its settings build them: "
-            f"{changed!r:.200} (the last was {before.get(one)!r:.100} and is {now.get(one)!r:.100}); change them likewise "
-            "to train on",
+            f"{changed!r:.200} (the last was {before.get(one)!r:.100} and is {now.get(one)!r:.100}); change them "
+            "likewise to train on",
             stacklevel=stacklevel,
         )
 
