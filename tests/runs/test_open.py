@@ -21,6 +21,7 @@ from rich.console import Console
 from xlstm_rl import cli
 from xlstm_rl.configs import ConfigError, load
 from xlstm_rl.export import ExportError, compiler
+from xlstm_rl.runs import open as runs_open
 from xlstm_rl.runs.open import export_run, inspect_run, open_run, play_run
 from xlstm_rl.runs.train import train
 
@@ -237,6 +238,24 @@ def test_recorded_animation_holds_all_episodes(maze: Path, memory: bool, tmp_pat
         # equal frames that follow each other are one
         assert picture.n_frames > max(result.lengths) + 1
         assert picture.width >= 400 and (picture.height >= 200 or not memory)
+
+
+def test_recording_ends_with_what_fits_into_memory_and_with_ctrl_c(
+    maze: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_open, "MOST_FRAMES", 4)
+    stream = io.StringIO()
+    play_run(maze, episodes=2, record=tmp_path / "long.gif", console=Console(file=stream, width=200))
+    assert f"video: {tmp_path / 'long.gif'} (the first 4 frames)" in stream.getvalue()
+    with Image.open(tmp_path / "long.gif") as picture:
+        assert picture.n_frames <= 4
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xlstm_rl.runs.open.SignOfLife.__call__", interrupt)
+    assert cli.main(["play", str(maze), "--record", str(tmp_path / "new" / "short.gif")]) == cli.INTERRUPTED
+    assert (tmp_path / "new" / "short.gif").is_file()
 
 
 def test_video_is_recorded_by_gymnasium(maze: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -30,10 +30,13 @@ from xlstm_rl.inspection.panel import MemoryPanel
 from xlstm_rl.memory import leaf_names, leaves
 from xlstm_rl.runs.build import evaluation_device, make_env, normalized_as_saved, own_classes, read_facts, torch_threads
 from xlstm_rl.runs.folder import RunFolder
+from xlstm_rl.runs.live import SignOfLife
 from xlstm_rl.runs.seeds import Purpose, environment_seed
 from xlstm_rl.vec_envs.env_contract import seed_envs
 
 DEFAULT_FPS = 10
+# Of a video, as all are in memory until it is written.
+MOST_FRAMES = 3_000
 # A run that trains has a new checkpoint before it removes the old one.
 ATTEMPTS = 100
 
@@ -218,6 +221,9 @@ def play_run(
         raise ConfigError(f"{record} is neither .mp4 nor .gif, which can be recorded")
     if memory and record is None:
         raise ConfigError("the memory is drawn into a video: say where to with --record FILE")
+    if record is not None:
+        # before anything is played
+        record.parent.mkdir(parents=True, exist_ok=True)
     with open_run(run_dir, best=best, render_mode=mode, console=console) as run:
         player = _Remembering(run.model)
         single = run.env.unwrapped
@@ -227,21 +233,35 @@ def play_run(
         fps = float((single.envs[0].metadata or {}).get("render_fps") or DEFAULT_FPS)
         filmed = None if record is None else _film(single, record, fps)
 
+        alive = SignOfLife(console, "the agent", episodes)
+
         def show(finished: int, steps: int) -> None:
             if mode == "ansi":
                 console.print(single.envs[0].render(), highlight=False, markup=False)
+            else:
+                alive(finished, steps)
 
         shown = environment_seed(run.config.seed, Purpose.INSPECTION) if seed is None else seed
         limit = run.config.eval.max_episode_steps
-        result = evaluate(
-            player, run.env, episodes, seed=shown, deterministic=deterministic, max_episode_steps=limit, on_step=show
-        )
-        if filmed is not None:
-            filmed()
+        try:
+            result = evaluate(
+                player,
+                run.env,
+                episodes,
+                seed=shown,
+                deterministic=deterministic,
+                max_episode_steps=limit,
+                on_step=show,
+            )
+        finally:
+            # what was filmed until Ctrl-C, too
+            if filmed is not None:
+                filmed()
     for index, (total, length) in enumerate(zip(result.returns, result.lengths, strict=True)):
         console.print(f"episode {index}: {length} steps, return {total:.2f}", highlight=False, markup=False)
     if record is not None:
-        console.print(f"video: {record}", highlight=False, soft_wrap=True, markup=False)
+        long = f" (the first {MOST_FRAMES:,} frames)" if result.lengths.sum() >= MOST_FRAMES else ""
+        console.print(f"video: {record}{long}", highlight=False, soft_wrap=True, markup=False)
     return result
 
 
@@ -251,14 +271,14 @@ def _render_modes(config: TrainConfig) -> list[str]:
 
 
 def _film(env: DummyVecEnv, path: Path, fps: float) -> Callable[[], None]:
-    """Film all that the only environment draws from now on; what is returned writes the file."""
+    """Film what the only environment draws from now on, up to MOST_FRAMES; what is returned writes the file."""
     if path.suffix == ".gif":
         frames: list[np.ndarray] = []
         env.envs[0] = _Filmed(env.envs[0], frames)
-        return lambda: write_gif(frames, path, fps)
+        return lambda: write_gif(frames, path, fps) if frames else None
     scratch = TemporaryDirectory()
     # one video of all steps, whatever episodes they belong to
-    what: dict[str, Any] = {"step_trigger": lambda step: step == 0, "video_length": sys.maxsize, "disable_logger": True}
+    what: dict[str, Any] = {"step_trigger": lambda step: step == 0, "video_length": MOST_FRAMES, "disable_logger": True}
     try:
         recorder: Any = RecordVideo(env.envs[0], f"{scratch.name}/video", fps=round(fps), **what)
     except gymnasium.error.DependencyNotInstalled as error:
@@ -266,17 +286,17 @@ def _film(env: DummyVecEnv, path: Path, fps: float) -> Callable[[], None]:
     env.envs[0] = recorder
 
     def write() -> None:
-        recorder.stop_recording()
-        (video,) = Path(scratch.name).rglob("*.mp4")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, video.read_bytes())
+        if recorder.recording:
+            recorder.stop_recording()
+        for video in Path(scratch.name).rglob("*.mp4"):
+            write_whole(path, video.read_bytes())
         scratch.cleanup()
 
     return write
 
 
 class _Filmed(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Keeps every frame."""
+    """Keeps frames, up to MOST_FRAMES."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], frames: list[np.ndarray]) -> None:
         super().__init__(env)
@@ -284,13 +304,17 @@ class _Filmed(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         begun = super().reset(**kwargs)
-        self._frames.append(np.asarray(self.env.render()))
+        self._film()
         return begun
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         done = super().step(action)
-        self._frames.append(np.asarray(self.env.render()))
+        self._film()
         return done
+
+    def _film(self) -> None:
+        if len(self._frames) < MOST_FRAMES:
+            self._frames.append(np.asarray(self.env.render()))
 
 
 class _Remembering:
