@@ -160,6 +160,44 @@ def test_a_clone_of_the_oracle_remembers() -> None:
     assert evaluate(model, env, 100, empty_state_every_step=True, seed=1).returns.mean() < 0.7
 
 
+class Echo:
+    """Does what it saw one step before; at the start of an episode what it sees."""
+
+    last: np.ndarray | None = None
+
+    def predict(self, observation: np.ndarray, episode_start: np.ndarray, **_: Any) -> tuple[np.ndarray, None]:
+        before = observation if self.last is None else np.where(episode_start[:, None], observation, self.last)
+        self.last = observation
+        return self.act(before), None
+
+    def act(self, before: np.ndarray) -> np.ndarray:
+        return before[:, :2]
+
+
+class EchoOfChoices(Echo):
+    def act(self, before: np.ndarray) -> np.ndarray:
+        return (before[:, :2] > 0).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("action", "player", "error"), [("box", Echo(), 0.2), ("multi-discrete", EchoOfChoices(), 0.1)]
+)
+def test_actions_of_every_kind_are_learnt_from_memory(action: str, player: Echo, error: float) -> None:
+    env = vec_env(8, action=action)
+    episodes = record_demonstrations(env, 400, player, seed=3)
+    policy_kwargs = {"memory_kwargs": {"hidden_size": 32, "blocks": "m"}, "net_arch": [64]}
+    model = agent(env=env, learning_rate=5e-3, n_steps=64, batch_size=256, policy_kwargs=policy_kwargs)
+    imitate(model, episodes[:350], epochs=12)
+    wrong = []
+    for episode in episodes[350:]:
+        state = None
+        for obs, expected in zip(episode.observations, episode.actions, strict=False):
+            chosen, state = model.predict(obs, state=state, deterministic=True)
+            wrong.append(np.abs(chosen - expected).mean())
+    # chance: 0.67 of uniform numbers between -1 and 1, half of the choices
+    assert np.mean(wrong) < error
+
+
 def changed(**parts: Any) -> list[Any]:
     return [demonstrations()[0]._replace(**parts)]
 

@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from xlstm_rl import MemoryInputs, RecurrentPPO, imitate, imitation_loss, record_demonstrations
 from xlstm_rl.cli import main
@@ -45,6 +46,28 @@ def test_recorded_episodes_are_those_of_the_environment() -> None:
             assert (episode.terminations[t], episode.truncations[t]) == (terminated, truncated)
         assert terminated
         obs, _ = env.reset()
+
+
+def test_a_player_that_sees_normalised_observations_is_recorded_without() -> None:
+    env = VecNormalize(make_vec_env(TASK, 2), clip_obs=0.5)
+    env.reset()
+    running: Any = env.obs_rms
+    env.training, mean = False, running.mean.copy()
+    seen = []
+
+    class Looking(Always):
+        def predict(self, observation: Any, episode_start: np.ndarray, **_: Any) -> tuple[np.ndarray, None]:
+            seen.append(observation)
+            return super().predict(observation, episode_start)
+
+    inner = env.venv
+    episodes = record_demonstrations(env, 4, Looking(), seed=7)
+    expected = record_demonstrations(make_vec_env(TASK, 2), 4, Always(), seed=7)
+    for episode, other in zip(episodes, expected, strict=True):
+        assert np.array_equal(episode.observations, other.observations)
+        assert np.array_equal(episode.rewards, other.rewards)
+    assert np.abs(seen).max() <= 0.5 and env.venv is inner
+    assert np.array_equal(mean, running.mean)
 
 
 def test_time_limits_are_told_from_ends() -> None:

@@ -135,7 +135,7 @@ def _steps(model: RecurrentPPO) -> int:
 
 
 def as_drawn(model: RecurrentPPO, episodes: Iterable[Any]) -> list[Demonstration]:
-    """The episodes as the policy sees and draws them: channels of images first, actions as they are drawn.
+    """The episodes, with their actions as the policy draws them.
 
     Raises:
         ValueError: as `imitate`.
@@ -173,15 +173,26 @@ def _check(model: RecurrentPPO, name: str, episode: Any) -> Demonstration:
 
 def _fitting(name: str, steps: int, given: Any, space: spaces.Space[Any]) -> np.ndarray:
     array = np.asarray(given)
-    if is_image_space(space):
-        array = maybe_transpose(array, space)
     if array.shape == (steps, 1) and not space.shape:
         array = array[:, 0]
-    if array.shape != (steps, *(space.shape or ())):
+    if np.shape(_oriented(array, space)) != (steps, *(space.shape or ())):
         raise ValueError(f"{name} are of shape {array.shape}, and {steps} of {space} have another")
     if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
         raise ValueError(f"{name} are {array.dtype} that are not all finite numbers")
     return array.astype(space.dtype)
+
+
+def _oriented(array: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
+    """Images [N, ...] with channels first, as the policy sees them; all else as it is."""
+    return maybe_transpose(array, space) if is_image_space(space) and array.ndim == 4 else array
+
+
+def _as_seen(model: RecurrentPPO, observations: Any) -> Any:
+    """Observations [N, ...] of the environment as the policy sees them."""
+    normalizer = model.get_vec_normalize_env()
+    # in the layout of the environment, as its statistics are
+    seen = observations if normalizer is None else normalizer.normalize_obs(observations)
+    return map_obs(_oriented, seen, space_parts(model.observation_space))
 
 
 def _count_in(normalizer: VecNormalize, episodes: Sequence[Demonstration]) -> None:
@@ -219,15 +230,14 @@ def _laid_end_to_end(model: RecurrentPPO, episodes: Sequence[Demonstration]) -> 
     )
     buffer.skipped[:] = True
     # what fills the rows must be of the space too
-    first_seen = episodes[0].observations if normalizer is None else normalizer.normalize_obs(episodes[0].observations)
     buffer.observations = map_obs(
-        lambda stored, seen: np.full(stored.shape, seen[0], seen.dtype), buffer.observations, first_seen
+        lambda stored, seen: np.full(stored.shape, seen[0], seen.dtype),
+        buffer.observations,
+        _as_seen(model, episodes[0].observations),
     )
     for episode, (row, first) in zip(episodes, places, strict=True):
-        observations, rewards = episode.observations, episode.rewards
-        if normalizer is not None:
-            observations = normalizer.normalize_obs(observations)
-            rewards = normalizer.normalize_reward(rewards)
+        observations = _as_seen(model, episode.observations)
+        rewards = episode.rewards if normalizer is None else normalizer.normalize_reward(episode.rewards)
         cut, end = _is_cut(episode), first + len(rewards)
         map_obs(partial(_write, slice(first, end + cut), row), buffer.observations, observations)
         buffer.actions[first:end, row], buffer.rewards[first:end, row] = episode.actions, rewards

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from xlstm_rl.agents.evaluation import as_vec_env, evaluate, quotas
@@ -90,8 +90,8 @@ def record_demonstrations(
     """Play episodes and keep them.
 
     Args:
-        env: environment or vector environment, without `VecNormalize`: who learns from the episodes normalises them as
-            it normalises its own.
+        env: environment or vector environment. Kept is what is inside of a `VecNormalize`, whose statistics stay as
+            they are: who learns from the episodes normalises them as it normalises its own.
         n_episodes: every environment contributes a fixed share.
         player: with Stable-Baselines3's `predict`, such as a trained agent; None: the `Oracle` of the environment.
         seed: of the environments, and of what the player samples.
@@ -101,8 +101,18 @@ def record_demonstrations(
         FaultyEnvironmentError: an environment failed or answered what cannot be used.
         ValueError: there is no player, and the environment has no oracle.
     """
-    recorder = _Recorder(as_vec_env(env))
-    evaluate(Oracle(recorder) if player is None else player, recorder, n_episodes, seed=seed, **how)
+    played = as_vec_env(env)
+    normalizer = unwrap_vec_normalize(played)
+    recorder = _Recorder(played if normalizer is None else normalizer.venv)
+    if normalizer is None:
+        played = recorder
+    else:
+        normalizer.venv = recorder
+    try:
+        evaluate(Oracle(played) if player is None else player, played, n_episodes, seed=seed, **how)
+    finally:
+        if normalizer is not None:
+            normalizer.venv = recorder.venv
     by_env = zip(recorder.finished, quotas(n_episodes, recorder.num_envs), strict=True)
     return [episode for finished, quota in by_env for episode in finished[:quota]]
 

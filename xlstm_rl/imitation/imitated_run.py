@@ -64,7 +64,7 @@ def imitate_run(
     facts = read_facts(config.env)
     with torch_threads(config.threads), closing(make_env(config, config.env.n_envs, config.seed, here=True)) as env:
         model = make_model(config, normalized(env, config))
-        start_from(model, config)
+        transfer = start_from(model, config)
         try:
             episodes = _read(config, source, n_episodes, console)
             as_drawn(model, episodes)
@@ -72,6 +72,8 @@ def imitate_run(
             raise ConfigError(f"--from {source}: {error}") from error
         learnt, held_out = _split(episodes)
         folder = RunFolder.create(Path(run_dir), config, versions={"demonstrations": f"{len(episodes)} of {source}"})
+        if transfer is not None:
+            say(console, f"from {config.init.source}: {transfer}")
         say(console, f"run folder {folder.path}; {len(learnt)} episodes to learn from, {len(held_out)} held out")
 
         def told(epoch: int, loss: float) -> None:
