@@ -24,7 +24,7 @@ def add_parser(commands: Any, name_help: str, overrides_help: str) -> None:
         "oracle, for what oracle_action() of the environment says, or the id of a Minari dataset on this machine"
     )
     imitate.add_argument("--from", dest="source", required=True, metavar="SOURCE", help=source_help)
-    episodes_help = "default: 500 of the oracle, all of a dataset; a tenth of them is held out"
+    episodes_help = "default: 1,000 of the oracle, all of a dataset; a tenth of them is held out"
     imitate.add_argument("--episodes", type=positive, help=episodes_help)
     imitate.add_argument("--epochs", type=positive, default=20, help="passes over the episodes; default 20")
     imitate.add_argument("--run-dir", type=Path, help="a folder that does not exist yet; default runs/NAME-seedN-TIME")

@@ -29,7 +29,7 @@ from xlstm_rl.runs.seeds import Purpose, environment_seed
 from xlstm_rl.vec_envs.inputs import InputLayout
 
 # The source that is no dataset, and how many of its episodes are taken.
-ORACLE, ORACLE_EPISODES = "oracle", 500
+ORACLE, ORACLE_EPISODES = "oracle", 1_000
 # One of so many episodes is held out.
 HELD_OUT = 10
 
@@ -49,7 +49,7 @@ def imitate_run(
         config: the run; `init` says what the agent starts from.
         source: "oracle", or the id of a local Minari dataset.
         run_dir: where it is written; must not exist or be empty.
-        n_episodes: how many to take; None: 500 of the oracle, all of a dataset.
+        n_episodes: how many to take; None: 1,000 of the oracle, all of a dataset.
         epochs: passes over the episodes that are not held out.
         console: shows losses and the closing table; None shows nothing.
 
