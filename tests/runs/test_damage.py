@@ -308,7 +308,7 @@ PLACES = {
     "returns": "xlstm_rl.runs.returns.write_whole",
     "row": "xlstm_rl.runs.returns.Returns.add",
     "configuration": "xlstm_rl.runs.folder.write_whole",
-    "events": "xlstm_rl.runs.events.configure",
+    "events": "xlstm_rl.runs.trackers.configure",
 }
 
 

@@ -438,6 +438,26 @@ class CheckpointConfig:
 
 
 @settings
+class LoggingConfig:
+    """Where the numbers of a run go beside its folder, and callbacks of yours.
+
+    Attributes:
+        trackers: any of "tensorboard" (events in the run folder), "wandb" (Weights & Biases) and "mlflow"; the latter
+            two find their server by their own environment variables (WANDB_MODE, MLFLOW_TRACKING_URI and so on).
+        project: of Weights & Biases; the experiment of MLflow.
+        video_episodes: filmed after training for "wandb" and "mlflow"; 0 for none.
+        callbacks: keyword arguments of callbacks of Stable-Baselines3, by "module:Class"; each process has its own.
+    """
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    project: Word = "xlstm_rl"
+    video_episodes: Natural = 0
+    callbacks: Mapping[Word, Annotated[Mapping[Word, Any], BeforeValidator(_no_arguments)]] = field(
+        default_factory=dict
+    )
+
+
+@settings
 class TrainConfig:
     """Everything that decides a training run.
 
@@ -459,6 +479,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     total_steps: Count = 300_000
     seed: Annotated[Natural, Field(lt=2**31)] = 0
     device: Word = "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode
 from rich.console import Console
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
@@ -174,6 +176,34 @@ def _take_statistics(model: RecurrentPPO, file: Path) -> bool:
         return False
     own.obs_rms = other.obs_rms
     return True
+
+
+def own_callbacks(config: TrainConfig) -> list[BaseCallback]:
+    """The callbacks of `logging.callbacks`.
+
+    Raises:
+        ConfigError: one cannot be imported or made.
+    """
+    made: list[BaseCallback] = []
+    for name, arguments in config.logging.callbacks.items():
+        module, _, word = name.rpartition(":")
+        try:
+            kind = getattr(importlib.import_module(module), word, None) if module else None
+        except ImportError as error:
+            raise ConfigError(
+                f"module {module!r} of logging.callbacks {name!r} cannot be imported: {error}; install it or put its "
+                "folder on PYTHONPATH"
+            ) from error
+        if not (isinstance(kind, type) and issubclass(kind, BaseCallback)):
+            raise ConfigError(
+                f"logging.callbacks {name!r} is no callback of Stable-Baselines3; name a class as module:Class, such "
+                "as stable_baselines3.common.callbacks:StopTrainingOnMaxEpisodes"
+            )
+        try:
+            made.append(kind(**arguments))
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ConfigError(f"logging.callbacks {name!r} cannot be made of {dict(arguments)}: {error}") from error
+    return made
 
 
 def own_classes(config: TrainConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from xlstm_rl.runs.build import (
     make_env,
     make_model,
     normalized,
+    own_callbacks,
     own_classes,
     read_facts,
     start_from,
@@ -40,14 +41,14 @@ from xlstm_rl.runs.callbacks import (
     StopOnRequest,
 )
 from xlstm_rl.runs.curve import plot_curve
-from xlstm_rl.runs.events import flush_events, open_logger, pending_numbers
 from xlstm_rl.runs.folder import RunFolder
 from xlstm_rl.runs.interruption import InterruptedEvaluationError, Interruption
 from xlstm_rl.runs.live import LiveView, SignOfLife, say
-from xlstm_rl.runs.open import open_run
+from xlstm_rl.runs.open import open_run, play_run
 from xlstm_rl.runs.returns import Returns, Row, pack_rows, read_returns, unpack_rows
 from xlstm_rl.runs.scores import RANDOM, Score, final_scores, play, remarks, score, show_scores, worst_of_last
 from xlstm_rl.runs.seeds import Purpose, environment_seed
+from xlstm_rl.runs.trackers import Trackers, check_trackers, flush_events, open_logger, pending_numbers
 from xlstm_rl.vec_envs.env_contract import FaultyEnvironmentError
 
 StopWhen = Callable[[Sequence[Row]], bool]
@@ -108,6 +109,7 @@ def train(
     group = ranks(config.rank_timeout)
     console = _console(console, group)
     check_device(config.device)
+    _check_logging(config)
     facts = read_facts(config.env)
     with group.explaining(), torch_threads(config.threads), closing(_training_env(config, group)) as env:
         model = make_model(config, normalized(env, config))
@@ -121,6 +123,12 @@ def train(
             say(console, f"from {config.init.source}: {transfer}")
         with folder.training(), _faults_told(folder, "training stopped", model):
             return _run(model, config, facts, folder, _returns(folder), {"log": {}}, stop_when, console)
+
+
+def _check_logging(config: TrainConfig) -> None:
+    """Refuse callbacks and trackers that cannot be had, before anything is made."""
+    check_trackers(config)
+    own_callbacks(config)
 
 
 def _console(console: Console | None, group: Ranks) -> Console:
@@ -164,6 +172,7 @@ def resume(
     group = ranks(config.rank_timeout)
     folder, console = RunFolder(Path(run_dir), group), _console(console, group)
     check_device(config.device)
+    _check_logging(config)
     facts = read_facts(config.env)
     with (
         group.explaining(),
@@ -332,10 +341,30 @@ def _run(
     console: Console,
 ) -> RunResult:
     """Learn what is left to learn, save, evaluate and report."""
+    if folder.group.rank > 0:
+        # rank 0 alone logs
+        model.set_logger(Logger(None, []))
+        return _run_tracked(model, config, facts, folder, returns, notes, stop_when, console, None)
+    with Trackers(config, folder) as trackers:
+        tensorboard = "tensorboard" in config.logging.trackers
+        model.set_logger(
+            open_logger(folder.tensorboard, model.num_timesteps, notes["log"], [trackers], tensorboard=tensorboard)
+        )
+        return _run_tracked(model, config, facts, folder, returns, notes, stop_when, console, trackers)
+
+
+def _run_tracked(
+    model: RecurrentPPO,
+    config: TrainConfig,
+    facts: TaskFacts | None,
+    folder: RunFolder,
+    returns: Returns,
+    notes: Mapping[str, Any],
+    stop_when: StopWhen | None,
+    console: Console,
+    trackers: Trackers | None,
+) -> RunResult:
     group = folder.group
-    # of rank 0 alone
-    logger = Logger(None, []) if group.rank > 0 else open_logger(folder.tensorboard, model.num_timesteps, notes["log"])
-    model.set_logger(logger)
     scores: list[Score] = []
     with Interruption(partial(say, console)) as interruption:
         _learn(model, config, folder, returns, notes, stop_when, console, interruption)
@@ -364,7 +393,23 @@ def _run(
     _close(console, folder, config, model, scores, trained=trained, interrupted=interruption.signal is not None)
     # last, as it takes a second to load what draws, and whoever interrupted the run waits
     _draw(folder, config, returns.rows, facts, scores)
+    if trackers:
+        _track_end(trackers, config, folder, scores, model.num_timesteps, console)
     return RunResult(folder.path, folder.model, returns.rows, scores, interruption.signal or next(iter(signals), None))
+
+
+def _track_end(
+    trackers: Trackers, config: TrainConfig, folder: RunFolder, scores: Sequence[Score], step: int, console: Console
+) -> None:
+    """The closing table, the curve and a video, where the run was not interrupted before."""
+    trackers.log({f"final/{score.agent}": score.mean_return for score in scores}, step)
+    trackers.show("curve", folder.curve)
+    if config.logging.video_episodes and scores:
+        try:
+            play_run(folder.path, episodes=config.logging.video_episodes, record=folder.path / "episodes.gif")
+        except ConfigError as error:
+            say(console, f"no video for the trackers: {error}")
+        trackers.show("episodes", folder.path / "episodes.gif")
 
 
 @contextmanager
@@ -429,6 +474,7 @@ def _learn(
             evaluation,
         ]
         callbacks = [
+            *own_callbacks(config),
             *(told if folder.group.rank == 0 else []),
             # last: what is written must be all that the others did
             PeriodicCheckpoint(config.checkpoint.every_steps, save),
