@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 import sys
@@ -16,9 +17,11 @@ from xlstm_rl.runs import trackers
 from xlstm_rl.runs.build import own_callbacks
 from xlstm_rl.runs.train import resume, train
 
-SMALL = ("total_steps=1024", "ppo.n_steps=32", "ppo.batch_size=256", "ppo.n_epochs=1", "env.n_envs=8")
-SMALL += ("eval.every_steps=512", "eval.n_episodes=4", "eval.interim_episodes=4", "checkpoint.every_steps=512")
-SMALL += ("memory.hidden_size=8",)
+SMALL = [
+    *("total_steps=1024", "ppo.n_steps=32", "ppo.batch_size=256", "ppo.n_epochs=1", "env.n_envs=8"),
+    *("eval.every_steps=512", "eval.n_episodes=4", "eval.interim_episodes=4", "checkpoint.every_steps=512"),
+    "memory.hidden_size=8",
+]
 
 
 @pytest.fixture
@@ -70,8 +73,7 @@ def test_run_that_fails_is_told_as_failed(mlflow: Any, tmp_path: Path, monkeypat
 
 def wandb_records(file: Path) -> Iterator[Any]:
     """What an offline run wrote: protocol buffers in the log format of LevelDB, after 7 bytes of its own."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     data, at, parts = file.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
@@ -82,7 +84,7 @@ def wandb_records(file: Path) -> Iterator[Any]:
         at += 7 + length
         # whole, first, middle, last
         if kind in (1, 4):
-            yield Record.FromString(parts)
+            yield messages.Record.FromString(parts)
             parts = b""
 
 
