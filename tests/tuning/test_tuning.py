@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -218,12 +219,37 @@ def test_a_database_can_hold_the_study(tmp_path: Path) -> None:
     assert not (tmp_path / "journal.log").exists()
 
 
-@pytest.mark.parametrize("words", [["--runs", "0"], ["--minutes", "-1"]])
-def test_command_refuses_budgets_of_nothing(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--runs", "0"], "must be above 0"),
+        (["--minutes", "-1"], "must be above 0"),
+        (["--runs", "inf"], "must be above 0 and below"),
+        (["--runs", "nan"], "must be above 0"),
+        (["--workers", "1000000000"], "--workers 1000000000 must be at most 1024"),
+        (["--storage", "sqlite:////no/such/folder/tune.db"], "--storage sqlite:.* cannot be used: .*unable to open"),
+        (["--storage", "nonsense"], "--storage nonsense cannot be used: "),
+    ],
+)
+def test_command_refuses_budgets_and_databases_of_no_use(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["tune", "parity", "--out", str(tmp_path), *words]) == 2
-    assert "must be above 0" in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_torn_end_of_the_journal_is_taken_away_and_other_damage_refused(tmp_path: Path) -> None:
+    open_study(tuning(tmp_path)).ask()
+    journal = tmp_path / "journal.log"
+    whole = journal.read_bytes()
+    for torn in (whole[:-9], whole[:-9] + bytes(9)):
+        journal.write_bytes(torn)
+        with pytest.warns(UserWarning, match="the last line of .*journal.log was torn"):
+            study = open_study(tuning(tmp_path))
+        assert len(study.trials) >= 4
+    journal.write_bytes(whole.replace(b"op_code", b"op_c\0de", 1))
+    with pytest.raises(ConfigError, match="line 1 of .*journal.log is damaged"):
+        open_study(tuning(tmp_path))
 
 
 def test_command_prints_trials_and_where_the_report_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ from xlstm_rl.configs import ConfigError
 from xlstm_rl.configs.option_types import positive
 
 SIGNAL_EXIT = 128
+# Beyond these no search is meant.
+MOST_RUNS, MOST_WORKERS = 1e9, 1024
 
 
 def add_parser(commands: Any, name_help: str, overrides_help: str) -> None:
@@ -35,17 +37,20 @@ def add_parser(commands: Any, name_help: str, overrides_help: str) -> None:
 def _tune(options: argparse.Namespace) -> int:
     from xlstm_rl.runs.live import LastingConsole
     from xlstm_rl.tuning.search import tune
-    from xlstm_rl.tuning.study import Tuning
+    from xlstm_rl.tuning.study import Tuning, storage_told
 
     for name in ("runs", "minutes"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name} {value} must be above 0")
+        if value is not None and not 0 < value < MOST_RUNS:
+            raise ConfigError(f"--{name} {value} must be above 0 and below {MOST_RUNS:g}")
+    if options.workers > MOST_WORKERS:
+        raise ConfigError(f"--workers {options.workers} must be at most {MOST_WORKERS}: each is a process")
     stem = Path(options.name).stem if options.name.endswith((".yaml", ".yml")) else options.name
     out = options.out or Path("tuning") / stem.replace("/", "-").replace(":", "-")
     tuning = Tuning(options.name, tuple(options.overrides), out, options.runs, options.minutes, options.storage)
     console = LastingConsole()
-    signal = tune(tuning, workers=options.workers, console=console)
+    with storage_told(tuning):
+        signal = tune(tuning, workers=options.workers, console=console)
     console.print(f"report: {out / 'report.md'}", highlight=False, soft_wrap=True)
     if (out / "best.yaml").is_file():
         console.print(f"xlstm-rl train {out / 'best.yaml'}", highlight=False, soft_wrap=True)

@@ -10,7 +10,8 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from xlstm_rl.agents.checkpoint import write_whole
 from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
 from xlstm_rl.memory import XLSTM, make_memory
 from xlstm_rl.memory.core import memory_defaults
@@ -98,20 +100,73 @@ def _memory_settings(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
+def _check_installed() -> None:
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError(f"tuning needs the package optuna: {INSTALL}")
+
+
+@contextlib.contextmanager
+def storage_told(tuning: Tuning) -> Iterator[None]:
+    """What goes wrong with the database as `ConfigError`, in a sentence."""
+    _check_installed()
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    # drivers that are missing, and kinds of databases that Optuna does not know
+    except (ImportError, NotImplementedError, SQLAlchemyError, StorageInternalError) as error:
+        said = str(error.__cause__ or error).partition("\n")[0]
+        raise ConfigError(f"--storage {tuning.storage} cannot be used: {said}; what is in it is kept") from error
+
+
+def _mend_journal(path: Path) -> None:
+    """Take away the torn last line that a power cut or a full disk leaves.
+
+    Raises:
+        ConfigError: another line is damaged, after which nothing can be counted on.
+    """
+    from optuna.storages.journal import JournalFileSymlinkLock
+
+    if not path.is_file():
+        return
+    lock = JournalFileSymlinkLock(str(path))
+    lock.acquire()
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+        damaged = [number for number, line in enumerate(lines) if not _is_entry(line)]
+        if damaged and damaged[0] < len(lines) - 1:
+            raise ConfigError(f"line {damaged[0] + 1} of {path} is damaged: put the file back, or choose another --out")
+        if damaged:
+            warnings.warn(f"the last line of {path} was torn and is taken away", stacklevel=3)
+            write_whole(path, b"".join(lines[:-1]))
+    finally:
+        lock.release()
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n") and isinstance(entry, dict) and "op_code" in entry
+
+
 def open_study(tuning: Tuning) -> Study:
     """The study with the trials that are there; the portfolio waits in a new one.
 
     Raises:
-        ConfigError: Optuna is not installed, or the study was begun with other settings.
+        ConfigError: Optuna is not installed, the study was begun with other settings, or its journal is damaged.
     """
-    if importlib.util.find_spec("optuna") is None:
-        raise ConfigError(f"tuning needs the package optuna: {INSTALL}")
+    _check_installed()
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     tuning.out.mkdir(parents=True, exist_ok=True)
+    if tuning.storage is None:
+        _mend_journal(tuning.out / "journal.log")
     journal = JournalStorage(JournalFileBackend(str(tuning.out / "journal.log"))) if tuning.storage is None else None
     study = optuna.create_study(
         storage=journal or tuning.storage,
