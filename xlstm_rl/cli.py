@@ -1,4 +1,4 @@
-"""The command `xlstm-rl`: train, imitate, evaluate, export, inspect, play, tune, bench, list, show."""
+"""The command `xlstm-rl`: train, imitate, evaluate, export, inspect, probe, play, tune, bench, list, show."""
 
 from __future__ import annotations
 
@@ -132,6 +132,16 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--seed", type=natural, help="of the episode")
     inspect.set_defaults(run=_inspect)
 
+    probe = commands.add_parser(
+        "probe", help="read the memory", description="Read the hidden variable of the task from the memory."
+    )
+    probe.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    probe.add_argument("--beside", type=Path, metavar="RUN2", help="another run, drawn beside it")
+    probe.add_argument("--best", action="store_true", help="the models of the best evaluations during training")
+    probe.add_argument("--episodes", type=positive, default=400, help="half of them train the probes; default 400")
+    probe.add_argument("--max-steps", type=positive, default=200, help="later steps are not probed; default 200")
+    probe.set_defaults(run=_probe)
+
     play = commands.add_parser("play", help="watch or record episodes", description="Play episodes of a run.")
     play.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
     play.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
@@ -218,6 +228,20 @@ def _inspect(options: argparse.Namespace) -> int:
 
     inspect_run(
         options.run_dir, best=options.best, max_steps=options.max_steps, seed=options.seed, console=LastingConsole()
+    )
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from xlstm_rl.runs.open import probe_run
+
+    probe_run(
+        options.run_dir,
+        beside=options.beside,
+        best=options.best,
+        episodes=options.episodes,
+        max_steps=options.max_steps,
+        console=LastingConsole(),
     )
     return 0
 

@@ -233,6 +233,57 @@ def test_gymnasium_vectorises_the_environment(env_id: str) -> None:
     envs.close()
 
 
+@each_id
+def test_every_task_names_its_hidden_variable(env_id: str) -> None:
+    env, twin = gym.make(env_id), gym.make(env_id)
+    values: set[int] = set()
+    for seed in range(20):
+        env.reset(seed=seed)
+        twin.reset(seed=seed)
+        env.action_space.seed(seed)
+        ended = False
+        while not ended and len(values) < 2:
+            value = env.get_wrapper_attr("hidden_variable")()
+            assert isinstance(value, int) and value >= 0
+            values.add(value)
+            action = env.action_space.sample()
+            seen, *_, terminated, truncated, _ = env.step(action)
+            # to look at it changes nothing
+            np.testing.assert_array_equal(seen, twin.step(action)[0])
+            ended = terminated or truncated
+    assert len(values) > 1
+    assert env.get_wrapper_attr("hidden_name").islower() or env_id.endswith("Pairs-v0")
+
+
+def test_hidden_variables_of_streams_are_what_the_stream_makes_of_what_was_shown() -> None:
+    parity: Any = gym.make("xlstm_rl/Parity-v0").unwrapped
+    for seed in range(4):
+        seen, _ = parity.reset(seed=seed)
+        so_far = 0
+        for _ in range(parity.length):
+            so_far ^= int(seen[1] > seen[0])
+            assert parity.hidden_variable() == so_far
+            seen = parity.step(0)[0]
+    for name, size in (("ShellGame", 3), ("Cycle", 7)):
+        env: Any = gym.make(f"xlstm_rl/{name}-v0").unwrapped
+        seen, _ = env.reset(seed=1)
+        assert env.hidden_variable() == seen[:size].argmax()
+        env.step(0)
+        assert env.hidden_variable() == env.oracle_action()
+    recall: Any = gym.make("xlstm_rl/KeyValueRecall-v0").unwrapped
+    seen, _ = recall.reset(seed=0)
+    first = int(seen[8:12].argmax())
+    assert [recall.hidden_variable() for _ in range(recall.length) if recall.step(0)] == [first] * recall.length
+    writes: Any = gym.make("xlstm_rl/Overwrite-v0").unwrapped
+    seen, _ = writes.reset(seed=0)
+    last = 4
+    for _ in range(writes.length):
+        if seen[0] and seen[6:10].any():
+            last = int(seen[6:10].argmax())
+        assert writes.hidden_variable() == last
+        seen = writes.step(0)[0]
+
+
 def test_the_package_imports_neither_torch_nor_stable_baselines3() -> None:
     code = (
         "import importlib.util, pathlib, sys, types\n"

@@ -38,6 +38,8 @@ class Bandit(gym.Env[NDArray[np.float32], np.int64]):
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}
+    hidden_name = "the better arm"
+    """Of `hidden_variable`."""
 
     def __init__(self, num_pulls: int = 20, better: float = 0.8, *, render_mode: str | None = None) -> None:
         """Set the size of the task.
@@ -100,6 +102,10 @@ class Bandit(gym.Env[NDArray[np.float32], np.int64]):
         ended = self.steps == self.num_pulls
         info = {"is_success": arm == self.better} if ended else {}
         return seen, paid / self.num_pulls, ended, False, info
+
+    def hidden_variable(self) -> int:
+        """The better arm."""
+        return self.better
 
     def oracle_action(self) -> int:
         """The arm that the majority of the pulls so far speaks for; arm 0 in a tie."""

@@ -36,6 +36,8 @@ class Battleship(gym.Env[NDArray[np.float32], np.int64]):
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}
+    hidden_name = "what became of cell 0"
+    """Of `hidden_variable`."""
 
     def __init__(self, size: int = 10, ships: Sequence[int] = (5, 4, 3, 2), *, render_mode: str | None = None) -> None:
         """Set the size of the task.
@@ -111,6 +113,10 @@ class Battleship(gym.Env[NDArray[np.float32], np.int64]):
     def action_masks(self) -> NDArray[np.bool_]:
         """Cells not yet shot at, bool [size**2]."""
         return np.asarray(self.shots == WATER)
+
+    def hidden_variable(self) -> int:
+        """What became of the first cell: 0 not shot at, 1 missed, 2 hit."""
+        return int(self.shots[0])
 
     def oracle_action(self) -> int:
         """The cell that most places of ships cover, those that explain hits counted many times."""

@@ -43,7 +43,8 @@ class ColorCubes(gym.Env[NDArray[np.float32], np.int64]):
     Optimal return: num_phases.
     Memoryless return: an estimate from below. A policy that sees only where it is can search all cells on a closed tour
     and try to take a cube with some chance at each step; the value is that of the best such chance, by dynamic
-    programming, as if every cube were equally likely anywhere else.
+    programming, as if every cube were equally likely anywhere else and the tour no longer than there are cells. On a
+    grid of odd size it is longer by a cell.
 
     Levels of the paper: Trivial is one cube and one phase (`num_cubes=1, num_phases=1`), Medium has several, Extreme
     hides the colours of changes (`hide_colors=True`). The paper's rules are followed as its summary and project page
@@ -53,12 +54,14 @@ class ColorCubes(gym.Env[NDArray[np.float32], np.int64]):
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}
+    hidden_name = "the row of the cube asked for"
+    """Of `hidden_variable`."""
 
     def __init__(
         self,
-        grid: int = 6,
-        num_cubes: int = 4,
-        num_phases: int = 4,
+        grid: int = 5,
+        num_cubes: int = 3,
+        num_phases: int = 3,
         teleport: float = 0.1,
         hide_colors: bool = False,
         *,
@@ -159,6 +162,10 @@ class ColorCubes(gym.Env[NDArray[np.float32], np.int64]):
         seen = np.zeros(self.observation_space.shape or (), np.float32)
         seen[ones] = 1.0
         return seen
+
+    def hidden_variable(self) -> int:
+        """The row of the cube that is asked for."""
+        return self.cubes[self.target] // self.grid
 
     def oracle_action(self) -> int:
         """The shortest way to the cube asked for, rows first, and take it."""

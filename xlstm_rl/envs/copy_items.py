@@ -22,6 +22,8 @@ class Copy(SymbolStreamEnv):
     Optimal return: 1. Memoryless return: 1 / num_symbols, because questions show nothing.
     """
 
+    hidden_name = "the symbol to say next"
+
     def __init__(self, num_items: int = 8, num_symbols: int = 4, *, render_mode: str | None = None) -> None:
         """Set the size of the task.
 

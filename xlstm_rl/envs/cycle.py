@@ -22,6 +22,9 @@ class Cycle(SymbolStreamEnv):
     Optimal return: 1. Memoryless return: 1 / modulus, because the uniform start makes every place as likely.
     """
 
+    hidden_name = "the place on the cycle"
+    first_shows_state = True
+
     def __init__(self, modulus: int = 7, num_moves: int = 16, *, render_mode: str | None = None) -> None:
         """Set the size of the task.
 

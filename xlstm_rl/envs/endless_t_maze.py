@@ -48,6 +48,8 @@ class EndlessTMaze(gym.Env[NDArray[np.float32], np.int64]):
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}
+    hidden_name = "the turn that the last sign named"
+    """Of `hidden_variable`."""
 
     def __init__(
         self,
@@ -141,6 +143,10 @@ class EndlessTMaze(gym.Env[NDArray[np.float32], np.int64]):
         else:
             seen[0] = self.position / self.corridor_length
         return seen
+
+    def hidden_variable(self) -> int:
+        """The turn that the last sign named: 0 left, 1 right."""
+        return self.turns[min(self.corridor, self.num_corridors - 1)] - LEFT
 
     def oracle_action(self) -> int:
         """What an agent with perfect memory does: turn where the corridor may end, unless it was tried there."""

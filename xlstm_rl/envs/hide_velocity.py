@@ -40,6 +40,9 @@ class HideVelocity(
     left: contact forces and the like go too. For any other environment give `indices`.
     """
 
+    hidden_name = "the sign of the last hidden number"
+    """Of `hidden_variable`."""
+
     def __init__(self, env: gym.Env[Any, Any], indices: Sequence[int] | None = None) -> None:
         """Wrap `env`.
 
@@ -64,6 +67,8 @@ class HideVelocity(
         if not 0 < len(hidden) < size:
             raise ValueError(f"indices must hide some but not all of {size} entries, got {indices}")
         self._chosen = indices is not None
+        self._hidden = sorted(hidden)
+        self._last_hidden = 0.0
         self._kept = np.array([index for index in range(size) if index not in hidden])
         self.observation_space = gym.spaces.Box(space.low[self._kept], space.high[self._kept], dtype=space.dtype.type)
 
@@ -111,8 +116,13 @@ class HideVelocity(
             return TaskFacts(limit, float(limit), known.memoryless_return)
         return known if limit == known.horizon else None
 
+    def hidden_variable(self) -> int:
+        """Whether the last of the hidden numbers is positive."""
+        return int(self._last_hidden > 0)
+
     def observation(self, observation: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
         """The entries that are not hidden, as a new array."""
+        self._last_hidden = float(observation[self._hidden[-1]])
         shown: NDArray[np.floating[Any]] = observation[self._kept]
         return shown
 

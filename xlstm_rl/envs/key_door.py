@@ -30,6 +30,8 @@ class KeyDoor(SymbolStreamEnv):
     random actions collect 1 / num_keys**2.
     """
 
+    hidden_name = "the genuine key"
+
     def __init__(
         self, delay: int = 10, num_keys: int = 4, noise: float = 0.5, *, render_mode: str | None = None
     ) -> None:

@@ -24,6 +24,8 @@ class KeyValueRecall(SymbolStreamEnv):
     Optimal return: 1. Memoryless return: 1 / num_values, because a key is independent of its value.
     """
 
+    hidden_name = "the value of the first pair"
+
     def __init__(
         self,
         num_pairs: int = 8,
@@ -67,3 +69,7 @@ class KeyValueRecall(SymbolStreamEnv):
         shown_keys = np.hstack([keys, np.take_along_axis(keys, order, 1)])
         shown_values = np.hstack([values, np.full_like(values, self._num_values)])
         return Stream((shown_keys, shown_values), np.take_along_axis(values, order, 1))
+
+    def hidden_variable(self) -> int:
+        """The value that the first pair had."""
+        return int(self._frames[0, self._num_keys : -1].argmax())

@@ -26,6 +26,8 @@ class NearestSoFar(SymbolStreamEnv):
     and values are independent.
     """
 
+    hidden_name = "the value of the nearest item"
+
     def __init__(
         self, num_items: int = 16, num_values: int = 4, dim: int = 2, *, render_mode: str | None = None
     ) -> None:

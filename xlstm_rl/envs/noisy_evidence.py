@@ -28,6 +28,8 @@ class NoisyEvidence(SymbolStreamEnv):
     is what the oracle says. Memoryless return: 0.5, because the question shows nothing.
     """
 
+    hidden_name = "the state behind the evidence"
+
     def __init__(self, num_samples: int = 21, accuracy: float = 0.65, *, render_mode: str | None = None) -> None:
         """Set the size of the task.
 

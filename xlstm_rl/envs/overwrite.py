@@ -23,6 +23,8 @@ class Overwrite(SymbolStreamEnv):
     Optimal return: 1. Memoryless return: 1 / num_values, because values are independent of keys.
     """
 
+    hidden_name = "the value last written under key 0"
+
     def __init__(
         self, num_keys: int = 6, num_writes: int = 18, num_values: int = 4, *, render_mode: str | None = None
     ) -> None:
@@ -56,3 +58,9 @@ class Overwrite(SymbolStreamEnv):
         writes_since = (keys[:, None, ::-1] == asked[:, :, None]).argmax(axis=2)  # [N, asked]
         answers = np.take_along_axis(values, self._num_writes - 1 - writes_since, 1)
         return Stream((np.hstack([keys, asked]), np.hstack([values, np.full_like(asked, self._num_values)])), answers)
+
+    def hidden_variable(self) -> int:
+        """The value last written under key 0; `num_values` before there is one."""
+        values = self._frames[: self._step + 1, self._num_keys : -1]
+        written = np.flatnonzero(self._frames[: self._step + 1, 0] * values.any(axis=1))
+        return int(values[written[-1]].argmax()) if len(written) else self._num_values

@@ -42,6 +42,8 @@ class Pairs(gym.Env[NDArray[np.float32], np.int64]):
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}
+    hidden_name = "the face of card 0, once seen"
+    """Of `hidden_variable`."""
 
     def __init__(self, num_pairs: int = 4, num_turns: int | None = None, *, render_mode: str | None = None) -> None:
         """Set the size of the task.
@@ -126,6 +128,10 @@ class Pairs(gym.Env[NDArray[np.float32], np.int64]):
             seen[self.num_cards + card * self.num_pairs + self.faces[card]] = 1.0
         seen[self.steps % TURN_STEPS - TURN_STEPS] = 1.0
         return seen
+
+    def hidden_variable(self) -> int:
+        """The face of card 0, once it was seen; `num_pairs` before."""
+        return self.faces[0] if self.seen[0] else self.num_pairs
 
     def oracle_action(self) -> int:
         """What `BestPlay` turns over, with the cards seen so far known; 0 where nothing is to be turned over."""

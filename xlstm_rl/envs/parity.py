@@ -21,6 +21,9 @@ class Parity(SymbolStreamEnv):
     current bit.
     """
 
+    hidden_name = "the parity so far"
+    first_shows_state = True
+
     def __init__(self, length: int = 8, *, render_mode: str | None = None) -> None:
         """Set the size of the task.
 

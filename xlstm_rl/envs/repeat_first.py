@@ -22,6 +22,8 @@ class RepeatFirst(SymbolStreamEnv):
     symbol.
     """
 
+    hidden_name = "the first symbol"
+
     def __init__(
         self, length: int = 24, num_symbols: int = 4, *, distractors: bool = True, render_mode: str | None = None
     ) -> None:

@@ -21,6 +21,8 @@ class RepeatPrevious(SymbolStreamEnv):
     Optimal return: 1. Memoryless return: 1 / num_symbols, because the current symbol is independent of the earlier one.
     """
 
+    hidden_name = "the symbol of lag steps ago"
+
     def __init__(self, lag: int = 4, length: int = 64, num_symbols: int = 4, *, render_mode: str | None = None) -> None:
         """Set the size of the task.
 

@@ -45,6 +45,8 @@ class RockSample(gym.Env[NDArray[np.float32], np.int64]):
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}
+    hidden_name = "whether rock 0 is good"
+    """Of `hidden_variable`."""
 
     def __init__(
         self,
@@ -123,6 +125,10 @@ class RockSample(gym.Env[NDArray[np.float32], np.int64]):
         seen = np.zeros(2 * self.size + self.num_rocks, np.float32)
         seen[self.place[0]] = seen[self.size + self.place[1]] = 1.0
         return seen
+
+    def hidden_variable(self) -> int:
+        """Whether rock 0 is good."""
+        return int(self.good[0])
 
     def oracle_action(self) -> int:
         """To the nearest good rock and sample it; when none is left, out."""

@@ -26,6 +26,9 @@ class ShellGame(SymbolStreamEnv):
     Optimal return: 1. Memoryless return: 1 / num_shells, because the ball was anywhere with equal chance before.
     """
 
+    hidden_name = "the place of the ball"
+    first_shows_state = True
+
     def __init__(self, num_shells: int = 3, num_swaps: int = 12, *, render_mode: str | None = None) -> None:
         """Set the size of the task.
 

@@ -66,6 +66,10 @@ class SymbolStreamEnv(gym.Env[Observation, np.int64]):
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}
+    hidden_name = "the next right answer"
+    """Of `hidden_variable`."""
+    first_shows_state = False
+    """Whether the first observation, which asks nothing, shows the state that is tracked, in its first field."""
 
     def __init__(
         self,
@@ -162,6 +166,12 @@ class SymbolStreamEnv(gym.Env[Observation, np.int64]):
         self._step += 1
         self._last_action = choice
         return self._frames[self._step].copy(), reward, ended, False, {"is_success": success} if ended else {}
+
+    def hidden_variable(self) -> int:
+        """What memory has to hold at the present observation, to be looked for in it: a number from 0 on."""
+        if self._step == 0 and self.first_shows_state:
+            return int(self._frames[0, : next(iter(self._fields.values()))].argmax())
+        return next((answer for answer in self._answers[self._step :] if answer >= 0), 0)
 
     def oracle_action(self) -> int:
         """What an agent with perfect memory answers to the current observation; 0 where no answer is asked."""

@@ -40,6 +40,8 @@ class TMaze(gym.Env[NDArray[np.float32], np.int64]):
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}
+    hidden_name = "the arm that the sign named"
+    """Of `hidden_variable`."""
 
     def __init__(self, corridor_length: int = 10, *, render_mode: str | None = None) -> None:
         """Set the size of the maze.
@@ -97,6 +99,10 @@ class TMaze(gym.Env[NDArray[np.float32], np.int64]):
         self._ended = self._step == self._step_limit
         info = {"is_success": False} if self._ended else {}
         return self._codes[cell].copy(), 0.0, False, self._ended, info
+
+    def hidden_variable(self) -> int:
+        """The arm that the sign named: 0 left, 1 right."""
+        return self.named_arm - LEFT
 
     def oracle_action(self) -> int:
         """Forward in the corridor, then into the arm that the sign named."""

@@ -39,8 +39,8 @@ class RunFolder:
     `tensorboard/` events, `checkpoints/` to resume from, `best.zip` the model of the best evaluation during training,
     `model.zip` the last model of a run that ended, each with the normalisation that it was trained with. `policy.onnx`
     the exported policy, `inspection.png` and `inspection.gif` an episode looked into (`inspection-best` that of the
-    best model), `lock` the process that trains, or trained last, `trackers.json` under which
-    names trackers know the run.
+    best model), `probe.png` what can be read from the memory, `lock` the process that trains, or trained last,
+    `trackers.json` under which names trackers know the run.
     The last line of `config.yaml` is a checksum of the others.
 
     Of several processes that train one agent, rank 0 writes all of that, and every other one its own checkpoints to
@@ -67,6 +67,7 @@ class RunFolder:
         self.policy = path / "policy.onnx"
         self.inspection = path / "inspection.png"
         self.video = path / "inspection.gif"
+        self.probe = path / "probe.png"
         self.lock = path / "lock"
         self.trackers = path / "trackers.json"
 

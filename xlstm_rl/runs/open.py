@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from gymnasium.wrappers import RecordVideo
 from rich.console import Console
+from rich.table import Table
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from xlstm_rl.agents import RecurrentPPO
@@ -25,7 +26,7 @@ from xlstm_rl.configs import ConfigError, TrainConfig
 from xlstm_rl.envs import TaskFacts
 from xlstm_rl.export import Check, ExportError, check_c, check_onnx, compiler, export_c, export_onnx, time_c
 from xlstm_rl.export.step_check import ROWS
-from xlstm_rl.inspection import Episode, draw_episode, record_episode, write_gif
+from xlstm_rl.inspection import Episode, Probe, draw_episode, draw_probes, probe_memory, record_episode, write_gif
 from xlstm_rl.inspection.panel import MemoryPanel
 from xlstm_rl.memory import leaf_names, leaves
 from xlstm_rl.runs.build import evaluation_device, make_env, normalized_as_saved, own_classes, read_facts, torch_threads
@@ -39,6 +40,8 @@ DEFAULT_FPS = 10
 MOST_FRAMES = 3_000
 # A run that trains has a new checkpoint before it removes the old one.
 ATTEMPTS = 100
+# Stepped together to be probed.
+PROBED_COPIES = 16
 
 
 class FinishedRun(NamedTuple):
@@ -48,7 +51,7 @@ class FinishedRun(NamedTuple):
     config: TrainConfig
     model: RecurrentPPO
     env: VecEnv
-    """One copy of the environment, as the agent sees it; its normalisation stays as it is."""
+    """Copies of the environment, as the agent sees it, one unless asked for more; its normalisation stays as it is."""
     facts: TaskFacts | None
     """What is known about the task, None if nothing."""
 
@@ -61,6 +64,7 @@ def open_run(
     device: str | None = None,
     render: bool = False,
     render_mode: str | None = None,
+    n_envs: int = 1,
     console: Console | None = None,
 ) -> Iterator[FinishedRun]:
     """Load the last model of a run folder, and its environment with the normalisation that the model was trained with.
@@ -74,6 +78,7 @@ def open_run(
         device: as torch knows it, or "auto"; None takes the configured one, or the CPU if this machine lacks it.
         render: make the environment draw pictures, where it can.
         render_mode: make it with this mode of drawing; None or "none": as configured.
+        n_envs: copies of the environment.
         console: told when the configured device is not taken; None tells nobody.
 
     Raises:
@@ -88,7 +93,7 @@ def open_run(
     if render_mode not in (None, "none"):
         kwargs = {**config.env.kwargs, "render_mode": render_mode}
         drawn = dataclasses.replace(config, env=dataclasses.replace(config.env, kwargs=kwargs))
-    with torch_threads(config.threads), closing(make_env(drawn, 1, config.seed, here=True)) as env:
+    with torch_threads(config.threads), closing(make_env(drawn, n_envs, config.seed, here=True)) as env:
         model = _load(folder, best, config, env, device)
         wrapped = model.get_env()
         assert wrapped is not None, "loaded with one"
@@ -176,6 +181,60 @@ def inspect_run(
         said = f"one episode, {end}: {picture}\n{drawn}"
         console.print(said, highlight=False, soft_wrap=True, markup=False)
     return episode
+
+
+def probe_run(
+    run_dir: Path | str,
+    *,
+    beside: Path | str | None = None,
+    best: bool = False,
+    episodes: int = 400,
+    max_steps: int = 200,
+    console: Console | None = None,
+) -> list[Probe]:
+    """Probe the memory of a run for the hidden variable of its task, and draw `probe.png` into its folder.
+
+    Args:
+        run_dir: as `train` made it.
+        beside: another run, drawn beside it, such as that of an LSTM.
+        best: take the models of the best evaluations during training instead of the last ones.
+        episodes: at least so many of each run; half of them train the probes.
+        max_steps: later steps of an episode are not probed.
+        console: told what was found; None tells nobody.
+
+    Raises:
+        ConfigError: as for `open_run`; the task names no hidden variable, or there are too few episodes.
+    """
+    probes = []
+    for folder in [Path(run_dir)] + ([] if beside is None else [Path(beside)]):
+        with open_run(folder, best=best, device="cpu", n_envs=PROBED_COPIES, console=console) as run:
+            seed_envs(run.env, environment_seed(run.config.seed, Purpose.INSPECTION))
+            try:
+                probe = probe_memory(run.model, run.env, episodes=episodes, max_steps=max_steps)
+            except ValueError as error:
+                raise ConfigError(f"{folder} cannot be probed: {error}") from error
+            blocks = run.config.memory.settings.get("blocks", "")
+            title = f"{run.config.env.id}, {run.config.memory.name} {blocks}".rstrip()
+            probes.append((f"{title}, {run.model.num_timesteps:,} steps of training", probe))
+    picture = RunFolder(Path(run_dir)).probe
+    draw_probes(probes, picture)
+    if console is not None:
+        for title, probe in probes:
+            _show_probe(console, title, probe)
+        console.print(f"picture: {picture}", highlight=False, soft_wrap=True, markup=False)
+    return [probe for _, probe in probes]
+
+
+def _show_probe(console: Console, title: str, probe: Probe) -> None:
+    table = Table(title=f"{title}: {probe.variable}, {probe.episodes} test episodes", title_justify="left")
+    table.add_column("read from")
+    for column in ("mean over steps", "best", "at step", "last step"):
+        table.add_column(column, justify="right")
+    for name, accuracy in {**probe.accuracy, "chance": probe.chance}.items():
+        best = int(accuracy.argmax())
+        cells = (f"{accuracy.mean():.2f}", f"{accuracy[best]:.2f}", str(probe.steps[best]), f"{accuracy[-1]:.2f}")
+        table.add_row(name, *cells)
+    console.print(table)
 
 
 def play_run(
