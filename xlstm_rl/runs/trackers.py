@@ -129,7 +129,7 @@ class Trackers(KVWriter):
 
     Args:
         config: of the run.
-        folder: of the run.
+        folder: of the run, with the processes that train in it.
 
     Raises:
         ConfigError: one of them cannot be opened.
@@ -138,7 +138,8 @@ class Trackers(KVWriter):
     def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
         known = json.loads(folder.trackers.read_text(encoding="utf-8")) if folder.trackers.is_file() else {}
         self._open: dict[str, Tracker] = {}
-        for name in config.logging.trackers:
+        # of several processes rank 0 alone tells anybody
+        for name in config.logging.trackers if folder.group.rank == 0 else ():
             if name in TRACKERS:
                 try:
                     self._open[name] = TRACKERS[name](config, folder.path, known.get(name))

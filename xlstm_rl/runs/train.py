@@ -341,61 +341,55 @@ def _run(
     console: Console,
 ) -> RunResult:
     """Learn what is left to learn, save, evaluate and report."""
-    if folder.group.rank > 0:
-        # rank 0 alone logs
-        model.set_logger(Logger(None, []))
-        return _run_tracked(model, config, facts, folder, returns, notes, stop_when, console, None)
-    with Trackers(config, folder) as trackers:
-        tensorboard = "tensorboard" in config.logging.trackers
-        model.set_logger(
-            open_logger(folder.tensorboard, model.num_timesteps, notes["log"], [trackers], tensorboard=tensorboard)
-        )
-        return _run_tracked(model, config, facts, folder, returns, notes, stop_when, console, trackers)
-
-
-def _run_tracked(
-    model: RecurrentPPO,
-    config: TrainConfig,
-    facts: TaskFacts | None,
-    folder: RunFolder,
-    returns: Returns,
-    notes: Mapping[str, Any],
-    stop_when: StopWhen | None,
-    console: Console,
-    trackers: Trackers | None,
-) -> RunResult:
     group = folder.group
     scores: list[Score] = []
-    with Interruption(partial(say, console)) as interruption:
-        _learn(model, config, folder, returns, notes, stop_when, console, interruption)
-        folder.save(model, folder.model)
-        signals = [kind for kind in group.gather(interruption.signal) if kind is not None]
-        trained = not signals
-        if group.rank > 0:
-            # rank 0 evaluates
-            return RunResult(folder.path, folder.model, returns.rows, scores, signals[0] if signals else None)
-        if trained:
-            seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
-            closing_scores = final_scores(
-                model,
-                config,
-                facts,
-                config.eval.n_episodes,
-                seed,
-                console,
-                interruption.check,
-                max_steps=config.eval.max_steps,
-            )
-            with _faults_told(folder, "the closing evaluation stopped", model), suppress(InterruptedEvaluationError):
-                for score in closing_scores:
-                    scores.append(score)
-            scores[1:1] = worst_of_last(returns.of("eval"), 5) if scores else []
-    _close(console, folder, config, model, scores, trained=trained, interrupted=interruption.signal is not None)
-    # last, as it takes a second to load what draws, and whoever interrupted the run waits
-    _draw(folder, config, returns.rows, facts, scores)
-    if trackers:
-        _track_end(trackers, config, folder, scores, model.num_timesteps, console)
-    return RunResult(folder.path, folder.model, returns.rows, scores, interruption.signal or next(iter(signals), None))
+    with Trackers(config, folder) as trackers:
+        model.set_logger(_logger(model, config, folder, notes, trackers))
+        with Interruption(partial(say, console)) as interruption:
+            _learn(model, config, folder, returns, notes, stop_when, console, interruption)
+            folder.save(model, folder.model)
+            signals = [kind for kind in group.gather(interruption.signal) if kind is not None]
+            trained = not signals
+            if group.rank > 0:
+                # rank 0 evaluates
+                return RunResult(folder.path, folder.model, returns.rows, scores, signals[0] if signals else None)
+            if trained:
+                seed = environment_seed(config.seed, Purpose.FINAL_EVALUATION)
+                closing_scores = final_scores(
+                    model,
+                    config,
+                    facts,
+                    config.eval.n_episodes,
+                    seed,
+                    console,
+                    interruption.check,
+                    max_steps=config.eval.max_steps,
+                )
+                with (
+                    _faults_told(folder, "the closing evaluation stopped", model),
+                    suppress(InterruptedEvaluationError),
+                ):
+                    for score in closing_scores:
+                        scores.append(score)
+                scores[1:1] = worst_of_last(returns.of("eval"), 5) if scores else []
+        _close(console, folder, config, model, scores, trained=trained, interrupted=interruption.signal is not None)
+        # last, as it takes a second to load what draws, and whoever interrupted the run waits
+        _draw(folder, config, returns.rows, facts, scores)
+        if trackers:
+            _track_end(trackers, config, folder, scores, model.num_timesteps, console)
+        return RunResult(
+            folder.path, folder.model, returns.rows, scores, interruption.signal or next(iter(signals), None)
+        )
+
+
+def _logger(
+    model: RecurrentPPO, config: TrainConfig, folder: RunFolder, notes: Mapping[str, Any], trackers: Trackers
+) -> Logger:
+    if folder.group.rank > 0:
+        # rank 0 alone logs
+        return Logger(None, [])
+    tensorboard = "tensorboard" in config.logging.trackers
+    return open_logger(folder.tensorboard, model.num_timesteps, notes["log"], [trackers], tensorboard=tensorboard)
 
 
 def _track_end(
