@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,7 +96,9 @@ def test_wandb_offline_keeps_numbers_and_id(tmp_path: Path, monkeypatch: pytest.
     overrides = (*SMALL, "logging.trackers=[tensorboard,wandb]", "logging.project=mine")
     train(load("tmaze", overrides), tmp_path / "run")
     identity = json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"]
-    resume(tmp_path / "run", ["total_steps=1536"])
+    # as a run goes on; a second part of one in the same process is now and then left empty by the package's own service
+    command = [sys.executable, "-m", "xlstm_rl", "train", "--resume", str(tmp_path / "run"), "total_steps=1536"]
+    subprocess.run(command, check=True, capture_output=True)
     files = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{identity}.wandb"))
     assert len(files) == 2
     assert any((tmp_path / "run").glob("tensorboard/events*"))
