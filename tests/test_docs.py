@@ -149,6 +149,11 @@ def test_page_on_export_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert set(said.split()) <= {"0", "1"} and len(said.split()) == 100
 
 
+def test_page_on_trained_agents_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert run_blocks("docs/hub.md")["returns"].mean() == 1.0
+
+
 def test_memory_of_the_docs_is_registered() -> None:
     core = run_blocks("docs/own_memory.md")["OneGate"]
     assert _REGISTRY.pop("one-gate") is core

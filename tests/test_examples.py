@@ -14,6 +14,8 @@ from xlstm_rl.agents import evaluate
 from xlstm_rl.agents.losses import _REGISTRY as LOSSES
 from xlstm_rl.memory.core import _REGISTRY
 from xlstm_rl.memory.laws import check_memory_laws
+from xlstm_rl.runs.scores import EMPTIED, MEMORYLESS, OPTIMUM, TRAINED
+from xlstm_rl.runs.train import evaluate_run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -51,6 +53,21 @@ def test_own_loss_is_trained_and_falls() -> None:
         assert model.logger.name_to_value["train/loss_next-observation"] < 0.8 * first
     finally:
         LOSSES.pop("next-observation", None)
+
+
+def test_trained_agents_that_come_along_are_small() -> None:
+    sizes = [file.stat().st_size for file in (EXAMPLES / "agents").glob("*/model.zip")]
+    assert len(sizes) == 3
+    assert max(sizes) < 300_000
+
+
+@pytest.mark.parametrize("folder", sorted((EXAMPLES / "agents").iterdir()), ids=lambda folder: folder.name)
+def test_trained_agent_that_comes_along_is_at_the_optimum_by_its_memory(folder: Path) -> None:
+    scores = {score.agent: score for score in evaluate_run(folder, n_episodes=100, seed=7)}
+    optimum, memoryless = scores[OPTIMUM].mean_return, scores[MEMORYLESS].mean_return
+    assert scores[TRAINED].mean_return >= optimum - 0.01
+    # four standard errors of 100 fair coins
+    assert scores[EMPTIED].mean_return <= memoryless + 0.2
 
 
 def test_single_file_agent_learns_the_t_maze(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,7 @@ ORDER = (
     "configs",
     "runs",
     "imitation",
+    "hub",
     "bench",
     "tuning",
     "cli",

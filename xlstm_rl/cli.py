@@ -1,4 +1,4 @@
-"""The command `xlstm-rl`: train, imitate, evaluate, export, inspect, probe, play, tune, bench, list, show."""
+"""The command `xlstm-rl`: train, imitate, evaluate, export, inspect, probe, play, push, tune, bench, list, show."""
 
 from __future__ import annotations
 
@@ -102,8 +102,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add_imitate_parser(commands, name_help, overrides_help)
 
+    run_help = "a run folder, or hf://user/repo"
     evaluate = commands.add_parser("evaluate", help="evaluate a run", description="Evaluate the last model of a run.")
-    evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    evaluate.add_argument("run_dir", metavar="RUN", help=run_help)
     evaluate.add_argument("--episodes", type=positive, help="default: as configured")
     evaluate.add_argument("--seed", type=natural, help="of the episodes; default: those that train ended with")
     evaluate.add_argument("--device", help="default: as trained, or the CPU where that device is missing")
@@ -113,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export", help="write a policy as ONNX or C", description="Write a policy as an ONNX file, or as a C file."
     )
-    export.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    export.add_argument("run_dir", metavar="RUN", help=run_help)
     export.add_argument(
         "path",
         nargs="?",
@@ -126,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
 
     inspect = commands.add_parser("inspect", help="draw an episode", description="Draw what the memory does.")
-    inspect.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    inspect.add_argument("run_dir", metavar="RUN", help=run_help)
     inspect.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
     inspect.add_argument("--max-steps", type=positive, default=300, help="the episode is cut there; default 300")
     inspect.add_argument("--seed", type=natural, help="of the episode")
@@ -135,15 +136,15 @@ def _parser() -> argparse.ArgumentParser:
     probe = commands.add_parser(
         "probe", help="read the memory", description="Read the hidden variable of the task from the memory."
     )
-    probe.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
-    probe.add_argument("--beside", type=Path, metavar="RUN2", help="another run, drawn beside it")
+    probe.add_argument("run_dir", metavar="RUN", help=run_help)
+    probe.add_argument("--beside", metavar="RUN2", help="another run, drawn beside it")
     probe.add_argument("--best", action="store_true", help="the models of the best evaluations during training")
     probe.add_argument("--episodes", type=positive, default=400, help="half of them train the probes; default 400")
     probe.add_argument("--max-steps", type=positive, default=200, help="later steps are not probed; default 200")
     probe.set_defaults(run=_probe)
 
     play = commands.add_parser("play", help="watch or record episodes", description="Play episodes of a run.")
-    play.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    play.add_argument("run_dir", metavar="RUN", help=run_help)
     play.add_argument("--best", action="store_true", help="the model of the best evaluation during training")
     play.add_argument("--episodes", type=positive, default=5, help="default 5")
     play.add_argument("--mode", choices=("human", "ansi", "none"), help="a window, text, or returns alone")
@@ -152,6 +153,17 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("--sample", action="store_true", help="sampled actions instead of the most likely ones")
     play.add_argument("--seed", type=natural, help="of the episodes")
     play.set_defaults(run=_play)
+
+    push = commands.add_parser(
+        "push",
+        help="upload a run to the Hugging Face Hub",
+        description="Upload a run with a model card; hf://user/repo then stands for it in the other commands.",
+    )
+    push.add_argument("run_dir", metavar="RUN", help="a run folder")
+    push.add_argument("repository", metavar="USER/REPO", help="made if it is missing")
+    push.add_argument("--private", action="store_true", help="of a new repository")
+    push.add_argument("--episodes", type=positive, help="played for the card by each agent; default: as configured")
+    push.set_defaults(run=_push)
 
     add_tune_parser(commands, name_help, overrides_help)
     add_bench_parser(commands)
@@ -258,6 +270,19 @@ def _play(options: argparse.Namespace) -> int:
         memory=options.memory,
         deterministic=not options.sample,
         seed=options.seed,
+        console=LastingConsole(),
+    )
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from xlstm_rl.hub.push import push_run
+
+    push_run(
+        options.run_dir,
+        options.repository,
+        private=options.private,
+        episodes=options.episodes,
         console=LastingConsole(),
     )
     return 0

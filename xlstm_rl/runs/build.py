@@ -28,6 +28,7 @@ from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.agents.saving import load_normalizer
 from xlstm_rl.agents.training_state import make_normalizer
 from xlstm_rl.configs import ConfigError, EnvConfig, TrainConfig
+from xlstm_rl.configs.hub_runs import fetch_run
 from xlstm_rl.configs.schema import agent_arguments
 from xlstm_rl.envs import Resumable, TaskFacts, task_facts, wrapped, wrapper_class
 from xlstm_rl.runs.folder import RunFolder
@@ -145,7 +146,7 @@ def start_from(model: RecurrentPPO, config: TrainConfig) -> str | None:
     init = config.init
     if init.source is None:
         return None
-    path = Path(init.source).expanduser()
+    path = fetch_run(init.source).expanduser()
     try:
         file = RunFolder(path).latest_model() if path.is_dir() else path
         transfer = model.take_weights(file, init.parts, init.freeze)

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ from xlstm_rl._version import __version__
 from xlstm_rl.agents.checkpoint import make_folder, remove_unfinished, write_whole
 from xlstm_rl.agents.parallel import Ranks
 from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
+from xlstm_rl.configs.hub_runs import fetch_run, is_in_hub
+from xlstm_rl.configs.validation import parse_yaml
+from xlstm_rl.envs.wrappers import WRAPPERS
 from xlstm_rl.runs.lock import LockedError, exclusive
 
 # The last line of config.yaml.
@@ -70,6 +74,24 @@ class RunFolder:
         self.probe = path / "probe.png"
         self.lock = path / "lock"
         self.trackers = path / "trackers.json"
+
+    @classmethod
+    def find(cls, run: Path | str) -> RunFolder:
+        """The folder of a run that exists; one named as hf://user/repo is fetched, if it was not before.
+
+        Raises:
+            ConfigError: it cannot be fetched, or opening it would import or call what is not of this package.
+        """
+        path = fetch_run(run)
+        folder = cls(path)
+        if is_in_hub(run):
+            names = sorted(set(_foreign_names(folder.config)))
+            if names:
+                raise ConfigError(
+                    f"{run} would run code that its author chose, {', '.join(names)}: read {folder.config}, and open "
+                    f"the folder {path} if you trust it"
+                )
+        return folder
 
     @classmethod
     def create(
@@ -236,6 +258,32 @@ class RunFolder:
             # that of a run before it was resumed is older than the checkpoint
             self.model.unlink(missing_ok=True)
         return path
+
+
+def _foreign_names(file: Path) -> Iterator[str]:
+    """What of a configuration names modules, or wrappers, some of which write files, that are not of this package."""
+    values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(values, dict):
+        return
+    # of no use to who opens a run
+    left = {key: value for key, value in values.items() if key not in ("description", "init", "logging")}
+    for text in _texts(left):
+        if re.search(r"\S:\S", text) and not text.startswith("xlstm_rl:"):
+            yield text
+    env = values.get("env")
+    wrappers = env.get("wrappers") if isinstance(env, dict) else None
+    yield from (str(name) for name in wrappers or () if name not in WRAPPERS)
+
+
+def _texts(values: Any) -> Iterator[str]:
+    """Keys and values of nested ones."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, dict | list):
+        for value in values:
+            yield from _texts(value)
+        if isinstance(values, dict):
+            yield from _texts([*values.values()])
 
 
 def default_run_path(name: str, seed: int, parent: Path = Path("runs")) -> Path:

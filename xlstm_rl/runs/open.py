@@ -73,7 +73,7 @@ def open_run(
     configured number of threads; the environment is closed at the end.
 
     Args:
-        run_dir: as `xlstm-rl train` made it.
+        run_dir: as `xlstm-rl train` made it, or one that `xlstm-rl push` uploaded, as "hf://user/repo".
         best: take the model of the best evaluation during training instead of the last one.
         device: as torch knows it, or "auto"; None takes the configured one, or the CPU if this machine lacks it.
         render: make the environment draw pictures, where it can.
@@ -83,9 +83,9 @@ def open_run(
 
     Raises:
         ConfigError: this is no run folder, it holds no model, the model or its normalisation statistics are missing or
-            damaged, or this machine has no such device.
+            damaged, or this machine has no such device; a run in the hub cannot be fetched, or names code of others.
     """
-    folder = RunFolder(Path(run_dir))
+    folder = RunFolder.find(run_dir)
     config = folder.load_config()
     device = evaluation_device(config.device, device, console or Console(quiet=True))
     facts = read_facts(config.env)
@@ -163,24 +163,29 @@ def inspect_run(
     Raises:
         ConfigError: as for `open_run`.
     """
-    folder = RunFolder(Path(run_dir))
+    folder = RunFolder.find(run_dir)
     paths = (folder.inspection, folder.video)
     picture, video = (path.with_stem(f"{path.stem}-best") if best else path for path in paths)
-    with open_run(run_dir, best=best, device="cpu", render=True) as run:
+    with open_run(folder.path, best=best, device="cpu", render=True) as run:
         seed_envs(run.env, environment_seed(run.config.seed, Purpose.INSPECTION) if seed is None else seed)
         episode = record_episode(run.model, run.env, max_steps=max_steps)
         title = f"{run.config.env.id}, memory {run.config.memory.name}, {run.model.num_timesteps:,} steps of training"
         draw_episode(episode, picture, title, gamma=run.model.gamma)
         if episode.frames:
-            # an environment may have none, or none that tells
-            told: Any = (getattr(run.env, "metadata", None) or {}).get("render_fps")
-            write_gif(episode.frames, video, told or DEFAULT_FPS)
+            write_video(run, episode, video)
     if console is not None:
         end = f"{len(episode.rewards)} steps, {episode.ended}, return {episode.total:.2f}"
         drawn = f"video: {video}" if episode.frames else "no video: the environment draws none here"
         said = f"one episode, {end}: {picture}\n{drawn}"
         console.print(said, highlight=False, soft_wrap=True, markup=False)
     return episode
+
+
+def write_video(run: FinishedRun, episode: Episode, path: Path) -> None:
+    """Write the frames of an episode as a GIF, as fast as the task says."""
+    # an environment may have no metadata, or none that tells
+    told: Any = (getattr(run.env, "metadata", None) or {}).get("render_fps")
+    write_gif(episode.frames, path, told or DEFAULT_FPS)
 
 
 def probe_run(
@@ -206,17 +211,18 @@ def probe_run(
         ConfigError: as for `open_run`; the task names no hidden variable, or there are too few episodes.
     """
     probes = []
-    for folder in [Path(run_dir)] + ([] if beside is None else [Path(beside)]):
-        with open_run(folder, best=best, device="cpu", n_envs=PROBED_COPIES, console=console) as run:
+    folders = [RunFolder.find(name) for name in (run_dir, beside) if name is not None]
+    for folder in folders:
+        with open_run(folder.path, best=best, device="cpu", n_envs=PROBED_COPIES, console=console) as run:
             seed_envs(run.env, environment_seed(run.config.seed, Purpose.INSPECTION))
             try:
                 probe = probe_memory(run.model, run.env, episodes=episodes, max_steps=max_steps)
             except ValueError as error:
-                raise ConfigError(f"{folder} cannot be probed: {error}") from error
+                raise ConfigError(f"{folder.path} cannot be probed: {error}") from error
             blocks = run.config.memory.settings.get("blocks", "")
             title = f"{run.config.env.id}, {run.config.memory.name} {blocks}".rstrip()
             probes.append((f"{title}, {run.model.num_timesteps:,} steps of training", probe))
-    picture = RunFolder(Path(run_dir)).probe
+    picture = folders[0].probe
     draw_probes(probes, picture)
     if console is not None:
         for title, probe in probes:
@@ -266,7 +272,8 @@ def play_run(
     Raises:
         ConfigError: as for `open_run`; the task draws nothing of the kind that is asked for, or a package is missing.
     """
-    config = RunFolder(Path(run_dir)).load_config()
+    folder = RunFolder.find(run_dir)
+    config = folder.load_config()
     console = console or Console(quiet=True)
     modes = _render_modes(config)
     if record is not None:
@@ -283,7 +290,7 @@ def play_run(
     if record is not None:
         # before anything is played
         record.parent.mkdir(parents=True, exist_ok=True)
-    with open_run(run_dir, best=best, render_mode=mode, console=console) as run:
+    with open_run(folder.path, best=best, render_mode=mode, console=console) as run:
         player = _Remembering(run.model)
         single = run.env.unwrapped
         assert isinstance(single, DummyVecEnv), "an environment here"
@@ -421,11 +428,12 @@ def export_run(
     Raises:
         ConfigError: as for `open_run`; a package is missing, the file cannot be written, or what it computes differs.
     """
-    path = RunFolder(Path(run_dir)).policy if path is None else Path(path)
+    folder = RunFolder.find(run_dir)
+    path = folder.policy if path is None else Path(path)
     as_c = path.suffix.lower() == ".c"
     if int8 and not as_c:
         raise ConfigError(f"int8 is for C files, and {path.name} is none: name a file that ends in .c, or leave it out")
-    with open_run(run_dir, best=best, device="cpu") as run, TemporaryDirectory() as scratch:
+    with open_run(folder.path, best=best, device="cpu") as run, TemporaryDirectory() as scratch:
         # the name of a C file begins the names in it
         unchecked = Path(scratch) / path.name
         try:

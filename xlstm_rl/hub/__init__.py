@@ -1,0 +1,1 @@
+"""Trained agents in the Hugging Face Hub."""
