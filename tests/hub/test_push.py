@@ -85,7 +85,7 @@ def test_model_card_tells_scores_bounds_command_and_how_to_use_it(hub: FakeHub, 
     (index,) = metadata["model-index"]
     scores = evaluate_run(run, n_episodes=4)
     value = index["results"][0]["metrics"][0]["value"]
-    assert value.startswith(f"{scores[0].mean_return:.2f} ± ")
+    assert value.startswith(f"{scores[0].mean_return:.2f} +/- ")
     assert index["results"][0]["dataset"]["type"] == "xlstm_rl/TMaze-v0"
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert {score.agent for score in scores} <= {*rows}
@@ -145,6 +145,21 @@ def test_fetched_run_is_found_again_without_the_hub(hub: FakeHub, run: Path) -> 
     hub.server_close()
     with open_run("hf://me/agent") as again:
         assert again.model.num_timesteps == steps
+
+
+def test_fetched_run_can_be_drawn_and_exported(
+    hub: FakeHub, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push_run(run, "me/agent", episodes=1)
+    assert cli.main(["inspect", "hf://me/agent"]) == 0
+    # beside what was fetched, as the command says
+    assert str(tmp_path / "cache") in capsys.readouterr().out.replace("\n", "")
+    assert len(list((tmp_path / "cache").rglob("inspection.png"))) == 1
+    assert cli.main(["export", "hf://me/agent", str(tmp_path / "policy.c")]) == 0
+    assert (tmp_path / "policy.c").is_file()
+    # what a `Path` makes of it
+    with open_run(Path("hf://me/agent")) as fetched:
+        assert fetched.config == RunFolder(run).load_config()
 
 
 def test_training_starts_from_an_agent_in_the_hub(hub: FakeHub, run: Path) -> None:

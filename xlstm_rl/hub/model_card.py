@@ -83,14 +83,14 @@ def model_card(
         dataset_type=config.env.id,
         dataset_name=config.env.id,
         metric_type="mean_reward",
-        metric_name="mean return ± standard error",
-        metric_value=f"{agent.mean_return:.2f} ± {error:.2f}",
+        metric_name="mean return +/- standard error",
+        metric_value=f"{agent.mean_return:.2f} +/- {error:.2f}",
     )
     metadata = package.ModelCardData(
-        model_name=repository,
+        model_name=repository.rpartition("/")[2],
         library_name="xlstm_rl",
         pipeline_tag="reinforcement-learning",
-        tags=["reinforcement-learning", "xlstm", "memory", "stable-baselines3", config.env.id],
+        tags=["reinforcement-learning", "xlstm", "memory", "stable-baselines3", config.env.id.rpartition("/")[2]],
         eval_results=[result],
     )
     versions = json.loads(folder.versions.read_text(encoding="utf-8")) if folder.versions.is_file() else {}
