@@ -152,6 +152,28 @@ def test_gates_of_every_size_equal_the_reference(backend: str, operation: str, s
     assert_close(cases.run(case, backend), cases.run(case, "reference"))
 
 
+@pytest.mark.parametrize("backend", cases.FAST_BACKENDS)
+@pytest.mark.parametrize("forget_activation", ("sigmoid", "exp"))
+@pytest.mark.parametrize("T", (17, 70))
+def test_single_precision_rounds_gates_that_cancel_at_the_steps_of_the_reference(
+    backend: str, forget_activation: ForgetActivation, T: int
+) -> None:
+    case = cases.cast(cases.make_case("mlstm", B=64, T=T, H=1, reset=0.03), torch.float32)
+    generator = torch.Generator().manual_seed(T)
+    shape = case.sequence[3].shape
+    # few values beyond the size where neighbouring numbers are more than one apart, of all sizes, mixed with others
+    size = 10 ** cases.uniform(generator, 6, 38, 2, shape[0], 1, 1).float()
+    for at, sign in ((3, 1), (4, -1)):
+        huge = sign * size[torch.randint(2, shape, generator=generator), torch.arange(shape[0])[:, None, None], 0, 0]
+        other = cases.uniform(generator, -30, 30, *shape).float()
+        case.sequence[at].copy_(torch.where(torch.rand(shape, generator=generator) < 0.4, huge, other))
+    arguments = {"reset": case.reset, "forget_activation": forget_activation}
+    hidden, state = mlstm_sequence(*case.sequence, **arguments, backend=backend)
+    expected, expected_state = mlstm_sequence(*case.sequence, **arguments, backend="reference")
+    assert_close(hidden, expected)
+    assert_close(state, expected_state)
+
+
 @pytest.mark.skipif("cpp" not in cases.BACKENDS, reason="the compiled kernels are not built")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_gates_beyond_ten_thousand_are_numbers_like_any_others(dtype: torch.dtype) -> None:

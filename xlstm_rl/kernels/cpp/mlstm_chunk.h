@@ -76,16 +76,18 @@ template <class T> struct Chunk {
 
     // What a step adds to the log weight of all before it is `log f + m before - m`, never positive. A step that leaves
     // nothing of the memory counts as an episode start, so that the sums stay small and gates of any size keep the
-    // digits of all others. m itself may be as large as the gates and enters no sum.
-    double sum = 0, m = carried;
+    // digits of all others. m itself may be as large as the gates and enters no sum. It is rounded at every step as in
+    // the recurrence, or gates whose neighbouring numbers are further apart than one would weigh otherwise here.
+    double sum = 0;
+    T m = carried;
     last = 0;
     live = length;
     for (int64_t t = 0; t < length; t++) {
-      const double input_gate = *x.input_gate.at(b, start + t, h);
+      const T input_gate = *x.input_gate.at(b, start + t, h);
       const bool starts = x.starts(b, start + t);
-      const double decayed = double(log_forget[t]) + (starts ? 0.0 : m);
+      const T decayed = log_forget[t] + (starts ? T(0) : m);
       // Maxima keep a NaN of their first argument.
-      m = std::max(std::max(decayed, input_gate), 0.0);
+      m = std::max(std::max(decayed, input_gate), T(0));
       const double kept = decayed - m;
       if (starts || kept < FORGETS_ALL) {
         live = std::min(live, t);
@@ -96,26 +98,22 @@ template <class T> struct Chunk {
       }
       first[t] = last;
       total[t] = sum;
-      input[t] = std::max(input_gate - m, NEVER);
+      input[t] = std::max(double(input_gate - m), NEVER);
       scale[t] = m;
       row.set(t, sum);
       column.set(t, input[t] - sum);
     }
-    stabilizer = T(m);
-    // The memory is handed on under the rounded stabilizer. Where neighbouring numbers are further apart than one, no
-    // form tells gates of that size apart, and the recurrence adds nothing for it either.
-    double rounding = m - double(stabilizer);
-    if (!(std::abs(rounding) <= 1)) rounding = 0;
+    stabilizer = m;
     for (int64_t t = 0; t < width; t++) {
       const bool carries = t < live, arrives = t >= last && t < length;
       from_start[t] = T(carries ? total[t] : NEVER);
-      to_end[t] = T(arrives ? total[length - 1] - total[t] + input[t] + rounding : NEVER);
+      to_end[t] = T(arrives ? total[length - 1] - total[t] + input[t] : NEVER);
       bound[t] = T(t < length ? -std::min(scale[t], LARGEST_EXPONENT) : 0.0);
       if (t >= length) column.set(t, NEVER);
     }
     for (int64_t t = 0; t < width; t += WIDTH<T>)
       for (T* weights : {from_start, to_end, bound}) store(weights + t, exponential<T>(load(weights + t)));
-    over = live == length ? T(std::exp(total[length - 1] + rounding)) : T(0);
+    over = live == length ? T(std::exp(total[length - 1])) : T(0);
   }
 };
 
