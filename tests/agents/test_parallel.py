@@ -119,3 +119,9 @@ def test_restarts_over_nodes_are_refused_without_a_store_for_each(monkeypatch: p
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         ranks()
+
+
+@pytest.mark.parametrize("seconds", (0.0, -1.0, float("nan"), float("inf"), 1e12))
+def test_timeout_of_ranks_that_is_no_time_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match="must be above 0 and at most"):
+        ranks(seconds)

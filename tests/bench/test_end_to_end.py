@@ -213,3 +213,11 @@ def test_wrong_number_of_workers_is_told(text: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         cli.main(["bench", "run", "quick", f"--workers={text}"])
     assert f"--workers: {text!r} must be a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hours", ("nan", "inf", "-1", "1e300", "soon"))
+def test_hours_that_are_no_time_are_refused(hours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "run", "suite", "--out", str(tmp_path / "out"), f"--hours={hours}"])
+    assert f"'{hours}' must be a number of at least 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -362,6 +362,7 @@ def test_aliases_may_be_used(tmp_path: Path) -> None:
 
 ABSURD = [
     *("env.n_envs=1e9", "threads=40000", "threads=1e12", "env.worker_timeout=1e300", "eval.n_envs=1e12"),
+    *("env.worker_start_timeout=1e12", "rank_timeout=1e12"),
     *("memory.hidden_size=10000000000", "memory.hidden_size=4000000", "memory.round_to=1000000000000"),
     *("memory.conv_kernel=1000000000000", f"memory.blocks={'m' * 2000}", "policy.net_arch=[1000000000, 1000000000]"),
     *(

@@ -114,6 +114,38 @@ def test_configuration_without_its_checksum_is_taken_as_it_is(run: RunResult, tm
     assert folder.load_config().seed == 7
 
 
+@pytest.mark.parametrize("share", (0.1, 0.5, 0.8, 0.95))
+@pytest.mark.parametrize("end", ("line", "middle"))
+def test_configuration_that_was_cut_off_is_refused(run: RunResult, share: float, end: str, tmp_path: Path) -> None:
+    folder = RunFolder(copied(run, tmp_path))
+    lines = folder.config.read_bytes().splitlines(keepends=True)[:-1]
+    kept = b"".join(lines[: int(share * len(lines))])
+    folder.config.write_bytes(kept if end == "line" else kept[:-2])
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        folder.load_config()
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        resumed(folder.path)
+
+
+def test_last_number_of_a_configuration_that_was_cut_off_is_not_taken(run: RunResult, tmp_path: Path) -> None:
+    folder = RunFolder(copied(run, tmp_path))
+    folder.config.write_bytes(folder.config.read_bytes().rpartition(b"\n#")[0][:-3])
+    with pytest.raises(ConfigError, match="no checksum line and ends within a line"):
+        folder.load_config()
+
+
+@pytest.mark.parametrize("setting", ("seed: 0\n", "  n_steps: 16\n"))
+def test_configuration_without_its_checksum_and_a_setting_names_it(
+    run: RunResult, setting: str, tmp_path: Path
+) -> None:
+    folder = RunFolder(copied(run, tmp_path))
+    text = folder.config.read_text(encoding="utf-8")
+    assert setting in text
+    folder.config.write_text("".join(text.splitlines(keepends=True)[:-1]).replace(setting, ""))
+    with pytest.raises(ConfigError, match=rf"no checksum line and lacks (ppo\.)?{setting.split(':')[0].strip()},? "):
+        folder.load_config()
+
+
 def torn(content: bytes) -> bytes:
     return content[:-9]
 

@@ -24,6 +24,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from typing_extensions import override
 
+from xlstm_rl.vec_envs.guarded_vec_env import LONGEST_WAIT
+
 # Seconds in which a rank must reach the next collective; an evaluation on rank 0 is in between.
 TIMEOUT = 1800.0
 _CAUSE = "xlstm_rl/cause"
@@ -206,14 +208,18 @@ def ranks(timeout: float | None = None) -> Ranks:
             hour.
 
     Raises:
-        ValueError: `torchrun --max-restarts` over several nodes without a store for every attempt.
+        ValueError: `torchrun --max-restarts` over several nodes without a store for every attempt; a timeout that is no
+            time.
     """
     global _ranks
+    timeout = TIMEOUT if timeout is None else timeout
+    if not 0 < timeout <= LONGEST_WAIT:
+        raise ValueError(f"timeout={timeout} must be above 0 and at most {LONGEST_WAIT:g} seconds, or None")
     if not dist.is_available():
         return Ranks()
     store = None
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        store = _join(timedelta(seconds=timeout or TIMEOUT))
+        store = _join(timedelta(seconds=timeout))
         _ranks = None
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Ranks()

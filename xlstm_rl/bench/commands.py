@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_rl.configs import ConfigError
-from xlstm_rl.configs.option_types import positive
+from xlstm_rl.configs.option_types import amount, positive
 from xlstm_rl.runs.lock import LockedError, exclusive
 
 INCOMPLETE = 3
@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     run.add_argument("spec", metavar="SPEC", help="a benchmark of `xlstm-rl list`, or a .yaml file")
     run.add_argument("--out", type=Path, help="default: bench/NAME; what is there already is not done again")
     run.add_argument("--workers", type=positive, default=2, help="processes, one torch thread each (default 2)")
-    run.add_argument("--hours", type=float, help="no new run starts after this time")
+    run.add_argument("--hours", type=amount, help="no new run starts after this time")
     run.add_argument(
         "--only",
         nargs="+",

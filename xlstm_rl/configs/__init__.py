@@ -1,6 +1,6 @@
 """Typed configuration of a training run, its presets and the one loader."""
 
-from xlstm_rl.configs.loading import dump, general_settings, load, load_file, preset_names
+from xlstm_rl.configs.loading import dump, general_settings, left_to_defaults, load, load_file, preset_names
 from xlstm_rl.configs.schema import (
     CheckpointConfig,
     EnvConfig,
@@ -23,6 +23,7 @@ __all__ = [
     "TrainConfig",
     "dump",
     "general_settings",
+    "left_to_defaults",
     "load",
     "load_file",
     "preset_names",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
@@ -69,6 +69,23 @@ def load_file(path: Path) -> TrainConfig:
         ConfigError: as for `load`.
     """
     return _build(_read(path), str(path))
+
+
+def left_to_defaults(path: Path) -> list[str]:
+    """Settings, "a.b" each, that a file does not name; none of what `dump` wrote.
+
+    Raises:
+        ConfigError: as for `load`.
+    """
+    return list(_unnamed(plain(load_file(path)), _read(path)))
+
+
+def _unnamed(values: Mapping[str, Any], named: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in values.items():
+        if key not in named:
+            yield key
+        elif isinstance(value, Mapping) and isinstance(named[key], Mapping):
+            yield from (f"{key}.{inner}" for inner in _unnamed(value, named[key]))
 
 
 def dump(config: TrainConfig) -> str:

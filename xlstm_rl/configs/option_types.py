@@ -1,8 +1,11 @@
-"""Whole numbers on the command line, refused with a message that says which are allowed."""
+"""Numbers on the command line, refused with a message that says which are allowed."""
 
 from __future__ import annotations
 
 import argparse
+import math
+
+MOST = 1e9
 
 
 def positive(text: str) -> int:
@@ -13,6 +16,17 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """As `type` of an argument: a whole number of at least 0."""
     return _at_least(0, text)
+
+
+def amount(text: str) -> float:
+    """As `type` of an argument: a number of at least 0 and below `MOST`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0 and below {MOST:g}")
+    return value
 
 
 def _at_least(lowest: int, text: str) -> int:

@@ -30,13 +30,13 @@ from xlstm_rl.configs.validation import (
 
 # Agents, memories and torch are imported where they are needed: to show a preset takes none of them.
 
-# Beyond these no run is meant: processes and copies of an environment, layers, threads, seconds.
-_MOST_PROCESSES, _MOST_COPIES, _MOST_LAYERS, _MOST_THREADS, _LONGEST_WAIT = 4096, 2**17, 1000, 1024, 10.0**7
+# Beyond these no run is meant: processes and copies of an environment, layers, threads.
+_MOST_PROCESSES, _MOST_COPIES, _MOST_LAYERS, _MOST_THREADS = 4096, 2**17, 1000, 1024
 # Of every weight: itself, its gradient and what Adam keeps.
 _BYTES_PER_WEIGHT = 16
 
 Copies = Annotated[Count, Field(le=_MOST_COPIES)]
-Seconds = Annotated[Positive, Field(le=_LONGEST_WAIT)]
+Seconds = Annotated[Positive, Field(le=constant("vec_envs/guarded_vec_env.py", "LONGEST_WAIT"))]
 
 START_SECONDS: float = constant("vec_envs/guarded_vec_env.py", "START_SECONDS")
 MAX_EPISODE_STEPS: int = constant("agents/evaluation.py", "MAX_EPISODE_STEPS")
@@ -484,7 +484,7 @@ class TrainConfig:
     seed: Annotated[Natural, Field(lt=2**31)] = 0
     device: Word = "cpu"
     threads: Annotated[Count, Field(le=_MOST_THREADS)] | None = 1
-    rank_timeout: Positive = 1800.0
+    rank_timeout: Seconds = 1800.0
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:

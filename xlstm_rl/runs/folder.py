@@ -25,7 +25,7 @@ import yaml
 from xlstm_rl._version import __version__
 from xlstm_rl.agents.checkpoint import make_folder, remove_unfinished, write_whole
 from xlstm_rl.agents.parallel import Ranks
-from xlstm_rl.configs import ConfigError, TrainConfig, dump, load
+from xlstm_rl.configs import ConfigError, TrainConfig, dump, left_to_defaults, load
 from xlstm_rl.configs.hub_runs import fetch_run, is_in_hub
 from xlstm_rl.configs.validation import parse_yaml
 from xlstm_rl.envs.wrappers import WRAPPERS
@@ -194,13 +194,24 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"cannot read {self.config}: {error.strerror}") from error
         if CHECKSUM_NAME not in content:
-            # of an earlier version, or taken away on purpose
+            self._check_whole(content)
             return
         text, _, line = content.removesuffix(b"\n").rpartition(b"\n")
         if line + b"\n" != CHECKSUM % hashlib.sha256(text + b"\n").hexdigest().encode() or content[-1:] != b"\n":
             raise ConfigError(
                 f"{self.config} is damaged or was changed after the run had written it: put it back, or remove its "
                 "last line to take it as it is"
+            )
+
+    def _check_whole(self, content: bytes) -> None:
+        """Without its checksum a configuration was changed on purpose, or its end is lost."""
+        lacking = left_to_defaults(self.config)
+        if lacking or content[-1:] != b"\n":
+            lacks = f"lacks {', '.join(lacking[:5])}{' and more' if lacking[5:] else ''}"
+            lost = lacks if lacking else "ends within a line"
+            raise ConfigError(
+                f"{self.config} has no checksum line and {lost}, as a file does that was cut off: put it back, or "
+                "write all settings into it, as `xlstm-rl show` prints them"
             )
 
     def latest_model(self) -> Path:
