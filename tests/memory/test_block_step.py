@@ -384,6 +384,22 @@ def _norm_with_another_epsilon(block: Any) -> None:
     block.norm = nn.LayerNorm(24, bias=False, eps=1.0).double()
 
 
+def _epsilon_of_a_norm(block: Any) -> None:
+    block.norm.eps = 1.0
+
+
+def _epsilon_of_the_norm_of_heads(block: Any) -> None:
+    block.head_norm.eps = 1.0
+
+
+def _epsilon_of_the_last_norm(block: Any) -> None:
+    block.ffn_norm.eps = 1.0
+
+
+def _bias_for_a_norm(block: Any) -> None:
+    block.norm.bias = nn.Parameter(torch.ones(24, dtype=torch.float64))
+
+
 def _dropout(block: Any) -> None:
     block.dropout = nn.Dropout(0.5)
 
@@ -403,10 +419,12 @@ def _another_shape(block: Any) -> None:
     [
         ("m", _wrap_down),
         ("s", _replace_nested_layer),
+        ("s", _epsilon_of_the_last_norm),
         *itertools.product(
             "ms",
             (
                 *(_prune, _parametrize, _no_norm_weight, _norm_with_bias, _norm_with_another_epsilon, _subclass),
+                *(_epsilon_of_a_norm, _epsilon_of_the_norm_of_heads, _bias_for_a_norm),
                 *(_dropout, _another_shape),
             ),
         ),

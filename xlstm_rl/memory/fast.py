@@ -223,6 +223,8 @@ class _Found(NamedTuple):
     """The layers alone: a call of the block may be in progress, and its own hooks are served then."""
     places: tuple[Place, ...]
     plan: StepPlan
+    plain: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...]
+    """Of layers that must have no bias, norms with the epsilon of the plan among them: parameters and attributes."""
 
 
 class CompiledBlock(ABC):
@@ -230,14 +232,15 @@ class CompiledBlock(ABC):
 
     Args:
         block: as it was made; the layers must be of the same kinds later.
+        config: that it was made with.
         state_type: of the block, a named tuple of the state of the cell and the window of the convolution.
     """
 
     kind: ClassVar[Kind]
     cell_type: ClassVar[Callable[..., Any]]
 
-    def __init__(self, block: MemoryBlock, state_type: Callable[..., Any]) -> None:
-        self.state_type = state_type
+    def __init__(self, block: MemoryBlock, config: XLSTMConfig, state_type: Callable[..., Any]) -> None:
+        self.state_type, self._epsilon = state_type, config.norm_eps
         self._kinds = (type(block), *map(type, self._layers(block)))
         self._found: tuple[tuple[nn.Module | None, ...], _Found | None] = ((), None)
 
@@ -272,17 +275,18 @@ class CompiledBlock(ABC):
             found = self._find_anew(block, layers)
             # at once, so that another thread never sees the layers of one and the places of another
             self._found = layers, found
+        if found is None or not _are_plain(found.plain, self._epsilon):
+            return None
         return found
 
     def _find_anew(self, block: nn.Module, layers: tuple[nn.Module | None, ...]) -> _Found | None:
         if (type(block), *map(type, layers)) != self._kinds:
             return None
         places = self._places(block)
-        if places is None:
-            return None
+        plain = tuple((layer._parameters, layer.__dict__) for layer in self._without_bias(block))
         watched = [layer for layer in layers if layer is not None]
         inside = Watched.of(watched)
-        return _Found(layers, Watched.of((block, *watched)), inside, places, self._plan(places))
+        return _Found(layers, Watched.of((block, *watched)), inside, places, self._plan(places), plain)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the block has layers of its own, and a file outlives the layout of plans."""
@@ -293,8 +297,12 @@ class CompiledBlock(ABC):
         return tuple(block._modules.values())
 
     @abstractmethod
-    def _places(self, block: nn.Module) -> tuple[Place, ...] | None:
-        """Where the weights are, in their order; None where layers hold more than the compiled forms know."""
+    def _without_bias(self, block: nn.Module) -> tuple[nn.Module, ...]:
+        """Layers that the compiled forms know without a bias alone, all norms among them."""
+
+    @abstractmethod
+    def _places(self, block: nn.Module) -> tuple[Place, ...]:
+        """Where the weights are, in their order."""
 
     @abstractmethod
     def _plan(self, places: tuple[Place, ...]) -> StepPlan:
@@ -308,7 +316,7 @@ class CompiledMLSTM(CompiledBlock):
     cell_type = MLSTMState
 
     def __init__(self, block: MemoryBlock, config: XLSTMConfig, state_type: Callable[..., Any]) -> None:
-        super().__init__(block, state_type)
+        super().__init__(block, config, state_type)
         self.options = MLSTMOptions(
             config.norm_eps, config.gate_soft_cap, config.forget_activation, config.input_activation == "sigmoid"
         )
@@ -335,10 +343,12 @@ class CompiledMLSTM(CompiledBlock):
     def _plan(self, places: tuple[Place, ...]) -> StepPlan:
         return mlstm_plan(self.sizes, self.options, places)
 
-    def _places(self, block: nn.Module) -> tuple[Place, ...] | None:
+    def _without_bias(self, block: nn.Module) -> tuple[nn.Module, ...]:
         layers: dict[str, Any] = block._modules
-        if not _have_no_bias((layers["norm"], layers["head_norm"]), self.options.epsilon):
-            return None
+        return layers["norm"], layers["head_norm"]
+
+    def _places(self, block: nn.Module) -> tuple[Place, ...]:
+        layers: dict[str, Any] = block._modules
         return (
             (layers["norm"]._parameters, "weight"),
             *_parameters_of(layers["up"]),
@@ -359,7 +369,7 @@ class CompiledSLSTM(CompiledBlock):
     cell_type = SLSTMState
 
     def __init__(self, block: MemoryBlock, config: XLSTMConfig, state_type: Callable[..., Any]) -> None:
-        super().__init__(block, state_type)
+        super().__init__(block, config, state_type)
         self.options = SLSTMOptions(config.norm_eps, config.forget_activation)
         self.sizes = SLSTMSizes(config.hidden_size, config.slstm_heads, config.ffn_size, config.slstm_conv)
 
@@ -371,11 +381,13 @@ class CompiledSLSTM(CompiledBlock):
     def _plan(self, places: tuple[Place, ...]) -> StepPlan:
         return slstm_plan(self.sizes, self.options, places)
 
-    def _places(self, block: nn.Module) -> tuple[Place, ...] | None:
+    def _without_bias(self, block: nn.Module) -> tuple[nn.Module, ...]:
         layers: dict[str, Any] = block._modules
-        bare = [layers.get(name) for name in ("norm", "input_forget", "cell_output", "head_norm", "ffn_norm")]
-        if not _have_no_bias(filter(None, bare), self.options.epsilon):
-            return None
+        found = [layers.get(name) for name in ("norm", "input_forget", "cell_output", "head_norm", "ffn_norm")]
+        return tuple(layer for layer in found if layer is not None)
+
+    def _places(self, block: nn.Module) -> tuple[Place, ...]:
+        layers: dict[str, Any] = block._modules
         ffn = layers.get("ffn")
         up, down = (None, None) if ffn is None else (ffn._modules["up"], ffn._modules["down"])
         return (
@@ -396,9 +408,13 @@ def _drops(dropout: nn.Module | None) -> bool:
     return dropout is not None and dropout.training and getattr(dropout, "p", 0) > 0
 
 
-def _have_no_bias(layers: Iterable[nn.Module], epsilon: float) -> bool:
-    """Whether layers, norms with that epsilon among them, are what their weights tell."""
-    return all(layer._parameters.get("bias") is None and getattr(layer, "eps", epsilon) == epsilon for layer in layers)
+def _are_plain(layers: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...], epsilon: float) -> bool:
+    """Whether layers, norms with that epsilon among them, are still what their weights tell."""
+    # a loop, as acting asks this at every step of every block
+    for held, own in layers:
+        if held.get("bias") is not None or own.get("eps", epsilon) != epsilon:
+            return False
+    return True
 
 
 _NOTHING: dict[str, Tensor | None] = {"weight": None, "bias": None}
