@@ -70,6 +70,13 @@ def env(request: pytest.FixtureRequest) -> Any:
     made.close()
 
 
+@pytest.fixture
+def ours(env: Any) -> Any:
+    if type(env).__module__.startswith("stable_baselines3."):
+        pytest.skip("not from here")
+    return env
+
+
 @pytest.mark.parametrize("goals", [[1, 2, 3], [4, 4, 5], [6, 6, 6], [[1, 2], [1, 2], [3, 4]]])
 def test_each_starts_with_its_own_options_and_seed(env: Any, goals: list[Any]) -> None:
     for attempt in range(2):
@@ -129,11 +136,37 @@ def test_a_missing_attribute_is_told_and_nothing_breaks(env: Any) -> None:
     env.step(np.zeros(N, int))
 
 
-def test_as_many_options_as_environments_are_needed() -> None:
-    vector = sync(AutoresetMode.SAME_STEP)()
-    vector.set_options([{"goal": 1}])
-    with pytest.raises(ValueError, match="got 1 options for 3 environments"):
-        vector.reset()
+@pytest.mark.parametrize("given", [2, 4])
+def test_as_many_options_and_actions_as_environments_are_needed(ours: Any, given: int) -> None:
+    ours.reset()
+    with pytest.raises(ValueError, match=f"got {given} options for 3 environments"):
+        ours.set_options([{"goal": 1}] * given)
+    with pytest.raises(ValueError, match=f"got {given} actions for 3 environments"):
+        ours.step(np.zeros(given, int))
+    # nothing is left of it that would be answered later
+    assert ours.get_attr("calls") == [0, 0, 0]
+    ours.step(np.zeros(N, int))
+    assert ours.reset()[:, 0].tolist() == [-1] * N
+
+
+@pytest.mark.parametrize("indices", [3, -4, [0, 3], [True, False, True], np.array([True, False, True])])
+def test_numbers_of_environments_that_there_are_not_are_refused(ours: Any, indices: Any) -> None:
+    ours.reset()
+    with pytest.raises(IndexError, match="there is no environment .* of 3: give their numbers"):
+        ours.set_attr("shade", "blue", indices=indices)
+    with pytest.raises(IndexError, match="there is no environment"):
+        ours.get_attr("shade", indices=indices)
+    with pytest.raises(IndexError, match="there is no environment"):
+        ours.env_method("call", indices=indices)
+    assert ours.get_attr("shade") == ["red"] * N
+
+
+@pytest.mark.parametrize("indices", [-1, np.int64(2), np.array([2]), [-1], range(2, 3)])
+def test_environments_are_counted_from_both_ends(ours: Any, indices: Any) -> None:
+    ours.reset()
+    ours.set_attr("shade", "blue", indices=indices)
+    assert ours.get_attr("shade") == ["red", "red", "blue"]
+    assert ours.get_attr("shade", indices=indices) == ["blue"]
 
 
 class Native(VectorEnv[Any, Any, Any]):

@@ -223,3 +223,16 @@ def test_copies_of_runs_have_monitors_that_keep_nothing() -> None:
     assert env.env_is_wrapped(Monitor) == [True, True]
     assert env.env_is_wrapped(EpisodeMonitor) == [True, True]
     env.close()
+
+
+@pytest.mark.parametrize("value", (0, -1.0, float("nan"), float("inf"), 1e12))
+@pytest.mark.parametrize("name", ("timeout", "start_timeout"))
+def test_seconds_that_nobody_can_wait_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}=\S+ must be above 0 and at most 1e\+07 seconds, or None$"):
+        GuardedSubprocVecEnv([], **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("restarts", (-1, 1.5))
+def test_restarts_that_are_no_count_are_refused(restarts: Any) -> None:
+    with pytest.raises(ValueError, match="must be a whole number of at least 0"):
+        GuardedSubprocVecEnv([], restarts=restarts)

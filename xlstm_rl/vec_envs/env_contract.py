@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -144,6 +144,33 @@ def as_env_takes(actions: np.ndarray | Tensor, obs: Any) -> np.ndarray | Tensor:
     if isinstance(first, Tensor):
         return torch.as_tensor(actions, device=first.device)
     return actions.numpy(force=True) if isinstance(actions, Tensor) else actions
+
+
+def one_for_each(values: Any, n_envs: int, name: str) -> None:
+    """Refuse what is given to environments one by one and is not as many.
+
+    Raises:
+        ValueError: there are more or fewer values than environments.
+    """
+    if len(values) != n_envs:
+        raise ValueError(f"got {len(values)} {name} for {n_envs} environments: give one for each")
+
+
+def rows_meant(indices: int | Iterable[int] | None, n_envs: int) -> list[int]:
+    """Environments that an argument `indices` of Stable-Baselines3 means; negative numbers count from the end.
+
+    Raises:
+        IndexError: there is no such environment, or this is a mask, which would be taken for the numbers 0 and 1.
+    """
+    if indices is None:
+        return list(range(n_envs))
+    rows = [indices] if isinstance(indices, int | np.integer) else list(indices)
+    for row in rows:
+        if isinstance(row, bool | np.bool_) or not -n_envs <= row < n_envs:
+            raise IndexError(
+                f"there is no environment {row!r} of {n_envs}: give their numbers (of a mask, those of np.flatnonzero)"
+            )
+    return [int(row) % n_envs for row in rows]
 
 
 def numbers_by_env(values: Any, name: str, n_envs: int, place: str) -> np.ndarray:

@@ -20,13 +20,24 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper, VecEnvStepReturn
 
-from xlstm_rl.vec_envs.env_contract import SKIPPED, FaultyEnvironmentError, env_reset, env_step, innermost, map_obs
+from xlstm_rl.vec_envs.env_contract import (
+    SKIPPED,
+    FaultyEnvironmentError,
+    env_reset,
+    env_step,
+    innermost,
+    map_obs,
+    one_for_each,
+    rows_meant,
+)
 
 # For a worker to close its environment before it is killed.
 CLOSE_SECONDS = 5.0
 
 
 # For environments to be made, imports of large libraries and the start of a simulator included.
+# Beyond this nobody waits, and some clocks cannot count.
+LONGEST_WAIT = 1e7
 START_SECONDS = 300.0
 
 
@@ -162,6 +173,9 @@ class GuardedDummyVecEnv(DummyVecEnv):
         _check_spaces([(env.observation_space, env.action_space) for env in self.envs])
         self._players: dict[int, EnvPlayer] = {}
 
+    def _get_indices(self, indices: Any) -> list[int]:
+        return rows_meant(indices, self.num_envs)
+
     def _player(self, index: int) -> EnvPlayer:
         env, known = self.envs[index], self._players.get(index)
         if known is not None and known.env is env:
@@ -169,6 +183,17 @@ class GuardedDummyVecEnv(DummyVecEnv):
         # the first time, or somebody has put another environment in its place
         self._players[index] = EnvPlayer(env, index, self.observation_space)
         return self._players[index]
+
+    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        """Options of the next reset: one dict for all environments, or one for each."""
+        if isinstance(options, list | tuple):
+            one_for_each(options, self.num_envs, "options")
+        super().set_options(options)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Keep the actions for `step_wait`."""
+        one_for_each(actions, self.num_envs, "actions")
+        super().step_async(actions)
 
     def reset(self) -> Any:
         """Start new episodes everywhere."""
@@ -354,6 +379,7 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
 
     Raises:
         FaultyEnvironmentError: an environment has other spaces than the first; `WorkerError`: it cannot be made.
+        ValueError: a number of seconds or restarts that is none.
     """
 
     def __init__(
@@ -365,6 +391,11 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
         restarts: int = 0,
         start_timeout: float | None = START_SECONDS,
     ) -> None:
+        for name, seconds in (("timeout", timeout), ("start_timeout", start_timeout)):
+            if seconds is not None and not 0 < seconds <= LONGEST_WAIT:
+                raise ValueError(f"{name}={seconds} must be above 0 and at most {LONGEST_WAIT:g} seconds, or None")
+        if restarts < 0 or restarts != int(restarts):
+            raise ValueError(f"restarts={restarts} must be a whole number of at least 0")
         if start_method is None:
             start_method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self._context: Any = multiprocessing.get_context(start_method)
@@ -402,8 +433,16 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
         self._base_seed = seed
         return super().seed(seed)
 
+    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        """Options of the next reset: one dict for all environments, or one for each."""
+        if isinstance(options, list | tuple):
+            one_for_each(options, self.num_envs, "options")
+        super().set_options(options)
+
     def step_async(self, actions: np.ndarray) -> None:
         """Send the actions."""
+        # those that were sent would be answered later, in place of what is asked then
+        one_for_each(actions, self.num_envs, "actions")
         for remote, action in zip(self.remotes, actions, strict=True):
             try:
                 remote.send(("step", action))
@@ -441,6 +480,9 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
         for remote in self.remotes:
             remote.send(("has_method", name))
         return all([remote.recv() for remote in self.remotes])
+
+    def _get_indices(self, indices: Any) -> list[int]:
+        return rows_meant(indices, self.num_envs)
 
     def _check_restart(self, error: WorkerError) -> None:
         if not self._restarts_left[error.index]:

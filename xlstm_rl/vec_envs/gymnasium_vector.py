@@ -25,7 +25,9 @@ from xlstm_rl.vec_envs.env_contract import (
     flags_by_env,
     map_obs,
     numbers_by_env,
+    one_for_each,
     own_copy,
+    rows_meant,
 )
 
 Indices = int | Iterable[int] | None
@@ -102,8 +104,6 @@ class GymnasiumVecEnv(VecEnv):
 
     def _groups_of_options(self) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """Different options of the next reset, and the environments that they are for, bool [n_envs]."""
-        if len(self._options) != self.num_envs:
-            raise ValueError(f"set_options got {len(self._options)} options for {self.num_envs} environments")
         kinds: list[dict[str, Any]] = []
         of_row = []
         for given in self._options:
@@ -120,8 +120,15 @@ class GymnasiumVecEnv(VecEnv):
         for index, options in enumerate(kinds):
             yield options, np.array(of_row) == index
 
+    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        """Options of the next reset: one dict for all environments, or one for each."""
+        if isinstance(options, list | tuple):
+            one_for_each(options, self.num_envs, "options")
+        super().set_options(options)
+
     def step_async(self, actions: np.ndarray) -> None:
         """Keep the actions [n_envs, ...] for `step_wait`."""
+        one_for_each(actions, self.num_envs, "actions")
         self._actions = actions
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
@@ -202,7 +209,7 @@ class GymnasiumVecEnv(VecEnv):
         Raises:
             AttributeError: there is no such attribute.
         """
-        rows = self._rows(indices)
+        rows = self._get_indices(indices)
         inner = self.env.unwrapped
         if isinstance(inner, SyncVectorEnv | AsyncVectorEnv) and attr_name != "render_mode":
             self._require(attr_name)
@@ -220,7 +227,7 @@ class GymnasiumVecEnv(VecEnv):
         Raises:
             ValueError: a choice among environments without parts.
         """
-        rows = self._rows(indices)
+        rows = self._get_indices(indices)
         inner = self.env.unwrapped
         if isinstance(inner, SyncVectorEnv):
             for row in rows:
@@ -240,7 +247,7 @@ class GymnasiumVecEnv(VecEnv):
             AttributeError: there is no such method.
             ValueError: a choice among environments that are called together, or results that are not one for each.
         """
-        rows = self._rows(indices)
+        rows = self._get_indices(indices)
         inner = self.env.unwrapped
         if isinstance(inner, SyncVectorEnv):
             return [inner.envs[row].get_wrapper_attr(method_name)(*args, **kwargs) for row in rows]
@@ -269,8 +276,8 @@ class GymnasiumVecEnv(VecEnv):
         images: Any = self.env.render()
         return [None] * self.num_envs if images is None else list(images)
 
-    def _rows(self, indices: Indices) -> list[int]:
-        return [int(row) for row in ([indices] if isinstance(indices, np.integer) else self._get_indices(indices))]
+    def _get_indices(self, indices: Indices) -> list[int]:
+        return rows_meant(indices, self.num_envs)
 
     def _layer_with(self, name: str) -> Any:
         """The outermost layer that has an attribute, or the innermost: wrappers of gymnasium hide what is inside."""
