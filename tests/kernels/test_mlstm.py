@@ -158,7 +158,8 @@ def test_gates_of_every_size_equal_the_reference(backend: str, operation: str, s
 def test_single_precision_rounds_gates_that_cancel_at_the_steps_of_the_reference(
     backend: str, forget_activation: ForgetActivation, T: int
 ) -> None:
-    case = cases.cast(cases.make_case("mlstm", B=64, T=T, H=1, reset=0.03), torch.float32)
+    case = cases.make_case("mlstm", B=64, T=T, H=1, reset=0.03, forget_activation=forget_activation)
+    case = cases.cast(case, torch.float32)
     generator = torch.Generator().manual_seed(T)
     shape = case.sequence[3].shape
     # few values beyond the size where neighbouring numbers are more than one apart, of all sizes, mixed with others
@@ -167,11 +168,7 @@ def test_single_precision_rounds_gates_that_cancel_at_the_steps_of_the_reference
         huge = sign * size[torch.randint(2, shape, generator=generator), torch.arange(shape[0])[:, None, None], 0, 0]
         other = cases.uniform(generator, -30, 30, *shape).float()
         case.sequence[at].copy_(torch.where(torch.rand(shape, generator=generator) < 0.4, huge, other))
-    arguments = {"reset": case.reset, "forget_activation": forget_activation}
-    hidden, state = mlstm_sequence(*case.sequence, **arguments, backend=backend)
-    expected, expected_state = mlstm_sequence(*case.sequence, **arguments, backend="reference")
-    assert_close(hidden, expected)
-    assert_close(state, expected_state)
+    assert_close(cases.run(case, backend), cases.run(case, "reference"))
 
 
 @pytest.mark.skipif("cpp" not in cases.BACKENDS, reason="the compiled kernels are not built")
