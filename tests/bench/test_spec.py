@@ -282,7 +282,7 @@ def test_fingerprint_holds_only_what_differs_from_the_defaults() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["suite", "tracking"])
+@pytest.mark.parametrize("name", ["suite", "tracking", "public-rewriting"])
 def test_runs_on_the_report_cards_are_those_of_the_settings_of_now(name: str) -> None:
     folder = Path(__file__).parents[2] / "benchmarks" / "results" / name
     spec = load_spec(name)
