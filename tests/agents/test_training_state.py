@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.vector import ClipReward, NormalizeObservation
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
@@ -19,6 +22,7 @@ from tests.agents.spaces_for_tests import vec_env
 from tests.agents.test_resume import N_ENVS, N_STEPS, assert_same_run, envs, learner
 from xlstm_rl.agents import CheckpointError, LossTerm, RecurrentPPO, register_loss
 from xlstm_rl.agents.checkpoint import describe_part
+from xlstm_rl.vec_envs.gymnasium_vector import GymnasiumVecEnv
 
 ROLLOUT = N_ENVS * N_STEPS
 
@@ -317,6 +321,23 @@ def test_wrapper_whose_state_is_in_no_file_is_named() -> None:
     model.save_checkpoint(file)
     with pytest.warns(UserWarning, match="Counting starts anew with other values of seen"):
         RecurrentPPO.resume(file, Counting(envs()), device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:all environments start new episodes")
+@pytest.mark.parametrize("inside", (False, True))
+def test_statistics_of_vector_wrappers_of_gymnasium_are_named(inside: bool) -> None:
+    def normalized() -> VecEnv:
+        bare: Any = SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
+        wrapped: Any = NormalizeObservation(bare)
+        return GymnasiumVecEnv(ClipReward(wrapped, -1.0, 1.0) if inside else wrapped)
+
+    model, file = agent(env=normalized(), n_steps=8, batch_size=16), io.BytesIO()
+    model.learn(16)
+    model.save_checkpoint(file)
+    with pytest.warns(
+        UserWarning, match="statistics of gymnasium's vector wrapper NormalizeObservation are in no file"
+    ):
+        RecurrentPPO.resume(file, normalized())
 
 
 def test_wrapper_that_tells_its_state_is_brought_back() -> None:

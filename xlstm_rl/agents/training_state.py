@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorWrapper
+from gymnasium.wrappers.utils import RunningMeanStd as GymnasiumMeanStd
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 from torch import Tensor
 
 from xlstm_rl.agents.checkpoint import CheckpointError, DescriptionError, class_name, describe, named_class
-from xlstm_rl.vec_envs.env_contract import calls_one_alone, entries, has_method, map_obs
+from xlstm_rl.vec_envs.env_contract import calls_one_alone, entries, has_method, innermost, map_obs
 
 _NORMALIZER = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
 
@@ -69,6 +71,7 @@ def restore_training(env: VecEnv, state: Mapping[str, Any], device: torch.device
         raise ValueError(f"the run had {len(state['wrappers'])} vector wrappers, the environment has {len(wrappers)}")
     for wrapper, kept in zip(wrappers, state["wrappers"], strict=True):
         _set_wrapper_state(wrapper, kept)
+    _warn_of_statistics(env)
     restarted = _resume_episodes(env, state["episodes"])
     # replaying episodes may draw random numbers, so these come last
     _set_random_state(state["random"], device)
@@ -215,6 +218,19 @@ def _warn_of_changes(wrapper: VecEnvWrapper, before: Mapping[str, Any]) -> None:
             "may make it another run: give the wrapper get_state() and set_state(state), and they are kept",
             stacklevel=2,
         )
+
+
+def _warn_of_statistics(env: VecEnv) -> None:
+    """Wrappers around a vector environment of gymnasium are none of Stable-Baselines3's, and are not looked into."""
+    layer = getattr(innermost(env), "env", None)
+    while isinstance(layer, VectorWrapper):
+        if any(isinstance(value, GymnasiumMeanStd) for value in vars(layer).values()):
+            warnings.warn(
+                f"the running statistics of gymnasium's vector wrapper {type(layer).__name__} are in no file and start "
+                "anew, which makes it another run: use VecNormalize, whose statistics are kept",
+                stacklevel=2,
+            )
+        layer = layer.env
 
 
 def _stacks(wrapper: VecFrameStack) -> dict[str, np.ndarray]:
