@@ -173,6 +173,19 @@ def rows_meant(indices: int | Iterable[int] | None, n_envs: int) -> list[int]:
     return [int(row) % n_envs for row in rows]
 
 
+class CountedVecEnv(VecEnv):
+    """A vector environment whose options and `indices` must fit the number of its environments."""
+
+    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        """Options of the next reset: one dict for all environments, or one for each."""
+        if isinstance(options, list | tuple):
+            one_for_each(options, self.num_envs, "options")
+        super().set_options(options)
+
+    def _get_indices(self, indices: Any) -> list[int]:
+        return rows_meant(indices, self.num_envs)
+
+
 def numbers_by_env(values: Any, name: str, n_envs: int, place: str) -> np.ndarray:
     """Numbers as float [n_envs], in an array of their own; raises as `step_envs`."""
     array = as_numbers(values)

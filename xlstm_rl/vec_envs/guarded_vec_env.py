@@ -22,13 +22,13 @@ from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper, Ve
 
 from xlstm_rl.vec_envs.env_contract import (
     SKIPPED,
+    CountedVecEnv,
     FaultyEnvironmentError,
     env_reset,
     env_step,
     innermost,
     map_obs,
     one_for_each,
-    rows_meant,
 )
 
 # For a worker to close its environment before it is killed.
@@ -156,7 +156,7 @@ def _copied(info: dict[str, Any]) -> dict[str, Any]:
     return dict(info) if type(info) is dict and _CONSTANT.issuperset(map(type, info.values())) else deepcopy(info)
 
 
-class GuardedDummyVecEnv(DummyVecEnv):
+class GuardedDummyVecEnv(CountedVecEnv, DummyVecEnv):
     """A `DummyVecEnv` of Stable-Baselines3 that names the environment which failed, the step and the cause.
 
     Answers of another kind or shape are refused as well; `DummyVecEnv` would repeat one number for all.
@@ -173,9 +173,6 @@ class GuardedDummyVecEnv(DummyVecEnv):
         _check_spaces([(env.observation_space, env.action_space) for env in self.envs])
         self._players: dict[int, EnvPlayer] = {}
 
-    def _get_indices(self, indices: Any) -> list[int]:
-        return rows_meant(indices, self.num_envs)
-
     def _player(self, index: int) -> EnvPlayer:
         env, known = self.envs[index], self._players.get(index)
         if known is not None and known.env is env:
@@ -183,12 +180,6 @@ class GuardedDummyVecEnv(DummyVecEnv):
         # the first time, or somebody has put another environment in its place
         self._players[index] = EnvPlayer(env, index, self.observation_space)
         return self._players[index]
-
-    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
-        """Options of the next reset: one dict for all environments, or one for each."""
-        if isinstance(options, list | tuple):
-            one_for_each(options, self.num_envs, "options")
-        super().set_options(options)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Keep the actions for `step_wait`."""
@@ -360,7 +351,7 @@ def guard(env: VecEnv) -> VecEnv:
     return env
 
 
-class GuardedSubprocVecEnv(SubprocVecEnv):
+class GuardedSubprocVecEnv(CountedVecEnv, SubprocVecEnv):
     """A `SubprocVecEnv` of Stable-Baselines3 that reports which environment failed, and why, and can restart it.
 
     Where an environment raises an exception, its process dies or it does not answer in time, `WorkerError` names it
@@ -433,12 +424,6 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
         self._base_seed = seed
         return super().seed(seed)
 
-    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
-        """Options of the next reset: one dict for all environments, or one for each."""
-        if isinstance(options, list | tuple):
-            one_for_each(options, self.num_envs, "options")
-        super().set_options(options)
-
     def step_async(self, actions: np.ndarray) -> None:
         """Send the actions."""
         # those that were sent would be answered later, in place of what is asked then
@@ -480,9 +465,6 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
         for remote in self.remotes:
             remote.send(("has_method", name))
         return all([remote.recv() for remote in self.remotes])
-
-    def _get_indices(self, indices: Any) -> list[int]:
-        return rows_meant(indices, self.num_envs)
 
     def _check_restart(self, error: WorkerError) -> None:
         if not self._restarts_left[error.index]:

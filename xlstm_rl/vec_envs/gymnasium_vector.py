@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from xlstm_rl.vec_envs.env_contract import (
     SKIPPED,
+    CountedVecEnv,
     FaultyEnvironmentError,
     as_numbers,
     episode_record,
@@ -27,13 +27,12 @@ from xlstm_rl.vec_envs.env_contract import (
     numbers_by_env,
     one_for_each,
     own_copy,
-    rows_meant,
 )
 
 Indices = int | Iterable[int] | None
 
 
-class GymnasiumVecEnv(VecEnv):
+class GymnasiumVecEnv(CountedVecEnv):
     """Presents a gymnasium vector environment as Stable-Baselines3 wants it: reset in the step that ends an episode.
 
     How the environment resets itself (`metadata["autoreset_mode"]`) decides what happens at the end of an episode:
@@ -119,12 +118,6 @@ class GymnasiumVecEnv(VecEnv):
             )
         for index, options in enumerate(kinds):
             yield options, np.array(of_row) == index
-
-    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
-        """Options of the next reset: one dict for all environments, or one for each."""
-        if isinstance(options, list | tuple):
-            one_for_each(options, self.num_envs, "options")
-        super().set_options(options)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Keep the actions [n_envs, ...] for `step_wait`."""
@@ -275,9 +268,6 @@ class GymnasiumVecEnv(VecEnv):
         """What each environment renders, as far as it does."""
         images: Any = self.env.render()
         return [None] * self.num_envs if images is None else list(images)
-
-    def _get_indices(self, indices: Indices) -> list[int]:
-        return rows_meant(indices, self.num_envs)
 
     def _layer_with(self, name: str) -> Any:
         """The outermost layer that has an attribute, or the innermost: wrappers of gymnasium hide what is inside."""
